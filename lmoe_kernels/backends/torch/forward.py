@@ -1,0 +1,85 @@
+"""Forward of the `torch` backend: shrink, mix, expand, each on ATen.
+
+No per-token factor is built. Projecting a token onto all experts at once and blending afterwards turns the `T R (I + O)`
+numbers of the definition into `T E R`, and every large product into one GEMM that all tokens share.
+"""
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,  # (T, I)
+    lora_a: Tensor,  # (E, R, I) or (1, R, I)
+    lora_b: Tensor,  # (E, R, O)
+    gate_weight: Tensor | None,  # (E, I)
+    gate_logits: Tensor | None,  # (T, E)
+    base: Tensor | None,  # (O) or (T, O)
+    scaling: float,
+    mixing: str,
+    top_k: int | None,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
+    u = shrink(x, lora_a)
+    if gate_weight is not None:
+        logits = matmul_wide(x, gate_weight.to(x.dtype).t())  # [T, I] @ [I, E] -> [T, E]
+    else:
+        assert gate_logits is not None
+        logits = gate_logits
+    _, v = mix(gate_softmax(logits, x.dtype, top_k), u, mixing)
+    y = expand(v, lora_b, base, scaling)
+    if not save:
+        return y, None, None
+    return y, logits if gate_weight is not None else None, u
+
+
+def shrink(rows: Tensor, factor: Tensor) -> Tensor:
+    """Project every row onto the rank rows of all experts: (T, F) and (E, R, F) to (T, E, R)."""
+    flat = factor.to(rows.dtype).flatten(0, 1)
+    return (rows @ flat.t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
+
+
+def gate_softmax(logits: Tensor, dtype: torch.dtype, top_k: int | None) -> Tensor:
+    """Gates (T, E), in fp32 at least: of equal logits the lower expert index stays among the `top_k`."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if top_k is not None and top_k < logits.shape[1]:
+        dropped = logits.argsort(dim=1, descending=True, stable=True)[:, top_k:]
+        logits = logits.scatter(1, dropped, float("-inf"))
+    return logits.softmax(dim=1, dtype=wide)
+
+
+def mix(gates: Tensor, u: Tensor, mixing: str) -> tuple[Tensor, Tensor]:
+    """Blend the experts of every token, in the gates' dtype; only v is rounded, once.
+
+    Returns:
+        h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
+    """
+    alone = mixing == "outputs" or u.shape[1] == 1  # under a shared A the blend is u itself: the gates sum to one
+    h = u.to(gates.dtype) if alone else blend(gates, u)
+    v = u.new_empty(gates.shape[0], gates.shape[1], u.shape[2])
+    return h, torch.mul(gates[:, :, None], h, out=v)
+
+
+def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
+    """sum_e gates[t,e] per_expert[t,e,r], as (T, 1, R) in the gates' dtype."""
+    return torch.bmm(gates[:, None, :], per_expert.to(gates.dtype))  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+
+
+def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
+    """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
+    flat_v, flat = v.flatten(1), factor.to(v.dtype).flatten(0, 1)
+    if base is not None:
+        return torch.addmm(base, flat_v, flat, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
+    out = v.new_empty(v.shape[0], factor.shape[2])
+    return out.addmm_(flat_v, flat, beta=0, alpha=scaling)
+
+
+def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` as the accumulators hold it: fp32 for half-precision operands, unrounded."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if wide == a.dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=wide)
+    return a.to(wide) @ b.to(wide)  # ATen's CPU products round their result to the operands' dtype

@@ -1,0 +1,132 @@
+"""The table of backends: which there are, which one a call takes, and why not the others.
+
+A row of `BACKENDS` names the module that holds `forward` and `backward`, and a function that tells why the backend cannot
+take a call, or None where it can. The automatic choice walks the table from the top and takes the first backend that can;
+`reference` is never taken unasked.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from threading import local
+from types import ModuleType
+
+import torch
+
+from lmoe_kernels.checks import fail
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on: where the tensors lie and how large they are, never what is in them."""
+
+    device: torch.device
+    dtype: torch.dtype
+    tokens: int
+    in_features: int
+    out_features: int
+    num_experts: int
+    rank: int
+
+    def __str__(self) -> str:
+        sizes = f"T={self.tokens} I={self.in_features} O={self.out_features} E={self.num_experts} R={self.rank}"
+        return f"{sizes}, {self.dtype} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table."""
+
+    name: str
+    module: str
+    why_not: Callable[[Problem], str | None]
+    automatic: bool = True
+
+
+def _anything(problem: Problem) -> None:
+    return None
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("torch", "lmoe_kernels.backends.torch", _anything),
+        Backend("reference", "lmoe_kernels.reference", _anything, automatic=False),
+    )
+}
+
+
+class _Preferred(local):
+    """The backend of `use_backend`, one for each thread."""
+
+    name: str | None = None
+
+
+_preferred = _Preferred()
+
+
+def choose(op: str, problem: Problem, backend: str | None) -> str:
+    """The backend for a call: the named one, else that of `use_backend`, else the first that can.
+
+    Raises:
+        ValueError: the name is unknown, or the named backend cannot take this call.
+    """
+    name = backend if backend is not None else _preferred.name
+    if name is None:
+        return next(b.name for b in BACKENDS.values() if b.automatic and b.why_not(problem) is None)
+    check_name(op, name)
+    reason = BACKENDS[name].why_not(problem)
+    if reason is not None:
+        fail(op, "backend", "be one that can take this call", f"{name!r}: {reason}")
+    return name
+
+
+def check_name(op: str, name: str) -> None:
+    """Raise ValueError for a backend that is not in the table."""
+    if name not in BACKENDS:
+        fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
+
+
+def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
+    """A line for the call, then one for each backend: taken, or why not."""
+    name = choose(op, problem, backend)
+    asked = "asked for by name" if (backend or _preferred.name) else "the first of this table that can"
+    lines = [f"{op}: {problem}"]
+    for row in BACKENDS.values():
+        if row.name == name:
+            verdict = f"taken: {asked}"
+        elif (reason := row.why_not(problem)) is not None:
+            verdict = f"cannot: {reason}"
+        elif not row.automatic:
+            verdict = "not taken: only where it is asked for by name"
+        else:
+            verdict = f"not taken: {name!r} stands before it" if backend is None else "not taken: not asked for"
+        lines.append(f"  {row.name:<10} {verdict}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within this block, calls that name no backend take this one; None restores the automatic choice.
+
+    Example:
+        with use_backend("torch"):
+            y = layer(x)
+    Raises:
+        ValueError: the name is unknown; a call within the block that the backend cannot take.
+    """
+    if name is not None:
+        check_name("use_backend", name)
+    before, _preferred.name = _preferred.name, name
+    try:
+        yield
+    finally:
+        _preferred.name = before
+
+
+@cache
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported when it is first called."""
+    return import_module(BACKENDS[name].module)

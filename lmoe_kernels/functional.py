@@ -1,0 +1,171 @@
+"""The operation as functions: `lmoe`, the delta alone, and `lmoe_linear`, with its frozen linear layer."""
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lmoe_kernels import autograd, checks, dispatch
+
+_MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
+
+
+def lmoe(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    gate_weight: Tensor | None = None,
+    gate_logits: Tensor | None = None,
+    base: Tensor | None = None,
+    scaling: float = 1.0,
+    mixing: str = "factors",
+    top_k: int | None = None,
+    return_router_logits: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The mixture of LoRA experts: what it adds to a linear layer's output.
+
+    Semantics (mixing="factors"; x of shape (T, I)):
+        g = softmax(x @ gate_weight.T);  A, B = einsum("te,eri->tri", g, lora_a), einsum("te,ero->tro", g, lora_b)
+        delta = scaling * einsum("tro,tri,ti->to", B, A, x)
+    Args:
+        x: (..., I) fp32 | bf16 | fp16 | fp64, any strides, any number of tokens. Under autocast it is cast first.
+        lora_a: (E, R, I), or (1, R, I): one A shared by all experts. x's dtype, or fp32 (master weights).
+        lora_b: (E, R, O), x's dtype or fp32. Rank before features: PEFT's lora_B.weight, transposed.
+        gate_weight: (E, I), x's dtype or fp32. The gate; either this or gate_logits.
+        gate_logits: (..., E), x's dtype or fp32. The logits of an outside router.
+        base: (..., O), x's dtype. The delta is added to it in the same pass; it is not written to.
+        scaling: factor on the delta (alpha / rank in LoRA's terms).
+        mixing: "factors" averages the experts' A and B and multiplies the averages (L-MoE); "outputs" averages the
+            products B_e A_e x (most mixtures of LoRAs; right for adapters that were trained apart).
+        top_k: keep the k largest logits of each token and softmax over them; of equal ones the lower expert index.
+        return_router_logits: also return the logits, (..., E) in fp32 (fp64 for fp64), differentiable: balance and
+            z losses are written on them. Where gate_logits are given, these are returned as they are.
+        backend: "torch", "reference", ...; None takes the fastest that can, see `explain`.
+    Returns:
+        delta (..., O) in x's dtype, or base + delta; with `return_router_logits` the pair (delta, router_logits).
+    Raises:
+        ValueError: a shape, a device or an option does not fit, or the named backend cannot take the call.
+        TypeError: a type or dtype is not supported.
+    Source: L-MoE, arXiv 2510.17898.
+    """
+    checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    if base is not None:
+        checks.check_base("lmoe", base, x, lora_b.shape[2])
+    return _call(
+        "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, return_router_logits,
+        backend,
+    )  # fmt: skip
+
+
+def lmoe_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    gate_weight: Tensor | None = None,
+    gate_logits: Tensor | None = None,
+    scaling: float = 1.0,
+    mixing: str = "factors",
+    top_k: int | None = None,
+    return_router_logits: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A linear layer and its mixture of LoRA experts, in the cheapest order: the delta first, the layer's GEMM adds to it.
+
+    Semantics:
+        y = torch.nn.functional.linear(x, weight, bias) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)
+    Args:
+        weight: (O, I), x's dtype, as in `torch.nn.Linear`. It gets a gradient where it requires one.
+        bias: (O) or None, x's dtype.
+        The others: see `lmoe`.
+    Returns:
+        y (..., O) in x's dtype; with `return_router_logits` the pair (y, router_logits).
+    Raises:
+        ValueError, TypeError: as `lmoe`.
+    """
+    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+    checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
+    return _call(
+        "lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, weight, bias, scaling, mixing, top_k,
+        return_router_logits, backend,
+    )  # fmt: skip
+
+
+def explain(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    gate_weight: Tensor | None = None,
+    gate_logits: Tensor | None = None,
+    scaling: float = 1.0,
+    mixing: str = "factors",
+    top_k: int | None = None,
+    backend: str | None = None,
+) -> str:
+    """Which backend `lmoe` takes for these arguments, and why not the others: one line each, nothing is computed.
+
+    Example:
+        print(explain(x, lora_a, lora_b, gate_weight=gate_weight))
+    Raises:
+        ValueError, TypeError: as `lmoe`.
+    """
+    checks.check_call("explain", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    return dispatch.explain_choice("lmoe", _problem(_autocast(x), lora_b), backend)
+
+
+def _call(
+    op: str,
+    x: Tensor,  # (..., I)
+    lora_a: Tensor,
+    lora_b: Tensor,
+    gate_weight: Tensor | None,
+    gate_logits: Tensor | None,  # (..., E)
+    weight: Tensor | None,
+    base: Tensor | None,  # (O) or (..., O)
+    scaling: float,
+    mixing: str,
+    top_k: int | None,
+    return_router_logits: bool,
+    backend: str | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Flatten the tokens, choose the backend, apply the Function, give the leading dims back."""
+    x = _autocast(x)
+    if weight is None:
+        base = _autocast(base)
+    name = dispatch.choose(op, _problem(x, lora_b), backend)
+    y, logits = autograd.apply(
+        _flat(x), lora_a, lora_b, gate_weight, _flat(gate_logits), weight, base if weight is not None else _flat(base),
+        float(scaling), mixing, top_k, return_router_logits, name,
+    )  # fmt: skip
+    lead = x.shape[:-1]
+    y = y.view(*lead, y.shape[1])
+    if not return_router_logits:
+        return y
+    return y, logits.view(*lead, logits.shape[1]) if gate_logits is None else gate_logits
+
+
+def _flat(t: _MaybeTensor) -> _MaybeTensor:
+    """(..., F) as (T, F)."""
+    if t is None or t.dim() == 2:
+        return t
+    return t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
+
+
+def _autocast(t: _MaybeTensor) -> _MaybeTensor:
+    """The tensor as autocast's matrix products would take it. Trained parameters are left alone: they may be fp32."""
+    if t is None or not torch.is_autocast_enabled(t.device.type) or t.dtype == torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def _problem(x: Tensor, lora_b: Tensor) -> dispatch.Problem:
+    features = x.shape[-1]
+    experts, rank, out_features = lora_b.shape
+    tokens = x.numel() // features if features else x.shape[:-1].numel()
+    return dispatch.Problem(x.device, x.dtype, tokens, features, out_features, experts, rank)

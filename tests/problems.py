@@ -1,0 +1,182 @@
+"""Random problems, their truth in float64, and the rule by which errors are judged."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmoe_kernels import lmoe, lmoe_linear, reference
+
+TRAINED = ("x", "lora_a", "lora_b", "gate_weight", "gate_logits", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The sizes and options of a problem, in the letters of the mathematics."""
+
+    T: int = 7
+    I: int = 33  # noqa: E741
+    O: int = 41  # noqa: E741
+    E: int = 5
+    R: int = 3
+    mixing: str = "factors"
+    top_k: int | None = None
+    shared_a: bool = False
+    outside_logits: bool = False
+    linear: bool = False  # with a frozen weight and bias
+    scaling: float = 0.75
+
+    def __str__(self) -> str:
+        options = [self.mixing]
+        options += [f"top{self.top_k}"] if self.top_k else []
+        options += [name for name in ("shared_a", "outside_logits", "linear") if getattr(self, name)]
+        return f"T{self.T}-I{self.I}-O{self.O}-E{self.E}-R{self.R}-" + "-".join(options)
+
+
+@dataclass
+class Problem:
+    """A case with its tensors; `dy` and `dlogits` are the gradients that arrive from above."""
+
+    case: Case
+    tensors: dict[str, Tensor]
+    dy: Tensor
+    dlogits: Tensor
+    options: dict = field(default_factory=dict)
+
+    def call(self, backend: str | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """(y, router_logits) by the package's function, with these tensors in the place of the problem's own."""
+        tensors = {**self.tensors, **tensors}
+        case = self.case
+        kwargs = {
+            "scaling": case.scaling, "mixing": case.mixing, "top_k": case.top_k,
+            "return_router_logits": True, "backend": backend,
+        }  # fmt: skip
+        kwargs |= {name: tensors[name] for name in ("gate_weight", "gate_logits") if name in tensors}
+        factors = tensors["lora_a"], tensors["lora_b"]
+        if case.linear:
+            return lmoe_linear(tensors["x"], tensors["weight"], tensors["bias"], *factors, **kwargs)
+        return lmoe(tensors["x"], *factors, **kwargs)
+
+
+CASES = [
+    Case(),
+    Case(mixing="outputs"),
+    Case(T=1),
+    Case(T=0, linear=True),
+    Case(E=1, R=1),
+    Case(T=19, I=70, O=17, E=8, R=4, top_k=2),
+    Case(T=19, I=16, O=80, E=8, R=16, top_k=3, mixing="outputs"),
+    Case(T=33, I=64, O=64, E=4, R=8, linear=True),
+    Case(T=40, I=48, O=50, E=6, R=5, shared_a=True),
+    Case(T=12, shared_a=True, mixing="outputs", top_k=2, linear=True),
+    Case(T=21, outside_logits=True),
+    Case(T=9, outside_logits=True, mixing="outputs", top_k=1, linear=True),
+    Case(T=130, I=136, O=72, E=3, R=9),
+]
+
+
+def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None = None, device: str = "cpu") -> Problem:
+    """Draw a problem. Tokens whose choice of experts hangs by a rounding are not drawn."""
+    experts_of_a = 1 if case.shared_a else case.E
+    param_dtype = param_dtype or dtype
+
+    def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
+        return (torch.randn(shape) * scale).to(device=device, dtype=to)
+
+    gate_weight = draw(case.E, case.I, scale=case.I**-0.5, to=param_dtype)
+    pool = draw(8 * case.T + 8, case.I)
+    pool_logits = pool.double() @ gate_weight.double().t()
+    if case.outside_logits:
+        pool_logits = draw(len(pool), case.E)
+    keep = _clear_choices(pool_logits, case.top_k)[: case.T]
+    x = pool[keep]
+    tensors = {
+        "x": x,
+        "lora_a": draw(experts_of_a, case.R, case.I, scale=case.I**-0.5, to=param_dtype),
+        "lora_b": draw(case.E, case.R, case.O, scale=case.R**-0.5, to=param_dtype),
+    }
+    if case.outside_logits:
+        tensors["gate_logits"] = pool_logits[keep]
+    else:
+        tensors["gate_weight"] = gate_weight
+    if case.linear:
+        tensors |= {"weight": draw(case.O, case.I, scale=case.I**-0.5), "bias": draw(case.O)}
+    return Problem(case, tensors, draw(case.T, case.O), draw(case.T, case.E, to=torch.promote_types(dtype, torch.float32)))
+
+
+def _clear_choices(logits: Tensor, top_k: int | None) -> Tensor:
+    """Indices of the tokens, those with the widest gap between the last expert kept and the first dropped in front."""
+    if top_k is None or top_k == logits.shape[1]:
+        return torch.arange(len(logits), device=logits.device)
+    ordered = logits.sort(dim=1, descending=True).values
+    return (ordered[:, top_k - 1] - ordered[:, top_k]).argsort(descending=True)
+
+
+def eager(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What plain PyTorch makes of the problem: the factored form in x's dtype, differentiated by autograd."""
+    case, x = problem.case, tensors["x"]
+    lora_a, lora_b = tensors["lora_a"].to(x.dtype), tensors["lora_b"].to(x.dtype)
+    logits = F.linear(x, tensors["gate_weight"].to(x.dtype)) if "gate_weight" in tensors else tensors["gate_logits"]
+    gates = reference.gate_softmax(logits, case.top_k).to(x.dtype)
+    u = torch.einsum("ti,eri->ter", x, lora_a)
+    if case.mixing == "factors":
+        h = torch.einsum("te,ter->tr", gates, u.expand(-1, case.E, -1))
+        v = torch.einsum("te,tr->ter", gates, h)
+    else:
+        v = gates[:, :, None] * u
+    delta = case.scaling * torch.einsum("ter,ero->to", v, lora_b)
+    y = F.linear(x, tensors["weight"], tensors["bias"]) + delta if case.linear else delta
+    return y, logits
+
+
+def gradients(problem: Problem, results: tuple[Tensor, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of <y, dy> + <router_logits, dlogits> for every leaf."""
+    y, logits = results
+    loss = (y * problem.dy.to(y.dtype)).sum() + (logits * problem.dlogits.to(logits.dtype)).sum()
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def leaves_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies that require gradients."""
+    return {name: t.detach().clone().to(dtype or t.dtype).requires_grad_() for name, t in tensors.items()}
+
+
+def truth(problem: Problem) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """y, router logits and all gradients in float64, from the literal definition, differentiated by autograd."""
+    leaves, case = leaves_of(problem.tensors, torch.float64), problem.case
+    x = leaves["x"]
+    logits = x @ leaves["gate_weight"].t() if "gate_weight" in leaves else leaves["gate_logits"]
+    base = F.linear(x, leaves["weight"], leaves["bias"]) if case.linear else None
+    y, _, _ = reference.forward(
+        x, leaves["lora_a"], leaves["lora_b"], None, logits, base, case.scaling, case.mixing, case.top_k, False
+    )
+    return y.detach(), logits.detach(), gradients(problem, (y, logits), leaves)
+
+
+def assert_no_worse(name: str, ours: Tensor, plain: Tensor, true: Tensor) -> None:
+    """Our error may not exceed plain PyTorch's in the same dtype by more than a small term.
+
+    The small term: one epsilon of the values' root mean square for the root mean square error, two epsilons of the largest
+    value for the largest error; four times that in fp32 and fp64, where both errors are sums of a few roundings and, in a
+    small tensor, chance. Over 40 seeds of every case a quarter to three quarters of it were used.
+    """
+    assert ours.shape == true.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(true.shape)}"
+    if true.numel() == 0:
+        return
+    assert ours.isfinite().all(), f"{name}: not finite"
+    eps = torch.finfo(plain.dtype).eps * (1 if plain.dtype.itemsize == 2 else 4)
+    for kind, size, epsilons in (("rms", _rms, 1), ("largest", _largest, 2)):
+        error, error_of_plain = size(ours.double() - true), size(plain.double() - true)
+        allowed = error_of_plain + epsilons * eps * size(true)
+        assert error <= allowed, (
+            f"{name}: {kind} error {error:.3e}, plain PyTorch {error_of_plain:.3e}, allowed {allowed:.3e}"
+        )
+
+
+def _rms(t: Tensor) -> float:
+    return t.square().mean().sqrt().item()
+
+
+def _largest(t: Tensor) -> float:
+    return t.abs().max().item()

@@ -1,0 +1,107 @@
+"""Backward of every backend: float64 truth, every subset of gradients, saved tensors, repeatability."""
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from lmoe_kernels import lmoe
+from tests.problems import CASES, Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_are_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype, backend: str, watch) -> None:
+    problem = make_problem(case, dtype)
+    _compare(problem, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES[:3] + CASES[5:9], ids=str)
+def test_fp32_parameters_get_fp32_gradients(case: Case, dtype: torch.dtype, backend: str, watch) -> None:
+    ours = _compare(make_problem(case, dtype, param_dtype=torch.float32), backend)
+    for name in ("lora_a", "lora_b", "gate_weight"):
+        gradient = ours[name]
+        assert gradient.dtype == torch.float32
+        assert case.T == 1 or not torch.equal(gradient, gradient.to(dtype).float()), f"{name} went through {dtype}"
+
+
+def _compare(problem, backend: str) -> dict[str, torch.Tensor]:
+    leaves = leaves_of(problem.tensors)
+    ours = gradients(problem, problem.call(backend, **leaves), leaves)
+    plain_leaves = leaves_of(problem.tensors)
+    plain = gradients(problem, eager(problem, plain_leaves), plain_leaves)
+    half = problem.tensors["x"].dtype
+    _, _, true = truth(problem)
+    for name, gradient in ours.items():
+        assert gradient.dtype == leaves[name].dtype
+        assert_no_worse(f"gradient of {name}", gradient, plain[name].to(half), true[name])
+    return ours
+
+
+@pytest.mark.parametrize("case", [Case(linear=True), Case(outside_logits=True, mixing="outputs", linear=True)], ids=str)
+def test_every_subset_of_gradients(case: Case, backend: str, watch) -> None:
+    problem = make_problem(case, torch.float64)
+    leaves = leaves_of(problem.tensors)
+    full = gradients(problem, problem.call(backend, **leaves), leaves)
+    for count in range(1, len(leaves) + 1):
+        for chosen in combinations(leaves, count):
+            some = {name: leaves[name] if name in chosen else t for name, t in problem.tensors.items()}
+            y, logits = problem.call(backend, **some)
+            loss = (y * problem.dy).sum()
+            if logits.requires_grad:
+                loss = loss + (logits * problem.dlogits).sum()
+            got = torch.autograd.grad(loss, [leaves[name] for name in chosen])
+            for name, gradient in zip(chosen, got, strict=True):
+                torch.testing.assert_close(gradient, full[name], msg=lambda m, n=name, c=chosen: f"{n} of {c}: {m}")
+
+
+@pytest.mark.parametrize("mixing", ["factors", "outputs"])
+def test_loss_on_router_logits_alone(mixing: str, backend: str, watch) -> None:
+    problem = make_problem(Case(mixing=mixing), torch.float64)
+    leaves = leaves_of(problem.tensors)
+    _, logits = problem.call(backend, **leaves)
+    dx, dgate = torch.autograd.grad((logits * problem.dlogits).sum(), [leaves["x"], leaves["gate_weight"]])
+    torch.testing.assert_close(dx, problem.dlogits @ problem.tensors["gate_weight"])
+    torch.testing.assert_close(dgate, problem.dlogits.t() @ problem.tensors["x"])
+
+
+def test_gradient_of_base(backend: str, watch) -> None:
+    t = make_problem(Case(), torch.float64).tensors
+    base, dy = torch.randn(7, 41, dtype=torch.float64, requires_grad=True), torch.randn(7, 41, dtype=torch.float64)
+    y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], base=base, backend=backend)
+    assert torch.equal(torch.autograd.grad(y, base, dy)[0], dy)
+
+
+def test_broadcast_and_strided_gradients_from_above(backend: str, watch) -> None:
+    problem = make_problem(Case(linear=True), torch.float64)
+    leaves = leaves_of(problem.tensors)
+    y, _ = problem.call(backend, **leaves)
+    for dy in (torch.ones(()).double().expand_as(y), problem.dy.t().contiguous().t()):
+        strided = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
+        dense = torch.autograd.grad(y, list(leaves.values()), dy.contiguous(), retain_graph=True)
+        for a, b in zip(strided, dense, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_two_backwards_give_the_same_bits_and_leave_everything_alone(backend: str) -> None:
+    problem = make_problem(Case(T=130, I=136, O=72, E=8, R=16, linear=True), torch.bfloat16)
+    leaves = leaves_of(problem.tensors)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        results = problem.call(backend, **leaves)
+    before = [t.clone() for t in saved]
+    y, logits = results
+    loss = (y * problem.dy).sum() + (logits * problem.dlogits).sum()
+    first, second = (torch.autograd.grad(loss, list(leaves.values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(saved, before, strict=True))
+
+
+def test_second_derivatives_are_refused(backend: str) -> None:
+    leaves = leaves_of(make_problem(Case(), torch.float64).tensors)
+    y = lmoe(leaves["x"], leaves["lora_a"], leaves["lora_b"], gate_weight=leaves["gate_weight"], backend=backend)
+    with pytest.raises(RuntimeError, match="create_graph must be False, got True: there are no second derivatives"):
+        torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)

@@ -1,0 +1,50 @@
+"""Allocations under watch: what a kernel forgets to write shows as NaN, what it writes outside its buffer kills a canary."""
+
+import pytest
+import torch
+from torch import Tensor
+
+MARGIN = 128  # elements before and behind each buffer; keeps 16-byte alignment in every dtype
+CANARY = -1234.0
+
+
+class AllocationWatch:
+    """Replaces torch.empty, torch.empty_like and Tensor.new_empty by allocations between canaries, filled with NaN."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Watch until the test ends."""
+        real_empty = torch.empty
+
+        def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+            count = torch.Size(shape).numel()
+            buffer = real_empty(count + 2 * MARGIN, dtype=dtype, device=device)
+            if dtype.is_floating_point:
+                buffer.fill_(CANARY)
+                buffer[MARGIN : MARGIN + count] = float("nan")
+                self.buffers.append((buffer, count))
+            return buffer[MARGIN : MARGIN + count].view(shape)
+
+        def shape_of(size: tuple) -> tuple[int, ...]:
+            return tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else tuple(size)
+
+        def empty(*size, dtype=None, device=None) -> Tensor:
+            return guarded(shape_of(size), dtype or torch.get_default_dtype(), device or torch.device("cpu"))
+
+        def new_empty(self: Tensor, *size, dtype=None, device=None) -> Tensor:
+            return guarded(shape_of(size), dtype or self.dtype, device or self.device)
+
+        def empty_like(like: Tensor, *, dtype=None) -> Tensor:
+            return guarded(tuple(like.shape), dtype or like.dtype, like.device)
+
+        monkeypatch.setattr(torch, "empty", empty)
+        monkeypatch.setattr(torch, "empty_like", empty_like)
+        monkeypatch.setattr(Tensor, "new_empty", new_empty)
+
+    def check(self) -> None:
+        """Fail where something was written outside its buffer."""
+        for buffer, count in self.buffers:
+            margins = torch.cat([buffer[:MARGIN], buffer[MARGIN + count :]])
+            assert (margins == CANARY).all(), f"written outside a buffer of {count} elements of {buffer.dtype}"
