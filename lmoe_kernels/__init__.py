@@ -1,7 +1,25 @@
 """L-MoE: a mixture of LoRA experts, gated per token, beside a frozen linear layer, as fused and differentiable kernels."""
 
+from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
+from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.losses import balance_loss, router_z_loss
+from lmoe_kernels.model import apply_lmoe, collect_router_logits, lmoe_layers
 from lmoe_kernels.version import __version__
 
-__all__ = ["__version__", "explain", "lmoe", "lmoe_linear", "use_backend"]
+__all__ = [
+    "LMoELinear",
+    "__version__",
+    "apply_lmoe",
+    "balance_loss",
+    "collect_router_logits",
+    "explain",
+    "lmoe",
+    "lmoe_layers",
+    "lmoe_linear",
+    "load_lmoe",
+    "router_z_loss",
+    "save_lmoe",
+    "use_backend",
+]

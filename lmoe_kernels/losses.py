@@ -1,0 +1,66 @@
+"""Losses on router logits, which keep the gate from collapsing onto few experts."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lmoe_kernels.checks import check_positive_int, fail
+
+
+def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask: Tensor | None = None) -> Tensor:
+    """The Switch Transformer's load balancing loss: 1 where all experts are used alike, up to E / top_k where not.
+
+    Semantics:
+        chosen = one_hot(logits.topk(top_k).indices).sum(-2).mean(0) / top_k;  mean = logits.softmax(-1).mean(0)
+        loss = E * (chosen * mean).sum()
+    Args:
+        router_logits: (..., E), or several of them: then the mean over them, layer by layer.
+        top_k: how many experts count as chosen for a token. With dense gates 1, the strongest.
+        mask: (...) bool or number, the tokens that count (padding: 0); None for all.
+    Returns:
+        a scalar in fp32 (fp64 for fp64). The gradient flows through `mean`; the choice has none.
+    Raises:
+        ValueError: no logits, a top_k outside 1..E, or a mask of another shape.
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6.
+    """
+
+    def loss(logits: Tensor, weights: Tensor) -> Tensor:
+        experts = logits.shape[1]
+        check_positive_int("balance_loss", "top_k", top_k, at_most=("E", experts))
+        best = logits.topk(top_k, dim=1).indices
+        chosen = torch.zeros_like(logits).scatter_(1, best, 1.0 / top_k)
+        return experts * ((weights @ chosen) * (weights @ logits.softmax(dim=1))).sum()
+
+    return _mean_over_layers("balance_loss", router_logits, mask, loss)
+
+
+def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> Tensor:
+    """The mean squared log-sum-exp of the logits, which keeps them small.
+
+    Semantics:
+        loss = logits.logsumexp(-1).square().mean()
+    Args, Returns, Raises: as `balance_loss`.
+    Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    return _mean_over_layers("router_z_loss", router_logits, mask, lambda logits, w: w @ logits.logsumexp(dim=1).square())
+
+
+def _mean_over_layers(op: str, router_logits: Tensor | Iterable[Tensor], mask: Tensor | None, loss) -> Tensor:
+    """Apply loss(logits (T, E), weights (T) summing to one) to every layer's logits, and average."""
+    layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
+    if not layers or any(not isinstance(logits, Tensor) or logits.dim() == 0 for logits in layers):
+        got = [type(logits).__name__ for logits in layers]
+        fail(op, "router_logits", "be a tensor (..., E) or several", got or "none (is output_router_logits set?)")
+    return torch.stack([loss(*_tokens(op, logits, mask)) for logits in layers]).mean()
+
+
+def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits as (T, E) in fp32 at least, and the tokens' weights (T)."""
+    flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    if mask is None:
+        return flat, flat.new_full((flat.shape[0],), 1.0 / max(1, flat.shape[0]))
+    if mask.shape != logits.shape[:-1]:
+        fail(op, "mask", f"have the tokens' shape {tuple(logits.shape[:-1])}", tuple(mask.shape))
+    counted = mask.reshape(-1).to(flat)
+    return flat, counted / counted.sum().clamp(min=1e-9)
