@@ -107,11 +107,11 @@ def _backward_fake(
     logits: Tensor, u: Tensor, weight: Tensor | None, scaling: float, mixing: str, top_k: int | None,
     output_mask: list[bool], backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    dx = dy.new_empty(dy.shape[0], lora_a.shape[2])
-    likes = (dx, lora_a, lora_b, logits if gate_weight is None else gate_weight, weight)
+    (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
+    dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
+    likes = (dx, lora_a, lora_b, logits if gate_weight is None else gate_weight, dweight)
     return tuple(
-        dy.new_empty(0) if like is None or not asked else like.new_empty(like.shape)
-        for like, asked in zip(likes, output_mask, strict=True)
+        like.new_empty(like.shape) if asked else dy.new_empty(0) for like, asked in zip(likes, output_mask, strict=True)
     )
 
 

@@ -1,0 +1,50 @@
+# Every target works on a machine with nothing but Python: the first one that needs it makes the environment in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+OUT    ?= demo
+
+.PHONY: help demo test lint format types build bench gpu check clean
+.DEFAULT_GOAL := help
+
+help: ## Say what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
+	$(BIN)/python examples/three_domains.py --out $(OUT)
+
+test: $(READY) ## Run every test that needs no GPU
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Look for errors of style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## Bring the sources into form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY) ## Check the types
+	$(BIN)/basedpyright
+
+build: $(READY) ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+bench: $(READY) ## Measure what the layer costs on this machine
+	$(BIN)/python -m benchmarks
+
+gpu: ## Test on this machine's GPU, with its own Python and without a network
+	$(PYTHON) -m pytest -m gpu
+
+check: lint types test ## All that must be green before a change lands
+
+clean: ## Remove what was built, the environment too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@

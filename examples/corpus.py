@@ -1,0 +1,59 @@
+"""Three kinds of real text that every CPython installation carries: English, Python and C, as bytes.
+
+English is the language reference of `pydoc_data.topics`, Python the standard library's modules, C the interpreter's headers.
+Each domain is split by document, every eighth one into the validation part, so that no file stands on both sides.
+"""
+
+import pydoc_data.topics
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VALIDATION_SHARE = 8  # one document in so many
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The bytes of one kind of text, uint8."""
+
+    name: str
+    train: Tensor
+    validation: Tensor
+
+    def batch(self, count: int, length: int, generator: torch.Generator) -> Tensor:
+        """`count` random windows of the training part, (count, length + 1) int64."""
+        starts = torch.randint(len(self.train) - length, (count,), generator=generator)
+        return torch.stack([self.train[s : s + length + 1] for s in starts]).long()
+
+    def windows(self, count: int, length: int) -> Tensor:
+        """The same `count` windows each time, spread evenly over the validation part, (count, length + 1) int64."""
+        starts = torch.linspace(0, len(self.validation) - length - 1, count).long()
+        return torch.stack([self.validation[s : s + length + 1] for s in starts]).long()
+
+
+def load_domains() -> list[Domain]:
+    """English, Python and C.
+
+    Raises:
+        FileNotFoundError: the installation lacks its sources or headers (on some systems a package of their own).
+    """
+    topics = [text.encode() for _, text in sorted(pydoc_data.topics.topics.items())]
+    modules = _read(Path(sysconfig.get_path("stdlib")), "*.py")
+    headers = _read(Path(sysconfig.get_path("include")), "**/*.h")
+    return [_split("English", topics), _split("Python", modules), _split("C", headers)]
+
+
+def _read(folder: Path, pattern: str) -> list[bytes]:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise FileNotFoundError(f"corpus: {folder} must hold {pattern}, which this Python installation lacks")
+    return [file.read_bytes() for file in files]
+
+
+def _split(name: str, documents: list[bytes]) -> Domain:
+    validation = documents[VALIDATION_SHARE - 1 :: VALIDATION_SHARE]
+    train = [d for i, d in enumerate(documents) if i % VALIDATION_SHARE != VALIDATION_SHARE - 1]
+    return Domain(name, *(torch.frombuffer(bytearray(b"\n".join(part)), dtype=torch.uint8) for part in (train, validation)))

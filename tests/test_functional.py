@@ -1,0 +1,202 @@
+"""The functions' front: errors word for word, autocast, router logits, what is saved, which backend is taken."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmoe_kernels import dispatch, explain, lmoe, lmoe_linear, use_backend
+from tests.problems import Case, leaves_of, make_problem
+
+
+def _arguments(**changes):
+    """Good arguments of lmoe for T=2, I=16, O=12, E=8, R=4, with some of them changed."""
+    good = {
+        "x": torch.randn(2, 16),
+        "lora_a": torch.randn(8, 4, 16),
+        "lora_b": torch.randn(8, 4, 12),
+        "gate_weight": torch.randn(8, 16),
+    }
+    return good | changes
+
+
+BAD = [
+    ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+    (
+        {"x": torch.zeros(2, 16, dtype=torch.int64)},
+        TypeError,
+        "x must have a dtype of torch.float32, torch.bfloat16, torch.float16, torch.float64, got torch.int64",
+    ),
+    ({"x": torch.tensor(1.0)}, ValueError, "x must have shape (..., I), got a tensor without dimensions"),
+    ({"x": torch.zeros(2, 15)}, ValueError, "lora_a must have shape (E, R, I) = (8, 4, 15), got (8, 4, 16)"),
+    ({"lora_a": torch.zeros(4, 16)}, ValueError, "lora_a must have shape (E, R, I) with E, R >= 1, got (4, 16)"),
+    ({"lora_b": torch.zeros(8, 0, 12)}, ValueError, "lora_b must have shape (E, R, O) with E, R >= 1, got (8, 0, 12)"),
+    ({"lora_a": torch.zeros(2, 4, 16)}, ValueError, "lora_a must have shape (E, R, I) = (8, 4, 16), got (2, 4, 16)"),
+    ({"lora_b": torch.zeros(8, 5, 12)}, ValueError, "lora_a must have shape (E, R, I) = (8, 5, 16), got (8, 4, 16)"),
+    ({"lora_a": torch.zeros(8, 4, 16).half()}, TypeError, "lora_a must have dtype torch.float32, got torch.float16"),
+    (
+        {"x": torch.zeros(2, 16).bfloat16(), "lora_b": torch.zeros(8, 4, 12).half()},
+        TypeError,
+        "lora_b must have dtype torch.bfloat16 as x, or torch.float32, got torch.float16",
+    ),
+    ({"lora_b": torch.zeros(8, 4, 12, device="meta")}, ValueError, "lora_b must be on cpu as x, got meta"),
+    (
+        {"gate_weight": None},
+        ValueError,
+        "gate_weight or gate_logits must be given, exactly one of the two, got neither",
+    ),
+    (
+        {"gate_logits": torch.zeros(2, 8)},
+        ValueError,
+        "gate_weight or gate_logits must be given, exactly one of the two, got both",
+    ),
+    ({"gate_weight": torch.zeros(7, 16)}, ValueError, "gate_weight must have shape (E, I) = (8, 16), got (7, 16)"),
+    (
+        {"gate_weight": None, "gate_logits": torch.zeros(3, 8)},
+        ValueError,
+        "gate_logits must have shape (..., E) = (2, 8), got (3, 8)",
+    ),
+    ({"scaling": "1"}, TypeError, "scaling must be a number, got str"),
+    ({"mixing": "sum"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'sum'"),
+    ({"top_k": 0}, ValueError, "top_k must be in 1 .. E = 8, got 0"),
+    ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
+    ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+    ({"base": torch.zeros(2, 11)}, ValueError, "base must have shape (..., O) = (2, 12), got (2, 11)"),
+    ({"base": torch.zeros(2, 12).half()}, TypeError, "base must have dtype torch.float32 as x, got torch.float16"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "text"), BAD, ids=[text for _, _, text in BAD])
+def test_bad_input_gets_one_clear_line(changes: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        lmoe(**_arguments(**changes))
+    assert str(caught.value) == f"lmoe: {text}"
+
+
+def test_unknown_backend_names_the_known_ones() -> None:
+    known = ", ".join(map(repr, dispatch.BACKENDS))
+    with pytest.raises(ValueError) as caught:
+        lmoe(**_arguments(), backend="cudnn")
+    assert str(caught.value) == f"lmoe: backend must be None or one of {known}, got 'cudnn'"
+    with pytest.raises(ValueError, match="use_backend: backend must be None or one of"), use_backend("cudnn"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"weight": torch.zeros(11, 16)}, "weight must have shape (O, I) = (12, 16), got (11, 16)"),
+        ({"bias": torch.zeros(11)}, "bias must have shape (O) = (12,), got (11,)"),
+        ({"weight": torch.zeros(12, 16).half()}, "weight must have dtype torch.float32 as x, got torch.float16"),
+    ],
+)
+def test_bad_linear_layer(changes: dict, text: str) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        lmoe_linear(**_arguments(**{"weight": torch.zeros(12, 16), "bias": None, **changes}))
+    assert str(caught.value) == f"lmoe_linear: {text}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
+    """Under autocast an fp32 layer computes as if its tokens and frozen weight were half, and gets fp32 gradients."""
+    problem = make_problem(Case(T=9, linear=True), torch.float32)
+    leaves = leaves_of(problem.tensors)
+    with torch.autocast("cpu", dtype=dtype):
+        y, logits = problem.call(backend, **leaves)
+    assert (y.dtype, logits.dtype) == (dtype, torch.float32)
+    half = {name: leaves[name].detach().to(dtype) for name in ("x", "weight", "bias")}
+    expected, expected_logits = problem.call(backend, **half)
+    assert torch.equal(y, expected)
+    assert torch.equal(logits, expected_logits)
+    with torch.autocast("cpu", dtype=dtype):  # a backward within the region must not be cast a second time
+        inside = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
+    outside = torch.autograd.grad(y.sum(), list(leaves.values()))
+    assert all(g.dtype == torch.float32 for g in outside)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
+    t = _arguments(gate_weight=None)
+    given = torch.randn(2, 8, requires_grad=True)
+    _, logits = lmoe(**t | {"gate_logits": given}, return_router_logits=True, backend=backend)
+    assert logits is given
+
+
+def test_saved_bytes(backend: str) -> None:
+    """E=8, R=16 in bf16: at most 330 bytes a token beyond x, and the parameters themselves."""
+    tokens, features = 64, 256
+    x = torch.randn(tokens, features).bfloat16()
+    weight, lora_a, lora_b = torch.randn(features, features), torch.randn(8, 16, features), torch.randn(8, 16, features)
+    gate_weight = torch.randn(8, features)
+    leaves = [t.bfloat16().requires_grad_() for t in (x, lora_a, lora_b, gate_weight)]
+    frozen = weight.bfloat16()
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = lmoe_linear(leaves[0], frozen, None, *leaves[1:3], gate_weight=leaves[3], backend=backend)
+    known = {t.untyped_storage().data_ptr() for t in (*leaves, frozen)}
+    beyond = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert sum(size for pointer, size in beyond.items() if pointer not in known) <= 330 * tokens
+    assert y.requires_grad
+
+
+def test_only_what_a_gradient_needs_is_saved(backend: str) -> None:
+    """Where only the experts' B is trained and nothing below, neither x nor the frozen weight is kept."""
+    problem = make_problem(Case(linear=True), torch.float32)
+    t = problem.tensors
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: saved.append(s) or s, lambda s: s):
+        problem.call(backend, lora_b=t["lora_b"].clone().requires_grad_())
+    kept = {s.untyped_storage().data_ptr() for s in saved}
+    assert t["x"].untyped_storage().data_ptr() not in kept
+    assert t["weight"].untyped_storage().data_ptr() not in kept
+
+
+def test_explain_names_every_backend_and_takes_one() -> None:
+    text = explain(**_arguments())
+    lines = text.splitlines()
+    assert lines[0] == "lmoe: T=2 I=16 O=12 E=8 R=4, torch.float32 on cpu"
+    assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
+    assert sum(line.split()[1] == "taken:" for line in lines[1:]) == 1
+    assert "torch      taken: the first of this table that can" in text
+    assert "reference  not taken: only where it is asked for by name" in text
+    assert "reference  taken: asked for by name" in explain(**_arguments(), backend="reference")
+    with use_backend("reference"):
+        assert "reference  taken: asked for by name" in explain(**_arguments())
+
+
+def test_use_backend_is_undone_nested_and_of_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    real = dispatch.load
+    monkeypatch.setattr(dispatch, "load", lambda name: taken.append(name) or real(name))
+
+    def call() -> None:
+        lmoe(**_arguments())
+
+    with use_backend("reference"):
+        call()
+        with use_backend(None):
+            call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        lmoe(**_arguments(), backend="torch")
+    call()
+    assert taken == ["reference", "torch", "torch", "torch", "torch"]
+
+
+def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
+    monkeypatch.setitem(dispatch.BACKENDS, "tpu", row)
+    with pytest.raises(ValueError) as caught:
+        lmoe(**_arguments(), backend="tpu")
+    assert str(caught.value) == "lmoe: backend must be one that can take this call, got 'tpu': there is no TPU"
+    assert "tpu        cannot: there is no TPU" in explain(**_arguments())
+
+
+def test_lmoe_linear_is_the_linear_layer_and_the_delta(backend: str) -> None:
+    t = make_problem(Case(), torch.float64).tensors
+    weight, bias = torch.randn(41, 33, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
+    factors, gate = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
+    y = lmoe_linear(t["x"], weight, bias, *factors, **gate)
+    torch.testing.assert_close(y, F.linear(t["x"], weight, bias) + lmoe(t["x"], *factors, **gate))

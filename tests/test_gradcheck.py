@@ -1,0 +1,25 @@
+"""Numerical differentiation in float64, through the public function, for every tensor that can want a gradient."""
+
+import pytest
+import torch
+
+from lmoe_kernels import lmoe
+from tests.problems import Case, leaves_of, make_problem
+
+
+@pytest.mark.parametrize("outside_logits", [False, True], ids=["gate_weight", "gate_logits"])
+@pytest.mark.parametrize("shared_a", [False, True], ids=["own_a", "shared_a"])
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("mixing", ["factors", "outputs"])
+def test_gradcheck(mixing: str, top_k: int | None, shared_a: bool, outside_logits: bool, backend: str) -> None:
+    case = Case(T=4, I=5, O=6, E=4, R=2, mixing=mixing, top_k=top_k, shared_a=shared_a, outside_logits=outside_logits)
+    leaves = leaves_of(make_problem(case, torch.float64).tensors)
+    gate = "gate_logits" if outside_logits else "gate_weight"
+
+    def function(x, lora_a, lora_b, gate_tensor):
+        return lmoe(
+            x, lora_a, lora_b, **{gate: gate_tensor}, scaling=1.3, mixing=mixing, top_k=top_k,
+            return_router_logits=True, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in ("x", "lora_a", "lora_b", gate)))

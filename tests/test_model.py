@@ -1,0 +1,296 @@
+"""Whole models: apply_lmoe, the losses over layers, save and load."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lmoe_kernels import (
+    LMoELinear,
+    apply_lmoe,
+    balance_loss,
+    collect_router_logits,
+    lmoe_layers,
+    load_lmoe,
+    router_z_loss,
+    save_lmoe,
+)
+
+IDS = torch.arange(24).view(2, 12)
+
+
+def _llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def _with_experts(model: nn.Module, **options) -> nn.Module:
+    apply_lmoe(model, ["q_proj", "down_proj"], num_experts=3, rank=2, **options)
+    for layer in lmoe_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    return model
+
+
+def _state(model: nn.Module) -> dict:
+    return {name: (type(m), [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()}
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("q_proj", 2),
+        (["q_proj", "v_proj"], 4),
+        ("model.layers.1.self_attn.q_proj", 1),
+        (r".*\.mlp\..*", 6),
+        (["q_proj", r"model\.layers\.0\..*"], 8),
+        ("all-linear", 14),
+        ("lm_head", 1),
+    ],
+)
+def test_targets(targets, count: int) -> None:
+    model = _llama()
+    before = model(IDS).logits
+    names = apply_lmoe(model, targets, num_experts=2, rank=2)
+    assert len(names) == count
+    assert list(lmoe_layers(model)) == names
+    torch.testing.assert_close(model(IDS).logits, before)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.{p}" for name in names for p in ("lora_a", "lora_b", "gate_weight")}
+
+
+def test_a_second_call_keeps_the_first_layers_trained() -> None:
+    model = _llama()
+    apply_lmoe(model, "q_proj", num_experts=2, rank=2)
+    apply_lmoe(model, "all-linear", num_experts=4, rank=1)
+    assert {layer.num_experts for layer in lmoe_layers(model).values()} == {2, 4}
+    assert all(layer.num_trainable_parameters for layer in lmoe_layers(model).values())
+    assert not any(isinstance(layer.base_layer, LMoELinear) for layer in lmoe_layers(model).values())
+
+
+def test_a_layer_under_two_names_stays_one() -> None:
+    linear = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": linear, "b": nn.Sequential(linear)})
+    assert apply_lmoe(model, "all-linear", num_experts=2, rank=1) == ["a", "b.0"]
+    assert model["a"] is model["b"][0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "text"),
+    [
+        ("q_prj", "match linear layers of the model, got 'q_prj'; nearest: 'q_proj', "),
+        (["q_proj", "nothing"], "match linear layers of the model, got 'nothing'; nearest: "),
+        ([], "name at least one layer, got []"),
+        ("(", "match linear layers of the model, got '('; nearest: "),
+    ],
+)
+def test_a_target_that_matches_nothing_leaves_the_model_alone(targets, text: str) -> None:
+    model = _llama()
+    before = _state(model)
+    with pytest.raises(ValueError) as caught:
+        apply_lmoe(model, targets)
+    assert str(caught.value).startswith(f"apply_lmoe: target_modules must {text}")
+    assert _state(model) == before
+    with pytest.raises(ValueError, match="top_k"):
+        apply_lmoe(model, "q_proj", top_k=99)
+    assert _state(model) == before
+
+
+def test_router_logits_carry_the_losses_gradient() -> None:
+    model = _with_experts(_llama(), output_router_logits=True)
+    assert collect_router_logits(model) == {}
+    model(IDS)
+    logits = collect_router_logits(model)
+    assert list(logits) == list(lmoe_layers(model))
+    (balance_loss(logits.values()) + router_z_loss(logits.values())).backward()
+    assert all(layer.gate_weight.grad is not None for layer in lmoe_layers(model).values())
+
+
+def test_balance_loss() -> None:
+    even = torch.eye(4, dtype=torch.float64).repeat(3, 1) * 50
+    torch.testing.assert_close(balance_loss(even), torch.ones((), dtype=torch.float64))
+    collapsed = torch.zeros(12, 4, dtype=torch.float64)
+    collapsed[:, 2] = 50
+    torch.testing.assert_close(balance_loss(collapsed), torch.full((), 4.0, dtype=torch.float64))
+    logits = torch.randn(5, 6, 4, dtype=torch.float64)
+    best = logits.view(-1, 4).topk(2).indices
+    chosen = torch.tensor([(best == e).sum() for e in range(4)]) / (2 * 30)
+    expected = 4 * (chosen * logits.view(-1, 4).softmax(-1).mean(0)).sum()
+    torch.testing.assert_close(balance_loss(logits, top_k=2), expected)
+    mask = torch.rand(5, 6) > 0.4
+    torch.testing.assert_close(balance_loss(logits, mask=mask), balance_loss(logits[mask]))
+    torch.testing.assert_close(balance_loss([logits, even]), (balance_loss(logits) + balance_loss(even)) / 2)
+    assert torch.autograd.gradcheck(balance_loss, logits[0].clone().requires_grad_())
+
+
+def test_router_z_loss() -> None:
+    logits = torch.randn(7, 3, dtype=torch.float64)
+    torch.testing.assert_close(router_z_loss(logits), logits.exp().sum(-1).log().square().mean())
+    mask = torch.arange(7) < 4
+    torch.testing.assert_close(router_z_loss(logits, mask), router_z_loss(logits[:4]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (([],), "router_logits must be a tensor (..., E) or several, got none (is output_router_logits set?)"),
+        (([1.0],), "router_logits must be a tensor (..., E) or several, got ['float']"),
+        ((torch.zeros(2, 3), 4), "top_k must be in 1 .. E = 3, got 4"),
+        ((torch.zeros(2, 3), 1, torch.ones(3)), "mask must have the tokens' shape (2,), got (3,)"),
+    ],
+)
+def test_bad_input_of_the_losses(arguments: tuple, text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        balance_loss(*arguments)
+    assert str(caught.value) == f"balance_loss: {text}"
+
+
+def test_trains_under_gradient_checkpointing() -> None:
+    model = _with_experts(_llama(), output_router_logits=True).train()
+    grads = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.zero_grad()
+        loss = F.cross_entropy(model(IDS[:, :-1]).logits.flatten(0, 1), IDS[:, 1:].flatten())
+        (loss + balance_loss(collect_router_logits(model).values())).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 5, "top_k": 2, "mixing": "outputs", "shared_a": True}], ids=str)
+def test_save_and_load(options: dict, tmp_path: Path) -> None:
+    base = _llama()
+    model = _with_experts(copy.deepcopy(base), **options)
+    expected = model(IDS).logits
+    save_lmoe(model, tmp_path / "new" / "folder")
+    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
+    fresh = copy.deepcopy(base)
+    assert load_lmoe(fresh, tmp_path / "new" / "folder", output_router_logits=True) == list(lmoe_layers(model))
+    assert torch.equal(fresh(IDS).logits, expected)
+    assert collect_router_logits(fresh)
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    changed = _with_experts(copy.deepcopy(base), **options)
+    load_lmoe(changed, tmp_path / "new" / "folder")
+    assert torch.equal(changed(IDS).logits, expected)
+
+
+def _edit_config(change):
+    def edit(folder: Path) -> None:
+        path = folder / "lmoe_config.json"
+        config = json.loads(path.read_text())
+        change(config)
+        path.write_text(json.dumps(config))
+
+    return edit
+
+
+def _edit_tensors(change):
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / "lmoe.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "lmoe.safetensors")
+
+    return edit
+
+
+Q = "model.layers.0.self_attn.q_proj"
+DAMAGES = {
+    "not JSON": (lambda f: (f / "lmoe_config.json").write_text("{"), ValueError, "must be JSON, got Expecting"),
+    "another format": (
+        _edit_config(lambda c: c.update(format="peft")),
+        ValueError,
+        "must say format 'lmoe_kernels', got 'peft'",
+    ),
+    "a later version": (_edit_config(lambda c: c.update(version=2)), ValueError, "must be of version 1, got 2"),
+    "no layers": (_edit_config(lambda c: c.update(layers=[])), ValueError, "must map layers to their options, got []"),
+    "unknown layer": (
+        _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
+        ValueError,
+        "layer 'foo' must be a linear layer of the model, got none of that name",
+    ),
+    "unknown option": (
+        _edit_config(lambda c: c["layers"][Q].update(dropout=1)),
+        ValueError,
+        f"layer {Q!r} must have the options",
+    ),
+    "bad option": (_edit_config(lambda c: c["layers"][Q].update(top_k=7)), ValueError, "top_k must be in 1 .. E = 3, got 7"),
+    "no config": (lambda f: (f / "lmoe_config.json").unlink(), FileNotFoundError, "lmoe_config.json"),
+    "no tensors": (lambda f: (f / "lmoe.safetensors").unlink(), FileNotFoundError, "lmoe.safetensors does not exist"),
+    "not safetensors": (
+        lambda f: (f / "lmoe.safetensors").write_bytes(b"PK"),
+        ValueError,
+        "must be a safetensors file, got",
+    ),
+    "missing tensor": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_a")), ValueError, f"got 1 missing: '{Q}.lora_a'"),
+    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 foreign: 'alien'"),
+    "misshapen tensor": (
+        _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 15)})),
+        ValueError,
+        f"tensor '{Q}.lora_a' must have shape (3, 2, 16), got (3, 2, 15)",
+    ),
+    "integer tensor": (
+        _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 16, dtype=torch.int8)})),
+        ValueError,
+        f"tensor '{Q}.lora_a' must have a dtype of",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("has_layers", [False, True], ids=["plain model", "model with layers"])
+def test_a_bad_file_leaves_the_model_as_it_was(damage: str, has_layers: bool, tmp_path: Path) -> None:
+    save_lmoe(_with_experts(_llama()), tmp_path)
+    edit, error, text = DAMAGES[damage]
+    edit(tmp_path)
+    model = _with_experts(_llama()) if has_layers else _llama()
+    before, tensors = _state(model), copy.deepcopy(model.state_dict())
+    if has_layers and damage == "bad option":
+        text = "must have the model's options"
+    elif has_layers and damage == "unknown option":
+        text = f"layer {Q!r} must have the model's options"
+    with pytest.raises(error) as caught:
+        load_lmoe(model, tmp_path)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert _state(model) == before
+    assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
+
+
+def test_a_model_with_other_layers_is_refused(tmp_path: Path) -> None:
+    save_lmoe(_with_experts(_llama()), tmp_path)
+    model = _llama()
+    apply_lmoe(model, "k_proj", num_experts=3, rank=2)
+    with pytest.raises(ValueError, match=r"must name the model's L-MoE layer 'model.layers.0.self_attn.k_proj'"):
+        load_lmoe(model, tmp_path)
+
+
+def test_saving_a_model_without_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="save_lmoe: model must have L-MoE layers"):
+        save_lmoe(_llama(), tmp_path)
+
+
+def test_a_failed_save_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _with_experts(_llama())
+    save_lmoe(model, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    nn.init.normal_(lmoe_layers(model)[Q].lora_b)
+    with pytest.raises(OSError, match="no space left"):
+        save_lmoe(model, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
