@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from threading import local
 from types import ModuleType
 
 import torch
@@ -58,13 +57,7 @@ BACKENDS = {
 }
 
 
-class _Preferred(local):
-    """The backend of `use_backend`, one for each thread."""
-
-    name: str | None = None
-
-
-_preferred = _Preferred()
+_preferred: str | None = None  # the backend of `use_backend`; a plain global, because torch.compile guards on those
 
 
 def choose(op: str, problem: Problem, backend: str | None) -> str:
@@ -73,7 +66,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     Raises:
         ValueError: the name is unknown, or the named backend cannot take this call.
     """
-    name = backend if backend is not None else _preferred.name
+    name = backend if backend is not None else _preferred
     if name is None:
         return next(b.name for b in BACKENDS.values() if b.automatic and b.why_not(problem) is None)
     check_name(op, name)
@@ -92,7 +85,7 @@ def check_name(op: str, name: str) -> None:
 def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
     """A line for the call, then one for each backend: taken, or why not."""
     name = choose(op, problem, backend)
-    asked = "asked for by name" if (backend or _preferred.name) else "the first of this table that can"
+    asked = "asked for by name" if (backend or _preferred) else "the first of this table that can"
     lines = [f"{op}: {problem}"]
     for row in BACKENDS.values():
         if row.name == name:
@@ -111,6 +104,8 @@ def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within this block, calls that name no backend take this one; None restores the automatic choice.
 
+    It holds for every thread of the process, and a compiled function compiles again for it.
+
     Example:
         with use_backend("torch"):
             y = layer(x)
@@ -119,11 +114,12 @@ def use_backend(name: str | None) -> Iterator[None]:
     """
     if name is not None:
         check_name("use_backend", name)
-    before, _preferred.name = _preferred.name, name
+    global _preferred
+    before, _preferred = _preferred, name
     try:
         yield
     finally:
-        _preferred.name = before
+        _preferred = before
 
 
 @cache
