@@ -53,9 +53,10 @@ def plot_gates(gates: dict[str, Tensor], domains: list[str], path: Path) -> None
     """Heat maps of the mean gates in the most specialised layers, beside how specialised every layer is."""
     best = most_specialised(gates)[:SHOWN]
     figure = plt.figure(figsize=(11, 5.6), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2.1, 1])
+    panels: Any = figure.subfigures(1, 2, width_ratios=[2.1, 1])
+    left, right = panels
     top = max(gates[name].max().item() for name in best)
-    grid: Any = left.subplots(3, 2, sharex=True, sharey=True)
+    grid = left.subplots(3, 2, sharex=True, sharey=True)
     images = []
     for axes, name in zip(grid.flat, best, strict=False):
         images.append(axes.imshow(gates[name], cmap="viridis", vmin=0.0, vmax=top, aspect="auto"))
