@@ -1,13 +1,22 @@
 """Fixtures that the whole suite shares: fresh random inputs, the backends under test, watched allocations."""
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from tests.triton_interpreter import interpret
 from tests.watch import AllocationWatch
 
-BACKENDS = ["torch"]
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON:
+    interpret()  # before anything imports Triton
+
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
