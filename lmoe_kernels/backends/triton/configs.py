@@ -1,9 +1,11 @@
 """Which kernels run, and on which tiles: pure functions of the sizes, the dtype and the chip.
 
-Nothing here was timed: no GPU was at hand. The choices follow registers and shared memory (read from machine code: `python -m
-benchmarks.static`), the number of programs against the chip's processors, and bytes (`python -m benchmarks.traffic`).
+Nothing here was timed: no GPU was at hand. The choices follow registers, spills and shared memory (read from machine code:
+`python -m benchmarks.static`), the number of programs against the chip's processors, and bytes counted (`python -m
+benchmarks.traffic`). `make gpu` times `SEARCH_SPACE` around them.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,7 +25,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Chip:
-    """What a choice depends on: "sm_90", "gfx942", ..., or "interpreter"."""
+    """What a choice depends on beside the call: "sm_90", "gfx942", ..., or "interpreter"."""
 
     arch: str
     processors: int
@@ -34,13 +36,13 @@ class Chip:
 class Tile:
     """The block of every letter that a kernel may name, all powers of two, and how it is launched."""
 
-    T: int = 64
-    F: int = 64  # features, I or O
-    ER: int = 16  # rows of a factor
+    T: int
+    F: int  # features, I or O
+    ER: int  # rows of a factor
     E: int = 16
     R: int = 16
     warps: int = 4
-    stages: int = 3
+    stages: int = 2
 
     def blocks(self) -> dict[str, int]:
         """The constants of a kernel."""
@@ -51,12 +53,9 @@ class Tile:
         return -(-tokens // self.T)
 
 
-REDUCE = Tile(F=1024)  # _reduce_bwd_kernel is a copy: nothing to choose
-
-
 @dataclass(frozen=True)
 class ForwardPlan:
-    """One pass, or shrink in `splits` parts of I, then mix, then expand."""
+    """One pass; or shrink in `splits` parts of I, with the mix where that is one part, then expand."""
 
     one_pass: Tile | None
     splits: int
@@ -67,7 +66,7 @@ class ForwardPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Shrink of dy in `splits` parts of O with the mix, expand into dx, and the weight gradients."""
+    """Shrink of dy in `splits` parts of O, with the mix where that is one part, then expand into dx."""
 
     splits: int
     shrink: Tile
@@ -77,37 +76,144 @@ class BackwardPlan:
 
 @dataclass(frozen=True)
 class WgradPlan:
-    """One weight gradient, its tokens summed in `splits` parts of `tokens` each."""
+    """A weight gradient, its tokens summed in `splits` parts of `tokens` each."""
 
     tile: Tile
     splits: int
     tokens: int
 
 
+REDUCE = Tile(T=16, F=1024, ER=16)  # a copy with a sum: nothing to choose
+
+# What the tuner tries around a choice; blocks of E, ER and R follow from the sizes.
+SEARCH_SPACE = {
+    "T": (64, 128),
+    "F": (32, 64, 128),
+    "warps": (4, 8),
+    "stages": (2, 3, 4),
+}
+
+
 def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     """Which forward kernels run, on which tiles."""
-    widest = max(sizes.E, sizes.E_of_a) * sizes.R
-    shrink = Tile(T=16, F=16, ER=block_of(sizes.E_of_a*sizes.R, most=32), E=block_of(sizes.E), R=block_of(sizes.R, 1, 16))
-    expand = replace(shrink, F=32, ER=block_of(sizes.E*sizes.R, most=32))
-    fits = sizes.E * sizes.R <= 32
-    one = replace(shrink, ER=block_of(sizes.E*sizes.R, most=32), T=32) if fits and sizes.T > 16 else None
-    return ForwardPlan(one, 1 if sizes.T % 2 else 2, shrink, replace(shrink, T=4), expand)
+    shrink = shrink_tile(sizes, sizes.E_of_a * sizes.R, dtype, chip)
+    # One pass holds the whole E R of both factors in one tile, and its programs are tiles of tokens alone: below three
+    # quarters of a wave the two kernels, of which expand has tiles of features too, leave less of the chip idle.
+    fits = sizes.E == sizes.E_of_a and sizes.E * sizes.R <= shrink.ER and one_pass_bytes(shrink, dtype) <= chip.shared_memory
+    fills = 4 * shrink.tiles_of(sizes.T) >= 3 * chip.processors
+    return ForwardPlan(
+        shrink if fits and fills else None,
+        splits_of(shrink, sizes.T, sizes.E_of_a * sizes.R, sizes.I, chip),
+        shrink,
+        mix_tile(sizes, chip),
+        expand_tile(sizes, sizes.E * sizes.R, dtype, chip),
+    )
 
 
 def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
-    shrink = Tile(T=16, F=16, ER=block_of(sizes.E*sizes.R, most=32), E=block_of(sizes.E), R=block_of(sizes.R, 1, 16))
-    expand = replace(shrink, F=32, ER=block_of(sizes.E_of_a*sizes.R, most=32))
-    return BackwardPlan(1 if sizes.T % 2 else 2, shrink, replace(shrink, T=4), expand)
+    """Which backward kernels run before the weight gradients, on which tiles."""
+    shrink = shrink_tile(sizes, sizes.E * sizes.R, dtype, chip)
+    return BackwardPlan(
+        splits_of(shrink, sizes.T, sizes.E * sizes.R, sizes.O, chip),
+        shrink,
+        mix_tile(sizes, chip),
+        expand_tile(sizes, sizes.E_of_a * sizes.R, dtype, chip),
+    )
 
 
 def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtype, chip: Chip) -> WgradPlan:
-    tile = Tile(T=16, F=32, ER=block_of(heights[0], most=32), E=block_of(heights[-1]))
-    splits = 2 if tokens > 16 else 1
-    per = -(-tokens // splits)
-    per = -(-per // 16) * 16
-    return WgradPlan(tile, splits, per)
+    """The tile and the splits of a weight gradient of `heights[0]` rows, and the gate's `heights[1]` beside it."""
+    experts = heights[1] if len(heights) == 2 else 1
+    tile = Tile(T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype)), E=block_of(experts), warps=8)
+    if chip.arch == "interpreter":
+        tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
+    elif dtype.itemsize > 2 or tile.ER + tile.E > 384:  # fp32 without tensor cores keeps its operands in registers
+        tile = replace(tile, T=32, F=64)
+    tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
+    # As many programs as fill one wave. A split costs 8 ER F bytes, written and read, against T F times the itemsize of
+    # the rows themselves: below 512 tokens each it is not worth its bytes.
+    programs = -(-features // tile.F) * -(-heights[0] // tile.ER)
+    least = 32 if chip.arch == "interpreter" else 512
+    splits = max(1, min(chip.processors // max(programs, 1), tokens // least))
+    of_split = -(-tokens // splits)
+    of_split = max(1, -(-of_split // tile.T)) * tile.T
+    return WgradPlan(tile, max(1, -(-tokens // of_split)), of_split)
+
+
+def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile of the kernels that sum over features: x against A, dy against B.
+
+    128 tokens halve what is read of A and B out of the L2, `2 columns / 128` bytes for each byte of x in bf16, so they are
+    taken as soon as their programs fill the chip. 64 tokens are the least that wgmma takes.
+    """
+    tile = Tile(
+        T=64, F=64, ER=block_of(columns, most=widest(sizes.E, dtype)), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64)
+    )
+    if chip.arch == "interpreter":
+        return replace(tile, T=32, F=32, ER=min(tile.ER, 64))
+    wide = tile.ER + tile.E
+    if dtype.itemsize > 2:
+        tile = replace(tile, F=32, warps=8)
+    elif 4 * -(-sizes.T // 128) >= 3 * chip.processors and wide <= 320:
+        tile = replace(tile, T=128, warps=8)
+    elif wide > 160 or chip.arch in ("sm_80", "sm_86", "sm_89"):  # mma.sync holds its operands in registers, wgmma does not
+        tile = replace(tile, warps=8)
+    return fit_stages(tile, 4, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
+
+
+def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile of the kernel that sums over E R, 64 of it at a time."""
+    tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E))
+    if chip.arch == "interpreter":
+        return replace(tile, T=32, F=64)
+    if dtype.itemsize > 2:
+        tile = replace(tile, F=64, ER=min(tile.ER, 32), warps=8)
+    elif sizes.T > 64:
+        tile = replace(tile, T=128, warps=8)
+    return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)
+
+
+def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
+    """The tile of the mix on its own: no dots, few tokens, so that a handful of them still makes some programs."""
+    return Tile(T=16 if chip.arch == "interpreter" else 4, F=16, ER=64, E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
+
+
+def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) -> int:
+    """Parts of the features that a shrink sums apart: 1 where its tiles of tokens fill half the chip.
+
+    Parts are written and read in fp32, `8 columns` bytes a token each, and want a launch of their own: half the chip can
+    draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least.
+    """
+    tiles = tile.tiles_of(tokens)
+    if 2 * tiles >= chip.processors:
+        return 1
+    programs = tiles * -(-columns // tile.ER)
+    splits = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
+    of_split = -(-features // (splits * tile.F)) * tile.F  # whole steps: what is left over takes no part of its own
+    return max(1, -(-features // max(of_split, 1)))
+
+
+def widest(experts: int, dtype: torch.dtype) -> int:
+    """Columns of E R that a tile's accumulators hold beside the gate's."""
+    if dtype.itemsize > 2:
+        return 128 if experts <= 32 else 64
+    return 256 if experts <= 64 else 128
+
+
+def fit_stages(tile: Tile, most: int, bytes_of_stage: Callable[[Tile], int], chip: Chip) -> Tile:
+    """The tile with as many stages of its loop as fit the shared memory, two at least: over fewer features if need be."""
+    on_amd = chip.arch.startswith("gfx")  # of its two stages one is in registers
+    stages = chip.shared_memory * 9 // 10 // bytes_of_stage(tile) + on_amd
+    if stages < 2:
+        return fit_stages(replace(tile, F=tile.F // 2), most, bytes_of_stage, chip)
+    return replace(tile, stages=min(stages, 2 if on_amd else most))
+
+
+def one_pass_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    """Shared memory of the second half of one pass: v, the stages of B, and a tile of y on its way out."""
+    return (tile.T * tile.ER + tile.stages * tile.ER * tile.F + tile.T * tile.F) * dtype.itemsize
 
 
 def block_of(size: int, least: int = 16, most: int = 1024) -> int:
-    """The power of two that covers a size."""
+    """The power of two that covers a size, within bounds."""
     return max(least, min(most, 1 << max(size - 1, 0).bit_length()))

@@ -220,7 +220,7 @@ def _shrink_mix_fwd_kernel(
     mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
 
 
-@triton.jit(do_not_specialize=["T", "features_of_split"])
+@triton.jit(do_not_specialize=["T"])
 def _shrink_fwd_kernel(
     rows_ptr, stride_t,  # (T, F)
     factor_ptr,  # (ER, F)
@@ -229,7 +229,7 @@ def _shrink_fwd_kernel(
     gate_parts_ptr,  # (SPLITS, T, E), written; None where gate is
     T,
     F,
-    features_of_split,
+    features_of_split,  # a multiple of BLOCK_F
     ER: tl.constexpr,
     E: tl.constexpr,
     ACC: tl.constexpr,

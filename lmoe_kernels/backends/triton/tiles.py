@@ -26,7 +26,7 @@ def shrink_tile(
     t,  # (BLOCK_T) tokens
     er,  # (BLOCK_ER) rows of the factor
     e,  # (BLOCK_E) experts
-    f_from,  # the features from .. to are summed over
+    f_from,  # the features from .. to are summed over; `f_to` beyond F counts as F
     f_to,
     T,
     F,
@@ -45,7 +45,7 @@ def shrink_tile(
     if gate_ptr is not None:
         gate = gate_ptr + e.to(tl.int64)[None, :] * F + f[:, None]
     for start in range(f_from, f_to, BLOCK_F):
-        inside = start + f < f_to
+        inside = start + f < F
         x = tl.load(rows + start, mask=(t < T)[:, None] & inside[None, :], other=0.0)
         a = tl.load(factor + start, mask=(er < ER)[None, :] & inside[:, None], other=0.0)
         # [BLOCK_T, BLOCK_F] @ [BLOCK_F, BLOCK_ER] -> [BLOCK_T, BLOCK_ER]
