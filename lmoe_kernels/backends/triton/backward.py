@@ -118,12 +118,12 @@ def wgrad(
 ) -> list[Tensor]:
     """scaling * coefficients^T rows for each pair, in its parameter's dtype out of the accumulators.
 
-    A second pair, the gate's, shares the reading of the rows where the first fits one tile.
+    A second pair, the gate's, shares the reading of the rows where both fit one tile.
     """
     assert rows is not None
     (T, F), heights = rows.shape, [parameter.numel() // parameter.shape[-1] for _, parameter in pairs]
     plan = configs.wgrad_plan(T, F, heights, rows.dtype, chip)
-    if len(pairs) == 2 and plan.tile.ER < heights[0]:
+    if len(pairs) == 2 and (plan.tile.ER < heights[0] or plan.tile.E < heights[1]):
         return wgrad(rows, pairs[:1], scaling, chip) + wgrad(rows, pairs[1:], scaling, chip)
     grads = [rows.new_empty(parameter.shape, dtype=parameter.dtype) for _, parameter in pairs]
     parts = grads

@@ -124,10 +124,10 @@ def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
 def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtype, chip: Chip) -> WgradPlan:
     """The tile and the splits of a weight gradient of `heights[0]` rows, and the gate's `heights[1]` beside it."""
     experts = heights[1] if len(heights) == 2 else 1
-    tile = Tile(T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype)), E=block_of(experts), warps=8)
+    tile = Tile(T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype)), E=block_of(experts, most=64), warps=8)
     if chip.arch == "interpreter":
         tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
-    elif dtype.itemsize > 2 or tile.ER + tile.E > 384:  # fp32 without tensor cores keeps its operands in registers
+    elif dtype.itemsize > 2:  # without tensor cores the operands are in registers too
         tile = replace(tile, T=32, F=64)
     tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
     # As many programs as fill one wave. A split costs 8 ER F bytes, written and read, against T F times the itemsize of
@@ -163,11 +163,11 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
 
 def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
     """The tile of the kernel that sums over E R, 64 of it at a time."""
-    tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E))
+    tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64))
     if chip.arch == "interpreter":
         return replace(tile, T=32, F=64)
     if dtype.itemsize > 2:
-        tile = replace(tile, F=64, ER=min(tile.ER, 32), warps=8)
+        tile = replace(tile, F=64, ER=min(tile.ER, 32), E=min(tile.E, 32), warps=8)
     elif sizes.T > 64:
         tile = replace(tile, T=128, warps=8)
     return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)

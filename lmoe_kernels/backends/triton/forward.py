@@ -317,6 +317,7 @@ def _expand_fwd_kernel(
         er = start + tl.arange(0, BLOCK_ER)
         acc = expand_tile(load_rows(v_ptr, t, er, T, ER), factor_ptr, acc, er, f, F, ER, PRECISION)
     if dlogits_ptr is not None:
-        e = tl.arange(0, BLOCK_E)
-        acc = expand_tile(load_rows(dlogits_ptr, t, e, T, E), gate_ptr, acc, e, f, F, E, PRECISION)
+        for start in range(0, E, BLOCK_E):
+            e = start + tl.arange(0, BLOCK_E)
+            acc = expand_tile(load_rows(dlogits_ptr, t, e, T, E), gate_ptr, acc, e, f, F, E, PRECISION)
     write_tile(acc * scaling, base_ptr, base_stride_t, out_ptr, t, f, T, F)

@@ -1,0 +1,68 @@
+"""Bytes a token that each Triton kernel loads and stores, counted in Triton's interpreter, beside the floor.
+
+    python -m benchmarks.traffic
+
+The tiles are those that `configs.py` chooses for an H200, on a small problem and a chip of few processors, so that as many
+tokens come to a program as on the whole chip. Counted is what the kernels ask for; of A, B, u and v most comes out of caches.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from unittest import mock
+
+from tests.triton_interpreter import interpret
+
+interpret()
+
+import torch  # noqa: E402
+
+from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
+from tests.traffic import counted  # noqa: E402
+
+T, I, O, E, R = 256, 512, 768, 8, 16
+PLANS = {"tokens fill the chip": 4, "tokens fill half the chip": 8, "few tokens": 64}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a kernel asks of one tensor, in bytes a token."""
+
+    direction: str
+    kernel: str
+    tensor: str
+    loaded: float
+    stored: float
+
+
+def measure(processors: int) -> list[Row]:
+    """A forward and a backward on a chip of that many processors."""
+    modules = [import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward")]
+    x, dy = torch.randn(T, I).bfloat16(), torch.randn(T, O).bfloat16()
+    a, b = torch.randn(E, R, I).bfloat16(), torch.randn(E, R, O).bfloat16()
+    gate, dlogits = torch.randn(E, I).bfloat16(), torch.randn(T, E)
+    chip = Chip("sm_90", processors, 227 << 10)
+    with mock.patch.object(modules[0], "chip_of", lambda _: chip), mock.patch.object(modules[1], "chip_of", lambda _: chip):
+        with counted() as of_forward:
+            _, logits, u = modules[0].forward(x, a, b, gate, None, None, 0.5, "factors", None, True)
+        with counted() as of_backward:
+            modules[1].backward(dy, dlogits, x, a, b, gate, logits, u, 0.5, "factors", None, (True,) * 4)
+    names = {"x": x, "dy": dy, "lora_a": a, "lora_b": b, "gate_weight": gate, "logits": logits, "u": u}
+    of_address = {t.data_ptr(): name for name, t in names.items() if t is not None}
+    return [
+        Row(direction, access.kernel, of_address.get(access.address, access.argument), count.loaded / T, count.stored / T)
+        for direction, counts in (("forward", of_forward), ("backward", of_backward))
+        for access, count in counts.items()
+    ]
+
+
+def main() -> None:
+    """Print a table for each plan."""
+    print(f"bytes a token, bf16, T={T} I={I} O={O} E={E} R={R}: x is {2 * I}, y and dy are {2 * O}, u and v are {2 * E * R}")
+    for plan, processors in PLANS.items():
+        print(f"\n{plan}\n{'':<9} {'kernel':<24} {'tensor':<14} {'loaded':>8} {'stored':>8}")
+        for row in measure(processors):
+            print(f"{row.direction:<9} {row.kernel:<24} {row.tensor:<14} {row.loaded:>8.0f} {row.stored:>8.0f}")
+
+
+if __name__ == "__main__":
+    main()
