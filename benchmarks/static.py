@@ -63,7 +63,12 @@ class Situation:
 QUICK = [Situation(), Situation(T=16)]
 SITUATIONS = [
     *QUICK,
-    *(Situation(T=t, E=e, R=r) for t in (16, 4096, 65536) for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (512, 2))),
+    *(
+        Situation(T=t, E=e, R=r)
+        for t in (16, 4096, 65536)
+        for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))
+    ),
+    *(Situation(T=8192, E=e, top_k=2, mixing=mixing) for e, mixing in ((64, "factors"), (128, "outputs"))),
     *(Situation(T=t, I=2051, O=1025, E=5, R=3) for t in (16, 65536)),
     *(Situation(E=4, R=64, mixing=mixing) for mixing in ("factors", "outputs")),
     *(Situation(mixing="outputs", outside=outside, top_k=k) for outside, k in ((False, None), (True, 2))),
@@ -164,7 +169,13 @@ def _read_nvidia(compiled: CompiledKernel) -> dict[str, int]:
             for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
         )
     used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    counts = {"spills": SPILLED, "mma": TENSOR_CORES, "wgmma": r"\bHGMMA\b", "cp_async": r"\bLDGSTS\b", "tma": r"\bUTMALDG\b"}
+    counts = {
+        "spills": SPILLED,
+        "mma": TENSOR_CORES,
+        "wgmma": r"\bHGMMA\b",
+        "cp_async": r"\bLDGSTS\b",
+        "tma": r"\bUTMALDG\b",
+    }
     return {"regs": int(used["REG"]), "stack": int(used["STACK"])} | {n: len(re.findall(p, code)) for n, p in counts.items()}
 
 
@@ -217,10 +228,16 @@ def main() -> int:
         if found := complaints(row):
             wrong += 1
             print(f"{row['kernel']} on {row['arch']}: {', '.join(found)}", file=sys.stderr)
-    print(f"\n{'kernel':<24} {'arch':<7} {'configs':>7} {'regs':>9} {'spills':>6} {'stack':>5} {'shared KB':>11} {'mma':>9} {'wgmma':>7}")
+    print(
+        f"\n{'kernel':<24} {'arch':<7} {'configs':>7} {'regs':>9} {'spills':>6} {'stack':>5} {'shared KB':>11} {'mma':>9} {'wgmma':>7}"
+    )
     for (kernel, arch), found in sorted(of_kernel.items()):
-        low_high = {key: (min(r[key] for r in found), max(r[key] for r in found)) for key in ("regs", "shared", "mma", "wgmma")}
-        regs, shared, mma, wgmma = (f"{low}-{high}" if key != "shared" else f"{low >> 10}-{high >> 10}" for key, (low, high) in low_high.items())
+        low_high = {
+            key: (min(r[key] for r in found), max(r[key] for r in found)) for key in ("regs", "shared", "mma", "wgmma")
+        }
+        regs, shared, mma, wgmma = (
+            f"{low}-{high}" if key != "shared" else f"{low >> 10}-{high >> 10}" for key, (low, high) in low_high.items()
+        )
         spills, stack = (max(r[key] for r in found) for key in ("spills", "stack"))
         print(f"{kernel:<24} {arch:<7} {len(found):>7} {regs:>9} {spills:>6} {stack:>5} {shared:>11} {mma:>9} {wgmma:>7}")
     return min(wrong, 1)

@@ -55,8 +55,8 @@ def _not_triton(problem: Problem) -> str | None:
     """Why the Triton kernels cannot take a call; on the CPU they run in Triton's interpreter, where that is switched on."""
     if not _installed("triton"):
         return "Triton is not installed"
-    if problem.num_experts > 512:
-        return f"its kernels take at most 512 experts, not {problem.num_experts}"
+    if problem.num_experts > 256:
+        return f"its kernels take at most 256 experts, not {problem.num_experts}"
     if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if problem.device.type != "cuda":
@@ -76,7 +76,9 @@ def _installed(package: str) -> bool:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("triton", "lmoe_kernels.backends.triton", _not_triton, automatic=lambda problem: problem.device.type != "cpu"),
+        Backend(
+            "triton", "lmoe_kernels.backends.triton", _not_triton, automatic=lambda problem: problem.device.type != "cpu"
+        ),
         Backend("torch", "lmoe_kernels.backends.torch", _anything),
         Backend("reference", "lmoe_kernels.reference", _anything, automatic=lambda problem: False),
     )

@@ -10,9 +10,6 @@ from tests.triton_interpreter import interpret
 from tests.watch import AllocationWatch
 
 HAS_TRITON = find_spec("triton") is not None
-if HAS_TRITON:
-    interpret()  # before anything imports Triton
-
 BACKENDS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
@@ -26,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+    if HAS_TRITON and config.option.markexpr != "gpu":
+        interpret()  # before a test module imports Triton
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -67,9 +67,22 @@ def test_factors_of_many_experts_are_read_again_and_only_then() -> None:
 def _backward(case: Case, mask: tuple[bool, ...]):
     problem = make_problem(case, torch.bfloat16)
     t = problem.tensors
-    _, logits, u = FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True)
+    _, logits, u = FORWARD.forward(
+        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True
+    )
     with counted() as counts:
         dx, _, _, _ = BACKWARD.backward(
-            problem.dy, problem.dlogits, t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], logits, u, 1.0, "factors", None, mask
+            problem.dy,
+            problem.dlogits,
+            t["x"],
+            t["lora_a"],
+            t["lora_b"],
+            t["gate_weight"],
+            logits,
+            u,
+            1.0,
+            "factors",
+            None,
+            mask,
         )
     return counts, problem, dx

@@ -13,10 +13,17 @@ from lmoe_kernels.backends.triton.configs import Chip, Sizes
 from tests.problems import Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
-CHIPS = [Chip("sm_80", 108, 163 << 10), Chip("sm_90", 132, 227 << 10), Chip("sm_120", 170, 99 << 10), Chip("gfx942", 304, 64 << 10)]
+CHIPS = [
+    Chip("sm_80", 108, 163 << 10),
+    Chip("sm_90", 132, 227 << 10),
+    Chip("sm_120", 170, 99 << 10),
+    Chip("gfx942", 304, 64 << 10),
+]
 CASES = [
     Case(T=70, I=300, O=290, E=4, R=6, top_k=2),
     Case(T=70, I=150, O=140, E=12, R=7),  # more columns than a tile of the interpreter holds
+    Case(T=128, I=40, O=50, E=24, R=3, top_k=2),  # tokens are grouped by expert
+    Case(T=128, I=40, O=50, E=24, R=3, top_k=2, mixing="outputs", outside_logits=True),
     Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
     Case(T=35, I=150, O=140, E=33, R=2, shared_a=True, top_k=5),  # more experts than the least block
 ]
@@ -41,7 +48,9 @@ def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch
 
 
 @pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
-@pytest.mark.parametrize("case", [Case(T=3, I=4, O=5, E=3, R=2, top_k=2), Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(T=3, I=4, O=5, E=3, R=2, top_k=2), Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs")], ids=str
+)
 def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     chip = Chip("interpreter", processors, 1 << 16)
     for module in (FORWARD, BACKWARD):
@@ -91,7 +100,7 @@ def test_offsets_past_two_to_the_31() -> None:
 def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
     for chip in CHIPS:
         for dtype in (torch.bfloat16, torch.float32):
-            for E, R in ((1, 1), (5, 3), (8, 16), (8, 32), (64, 16), (512, 2), (2, 300)):
+            for E, R in ((1, 1), (5, 3), (8, 16), (8, 32), (64, 16), (256, 4), (2, 300)):
                 for T in (0, 1, 16, 300, 8192, 200_000):
                     sizes = Sizes(T, 4096, 1000, E, E, R)
                     forward, backward = (plan(sizes, dtype, chip) for plan in (configs.forward_plan, configs.backward_plan))

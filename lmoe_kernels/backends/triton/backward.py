@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmoe_kernels.backends.triton import configs
-from lmoe_kernels.backends.triton.configs import BackwardPlan, Chip
+from lmoe_kernels.backends.triton import configs, grouped
+from lmoe_kernels.backends.triton.configs import BackwardPlan, Chip, GroupedPlan
 from lmoe_kernels.backends.triton.forward import expand, mix_fwd, shrink
 from lmoe_kernels.backends.triton.launch import (
     accumulator,
@@ -27,7 +27,7 @@ from lmoe_kernels.backends.triton.launch import (
     sizes_of,
 )
 from lmoe_kernels.backends.triton.tiles import (
-    gate_softmax,
+    gates_of,
     load_rows,
     mix_bwd_tile,
     shrink_tile,
@@ -54,6 +54,12 @@ def backward(
     want_x, want_a, want_b, want_gate = output_mask
     sizes, chip = sizes_of(dy, lora_a, lora_b), chip_of(dy.device)
     plan, mix = configs.backward_plan(sizes, dy.dtype, chip), mix_constants(sizes, mixing, top_k)
+    groups = configs.grouped_plan(sizes, top_k, dy.dtype, chip)
+    if groups is not None:
+        with on_device_of(dy):
+            return backward_in_groups(
+                dy, dlogits_in, x, lora_a, lora_b, gate_weight, logits, u, scaling, output_mask, mix, plan, groups, chip
+            )
     v = dy.new_empty(sizes.T, sizes.E, sizes.R) if want_b else None
     dx = dlora_a = dlora_b = dgate = None
     with on_device_of(dy):
@@ -78,6 +84,46 @@ def backward(
     return dx, dlora_a, dlora_b, dgate
 
 
+def backward_in_groups(
+    dy: Tensor,  # (T, O)
+    dlogits_in: Tensor | None,  # (T, E)
+    x: Tensor | None,  # (T, I)
+    lora_a: Tensor,  # (E, R, I)
+    lora_b: Tensor,  # (E, R, O)
+    gate_weight: Tensor | None,  # (E, I)
+    logits: Tensor,  # (T, E)
+    u: Tensor,  # (T, E, R)
+    scaling: float,
+    output_mask: tuple[bool, bool, bool, bool],
+    mix: dict[str, int],
+    plan: BackwardPlan,
+    groups: GroupedPlan,
+    chip: Chip,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` by the tokens of each expert."""
+    want_x, want_a, want_b, want_gate = output_mask
+    (T, E, R), K = u.shape, mix["TOP_K"]
+    dx = dlora_a = dlora_b = dgate = None
+    route = grouped.route(None, logits, None, dy, E, K, plan.mix)
+    dv, du, v = (dy.new_empty(T, K, R) for _ in range(3))
+    dlogits = dy.new_empty(T, E, dtype=logits.dtype if gate_weight is None else dy.dtype)
+    grouped.shrink(dy, lora_b.to(dy.dtype), route, scaling, dv, False, groups.shrink)
+    grouped.mix_bwd(u, dv, route, dlogits_in, du, v, dlogits, mix, plan.mix)
+    if want_x:
+        dx = dy.new_empty(T, lora_a.shape[2])
+        if gate_weight is not None:
+            expand(dlogits, gate_weight.to(dy.dtype)[:, None], None, None, None, 1.0, dx, groups.gate_expand)
+        grouped.expand(du, lora_a.to(dy.dtype), route, None if gate_weight is None else dx, 1.0, dx, groups.expand)
+    if want_a:
+        assert x is not None
+        dlora_a = grouped.wgrad(x, du, lora_a, route, 1.0, groups.wgrad)
+    if want_b:
+        dlora_b = grouped.wgrad(dy, v, lora_b, route, scaling, groups.wgrad)
+    if want_gate:
+        dgate = dlogits if gate_weight is None else wgrad(x, [(dlogits, gate_weight)], 1.0, chip)[0]
+    return dx, dlora_a, dlora_b, dgate
+
+
 def shrink_mix(
     dy: Tensor,  # (T, O)
     lora_b: Tensor,  # (E, R, O), dy's dtype
@@ -88,7 +134,7 @@ def shrink_mix(
     dlogits: Tensor,  # (T, E), written
     v: Tensor | None,  # (T, E, R), written
     scaling: float,
-    mix: dict[str, object],
+    mix: dict[str, int],
     plan: BackwardPlan,
 ) -> None:
     """dv = scaling * dy B^T, and from it the gradients of the mix; dv itself is scratch."""
@@ -137,7 +183,15 @@ def wgrad(
     )  # fmt: skip
     if plan.splits > 1:
         for part, grad in zip(parts, grads, strict=True):
-            launch(_reduce_bwd_kernel, (triton.cdiv(grad.numel(), configs.REDUCE.F),), part, grad, grad.numel(), plan.splits, tile=configs.REDUCE)
+            launch(
+                _reduce_bwd_kernel,
+                (triton.cdiv(grad.numel(), configs.REDUCE.F),),
+                part,
+                grad,
+                grad.numel(),
+                plan.splits,
+                tile=configs.REDUCE,
+            )
     return grads
 
 
@@ -233,7 +287,7 @@ def _mix_bwd(
     BLOCK_R: tl.constexpr,
 ):
     """What follows the shrink of dy: gates again from the logits, the mix's backward, the logits' gradient."""
-    gates = gate_softmax(load_rows(logits_ptr, t, e, T, E).to(ACC), e, E, TOP_K)
+    gates = gates_of(tl.zeros((t.shape[0], e.shape[0]), ACC), logits_ptr, None, t, e, T, E, TOP_K)
     dlogits = mix_bwd_tile(u_ptr, dv_ptr, du_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
     if dlogits_in_ptr is not None:
         dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(ACC)

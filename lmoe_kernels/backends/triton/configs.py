@@ -83,6 +83,17 @@ class WgradPlan:
     tokens: int
 
 
+@dataclass(frozen=True)
+class GroupedPlan:
+    """Tokens grouped by expert: the tiles of shrink, expand and wgrad over one expert's tokens, and of the gate alone."""
+
+    shrink: Tile
+    expand: Tile
+    wgrad: Tile
+    gate: Tile
+    gate_expand: Tile
+
+
 REDUCE = Tile(T=16, F=1024, ER=16)  # a copy with a sum: nothing to choose
 
 # What the tuner tries around a choice; blocks of E, ER and R follow from the sizes.
@@ -121,6 +132,33 @@ def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
     )
 
 
+def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip) -> GroupedPlan | None:
+    """The tiles for tokens grouped by expert, or None where computing all experts costs no more.
+
+    Grouped, x is read once by the gate and once by each slot, y written once and then read and written by each further slot:
+    `2 I (1 + k) + 2 O (2 k - 1)` bytes a token against `2 I + 2 O`. That pays only past the region where memory is the
+    limit, E R of about 256, and where the tiles, of which each expert's last is half empty, take less than half the work.
+    """
+    if top_k is None or sizes.E_of_a < sizes.E or sizes.R > 128:
+        return None
+    shrink = Tile(T=64, F=64, ER=block_of(sizes.R), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
+    past_memory = 256
+    if chip.arch == "interpreter":
+        shrink, past_memory = replace(shrink, T=16, F=32), 64
+    elif dtype.itemsize > 2:
+        shrink = replace(shrink, F=32, warps=8)
+    if sizes.E * sizes.R <= past_memory or 2 * top_k * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
+        return None
+    shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
+    return GroupedPlan(
+        shrink,
+        expand=replace(shrink, F=2 * shrink.F),
+        wgrad=fit_stages(replace(shrink, F=2 * shrink.F), 4, lambda t: (t.F + t.ER) * t.T * dtype.itemsize, chip),
+        gate=shrink_tile(replace(sizes, E=1, E_of_a=1, R=sizes.E), sizes.E, dtype, chip),
+        gate_expand=expand_tile(sizes, sizes.E, dtype, chip),
+    )
+
+
 def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtype, chip: Chip) -> WgradPlan:
     """The tile and the splits of a weight gradient of `heights[0]` rows, and the gate's `heights[1]` beside it."""
     experts = heights[1] if len(heights) == 2 else 1
@@ -154,6 +192,7 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
     wide = tile.ER + tile.E
     if dtype.itemsize > 2:
         tile = replace(tile, F=32, warps=8)
+        tile = replace(tile, T=64 if tile.E <= 32 else 32)
     elif 4 * -(-sizes.T // 128) >= 3 * chip.processors and wide <= 320:
         tile = replace(tile, T=128, warps=8)
     elif wide > 160 or chip.arch in ("sm_80", "sm_86", "sm_89"):  # mma.sync holds its operands in registers, wgmma does not
@@ -203,10 +242,9 @@ def widest(experts: int, dtype: torch.dtype) -> int:
 def fit_stages(tile: Tile, most: int, bytes_of_stage: Callable[[Tile], int], chip: Chip) -> Tile:
     """The tile with as many stages of its loop as fit the shared memory, two at least: over fewer features if need be."""
     on_amd = chip.arch.startswith("gfx")  # of its two stages one is in registers
-    stages = chip.shared_memory * 9 // 10 // bytes_of_stage(tile) + on_amd
-    if stages < 2:
-        return fit_stages(replace(tile, F=tile.F // 2), most, bytes_of_stage, chip)
-    return replace(tile, stages=min(stages, 2 if on_amd else most))
+    while (stages := chip.shared_memory * 9 // 10 // bytes_of_stage(tile) + on_amd) < 2 and tile.F > 16:
+        tile = replace(tile, F=tile.F // 2)
+    return replace(tile, stages=max(2, min(stages, 2 if on_amd else most)))
 
 
 def one_pass_bytes(tile: Tile, dtype: torch.dtype) -> int:

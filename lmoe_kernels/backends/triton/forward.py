@@ -1,16 +1,16 @@
 """Forward of the `triton` backend: in one pass over the tokens, or in stages where that would leave most of the chip idle.
 
-    one pass    _one_pass_fwd_kernel                                          E * R fits one tile and T fills the chip
-    two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger E * R
-    three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens: the sum over I is split
+one pass    _one_pass_fwd_kernel                                          E * R fits one tile and T fills the chip
+two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger E * R
+three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens: the sum over I is split
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lmoe_kernels.backends.triton import configs
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton import configs, grouped
+from lmoe_kernels.backends.triton.configs import ForwardPlan, GroupedPlan, Tile
 from lmoe_kernels.backends.triton.launch import (
     accumulator,
     chip_of,
@@ -32,6 +32,7 @@ from lmoe_kernels.backends.triton.tiles import (
     write_tile,
 )
 
+
 def forward(
     x: Tensor,  # (T, I)
     lora_a: Tensor,  # (E, R, I) or (1, R, I)
@@ -47,13 +48,17 @@ def forward(
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     sizes = sizes_of(x, lora_a, lora_b)
     plan = configs.forward_plan(sizes, x.dtype, chip_of(x.device))
+    groups = configs.grouped_plan(sizes, top_k, x.dtype, chip_of(x.device))
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     gate = None if gate_weight is None else gate_weight.to(x.dtype)
     y = x.new_empty(sizes.T, sizes.O)
-    u, v = x.new_empty(sizes.T, sizes.E_of_a, sizes.R), x.new_empty(sizes.T, sizes.E, sizes.R)
     logits = x.new_empty(sizes.T, sizes.E, dtype=accumulator(x)) if gate is not None and save else None
     mix, dot = mix_constants(sizes, mixing, top_k), dot_constants(x)
     with on_device_of(x):
+        if groups is not None:
+            u = forward_in_groups(x, a, b, gate, gate_logits, base, scaling, logits, y, mix, plan, groups)
+            return (y, logits, u) if save else (y, None, None)
+        u, v = x.new_empty(sizes.T, sizes.E_of_a, sizes.R), x.new_empty(sizes.T, sizes.E, sizes.R)
         if plan.one_pass is not None:
             launch(
                 _one_pass_fwd_kernel, (plan.one_pass.tiles_of(sizes.T),),
@@ -72,6 +77,33 @@ def forward(
                 mix_fwd(u_parts, logit_parts, gate_logits, logits, u, v, mix, plan.mix)
             expand(v, b, None, None, base, scaling, y, plan.expand)
     return (y, logits, u) if save else (y, None, None)
+
+
+def forward_in_groups(
+    x: Tensor,  # (T, I)
+    lora_a: Tensor,  # (E, R, I), x's dtype
+    lora_b: Tensor,  # (E, R, O), x's dtype
+    gate_weight: Tensor | None,  # (E, I), x's dtype
+    gate_logits: Tensor | None,  # (T, E)
+    base: Tensor | None,  # (O) or (T, O)
+    scaling: float,
+    logits: Tensor | None,  # (T, E), written
+    y: Tensor,  # (T, O), written
+    mix: dict[str, int],
+    plan: ForwardPlan,
+    groups: GroupedPlan,
+) -> Tensor:
+    """y by the tokens of each expert; returns u (T, E, R), zero for experts that a token does not keep."""
+    parts = None
+    if gate_weight is not None:
+        parts, _ = shrink(x, gate_weight[:, None], None, plan.splits, groups.gate)
+    route = grouped.route(parts, gate_logits, logits, x, mix["E"], mix["TOP_K"], plan.mix)
+    u = x.new_zeros(x.shape[0], mix["E"], mix["R"])
+    v = x.new_empty(x.shape[0], mix["TOP_K"], mix["R"])
+    grouped.shrink(x, lora_a, route, 1.0, u, True, groups.shrink)
+    grouped.mix_fwd(u, route, v, mix, plan.mix)
+    grouped.expand(v, lora_b, route, base, scaling, y, groups.expand)
+    return u
 
 
 def shrink(
@@ -102,7 +134,7 @@ def mix_fwd(
     logits: Tensor | None,  # (T, E), written
     u: Tensor,  # (T, E, R) or (T, 1, R), written where u_parts are given
     v: Tensor,  # (T, E, R), written
-    mix: dict[str, object],
+    mix: dict[str, int],
     tile: Tile,
 ) -> None:
     """Sum the splits and blend the experts of every token."""
@@ -165,9 +197,7 @@ def _one_pass_fwd_kernel(
     """A tile of tokens from x to y: x is read once, y is written once."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
-    u, logits = shrink_tile(
-        x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, E_OF_A * R, E, ACC, PRECISION, BLOCK_F
-    )
+    u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, E_OF_A * R, E, ACC, PRECISION, BLOCK_F)
     store_rows(u, u_ptr, t, er, T, E_OF_A * R)
     gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K)
     tl.debug_barrier()  # every thread sees u
@@ -212,9 +242,7 @@ def _shrink_mix_fwd_kernel(
     store_rows(u, u_ptr, t, er, T, ER)
     gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K)
     for start in range(BLOCK_ER, ER, BLOCK_ER):
-        more, _ = shrink_tile(
-            x_ptr, x_stride_t, a_ptr, None, t, start + er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F
-        )
+        more, _ = shrink_tile(x_ptr, x_stride_t, a_ptr, None, t, start + er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
         store_rows(more, u_ptr, t, start + er, T, ER)
     tl.debug_barrier()  # every thread sees u
     mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)

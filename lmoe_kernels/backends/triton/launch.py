@@ -55,7 +55,7 @@ def dot_constants(rows: Tensor) -> dict[str, object]:
     return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def mix_constants(sizes: Sizes, mixing: str, top_k: int | None) -> dict[str, object]:
+def mix_constants(sizes: Sizes, mixing: str, top_k: int | None) -> dict[str, int]:
     """How the experts of a token meet their gates."""
     mix = SHARED if sizes.E_of_a < sizes.E else BLEND if mixing == "factors" else APART
     return {

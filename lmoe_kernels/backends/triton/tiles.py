@@ -101,13 +101,13 @@ def sum_splits(
 
 
 @triton.jit
-def gate_softmax(
+def keep_top_k(
     logits,  # (BLOCK_T, BLOCK_E)
     e,  # (BLOCK_E) experts
     E: tl.constexpr,
     TOP_K: tl.constexpr,  # E: all are kept
 ):
-    """Gates (BLOCK_T, BLOCK_E): softmax over the TOP_K largest logits; of equal ones the lower expert index is kept."""
+    """The experts kept of each token, (BLOCK_T, BLOCK_E): the TOP_K largest logits; of equal ones the lower expert index."""
     kept = tl.broadcast_to((e < E)[None, :], logits.shape)
     if TOP_K < E:
         rest = tl.where(logits == logits, logits, float("inf"))  # a NaN is kept and makes its whole row NaN
@@ -118,6 +118,15 @@ def gate_softmax(
             candidates = (rest == best) & (kept == 0)
             first = tl.min(tl.where(candidates, e[None, :], e.shape[0]), axis=1)[:, None]
             kept = kept | (e[None, :] == first)
+    return kept
+
+
+@triton.jit
+def softmax_of_kept(
+    logits,  # (BLOCK_T, BLOCK_E)
+    kept,  # (BLOCK_T, BLOCK_E)
+):
+    """Gates (BLOCK_T, BLOCK_E): softmax over the experts kept, 0 for the others."""
     largest = tl.max(tl.where(kept, logits, float("-inf")), axis=1)[:, None]
     weights = tl.where(kept, tl.exp(logits - largest), 0.0)
     return weights / tl.sum(weights, axis=1)[:, None]
@@ -139,7 +148,7 @@ def gates_of(
         logits = load_rows(given_ptr, t, e, T, E).to(logits.dtype)
     if logits_ptr is not None:
         store_rows(logits, logits_ptr, t, e, T, E)
-    return gate_softmax(logits, e, E, TOP_K)
+    return softmax_of_kept(logits, keep_top_k(logits, e, E, TOP_K))
 
 
 @triton.jit
