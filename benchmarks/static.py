@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that need not be here, and read registers, spills and instructions from the machine code.
 
-    python -m benchmarks.static [--quick] [--arch sm_90 ...]
+    python -m benchmarks.static [--quick | --one] [--arch sm_90 ...]
 
 One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels. The
 launches are those of the backend itself: it is called on tensors without memory, with its launcher replaced by a recorder.
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import product
@@ -39,7 +40,7 @@ CHIPS = {
         Chip("gfx942", 304, 64 << 10),
     )
 }
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.int32: "i32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 SPILLED, TENSOR_CORES = r"\b(?:STL|LDL)\b", r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
 
 
@@ -60,7 +61,7 @@ class Situation:
     parameters: torch.dtype = torch.bfloat16
 
 
-QUICK = [Situation(), Situation(T=16)]
+QUICK = [Situation(), Situation(T=16), Situation(T=8192, E=64, top_k=2)]
 SITUATIONS = [
     *QUICK,
     *(
@@ -68,7 +69,7 @@ SITUATIONS = [
         for t in (16, 4096, 65536)
         for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))
     ),
-    *(Situation(T=8192, E=e, top_k=2, mixing=mixing) for e, mixing in ((64, "factors"), (128, "outputs"))),
+    Situation(T=8192, E=128, top_k=2, mixing="outputs"),
     *(Situation(T=t, I=2051, O=1025, E=5, R=3) for t in (16, 65536)),
     *(Situation(E=4, R=64, mixing=mixing) for mixing in ("factors", "outputs")),
     *(Situation(mixing="outputs", outside=outside, top_k=k) for outside, k in ((False, None), (True, 2))),
@@ -100,7 +101,7 @@ def launches(situation: Situation, chip: Chip) -> list[Launch]:
         kinds = tuple(_kind(arg, p.do_not_specialize) for arg, p in zip(args, kernel.params, strict=False))
         found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile))
 
-    modules = [import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward")]
+    modules = {name: import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward", "grouped")}
     a = make(1 if s.shared_a else s.E, s.R, s.I, dtype=s.parameters)
     b, gate, outside = make(s.E, s.R, s.O, dtype=s.parameters), None, None
     if s.outside:
@@ -108,11 +109,15 @@ def launches(situation: Situation, chip: Chip) -> list[Launch]:
     else:
         gate = make(s.E, s.I, dtype=s.parameters)
     x, dy, options = make(s.T, s.I), make(s.T, s.O), (0.5, s.mixing, s.top_k)
-    with mock.patch.multiple(modules[0], launch=record, chip_of=lambda device: chip):
-        with mock.patch.multiple(modules[1], launch=record, chip_of=lambda device: chip):
-            _, logits, u = modules[0].forward(x, a, b, gate, outside, None, *options, True)
-            logits = outside if logits is None else logits
-            modules[1].backward(dy, make(*logits.shape, dtype=logits.dtype), x, a, b, gate, logits, u, *options, (True,) * 4)
+    forward, backward = modules["forward"], modules["backward"]
+    with ExitStack() as patches:
+        for module in modules.values():
+            patches.enter_context(mock.patch.object(module, "launch", record))
+        for module in (forward, backward):
+            patches.enter_context(mock.patch.object(module, "chip_of", lambda device: chip))
+        _, logits, u = forward.forward(x, a, b, gate, outside, None, *options, True)
+        logits = outside if logits is None else logits
+        backward.backward(dy, make(*logits.shape, dtype=logits.dtype), x, a, b, gate, logits, u, *options, (True,) * 4)
     return list(dict.fromkeys(found))
 
 
@@ -194,7 +199,7 @@ def _read_amd(compiled: CompiledKernel) -> dict[str, int]:
 
 def complaints(row: dict) -> list[str]:
     """What is wrong with a row."""
-    has_dots = "_mix_" not in row["kernel"].replace("_shrink_mix_", "") and "_reduce_" not in row["kernel"]
+    has_dots = any(stage in row["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
     half = "*bf16" in row["config"]["types"] or "*fp16" in row["config"]["types"]
     rules = {
         "spills": row["spills"] > 0,
@@ -206,7 +211,7 @@ def complaints(row: dict) -> list[str]:
     return [complaint for complaint, broken in rules.items() if broken]
 
 
-def rows(situations: list[Situation], archs: list[str], processes: int = 1) -> Iterator[dict[str, object]]:
+def rows(situations: list[Situation], archs: list[str], processes: int) -> Iterator[dict]:
     """A row for each distinct launch of the situations on each chip."""
     jobs = dict.fromkeys((launch, arch) for arch, s in product(archs, situations) for launch in launches(s, CHIPS[arch]))
     with ProcessPoolExecutor(processes) as pool:
@@ -216,30 +221,26 @@ def rows(situations: list[Situation], archs: list[str], processes: int = 1) -> I
 def main() -> int:
     """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the two situations of `make test` alone")
+    parser.add_argument("--quick", action="store_true", help="three situations, not all")
+    parser.add_argument("--one", action="store_true", help="one situation, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
+    situations = QUICK[:1] if args.one else QUICK if args.quick else SITUATIONS
     of_kernel: dict[tuple[str, str], list[dict]] = {}
     wrong = 0
-    for row in rows(QUICK if args.quick else SITUATIONS, args.arch, args.processes):
+    for row in rows(situations, args.arch, args.processes):
         print(json.dumps(row), flush=True)
         of_kernel.setdefault((row["kernel"], row["arch"]), []).append(row)
         if found := complaints(row):
             wrong += 1
             print(f"{row['kernel']} on {row['arch']}: {', '.join(found)}", file=sys.stderr)
-    print(
-        f"\n{'kernel':<24} {'arch':<7} {'configs':>7} {'regs':>9} {'spills':>6} {'stack':>5} {'shared KB':>11} {'mma':>9} {'wgmma':>7}"
-    )
+    print(f"\n{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma")
     for (kernel, arch), found in sorted(of_kernel.items()):
-        low_high = {
-            key: (min(r[key] for r in found), max(r[key] for r in found)) for key in ("regs", "shared", "mma", "wgmma")
-        }
-        regs, shared, mma, wgmma = (
-            f"{low}-{high}" if key != "shared" else f"{low >> 10}-{high >> 10}" for key, (low, high) in low_high.items()
-        )
-        spills, stack = (max(r[key] for r in found) for key in ("spills", "stack"))
-        print(f"{kernel:<24} {arch:<7} {len(found):>7} {regs:>9} {spills:>6} {stack:>5} {shared:>11} {mma:>9} {wgmma:>7}")
+        regs, mma, wgmma = (f"{min(r[k] for r in found)}-{max(r[k] for r in found)}" for k in ("regs", "mma", "wgmma"))
+        shared = f"{min(r['shared'] for r in found) >> 10}-{max(r['shared'] for r in found) >> 10}"
+        spills, stack = (max(r[k] for r in found) for k in ("spills", "stack"))
+        print(f"{kernel:<27} {arch:<7} {len(found):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}")
     return min(wrong, 1)
 
 

@@ -167,6 +167,8 @@ def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtyp
         tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
     elif dtype.itemsize > 2:  # without tensor cores the operands are in registers too
         tile = replace(tile, T=32, F=64)
+    elif tile.ER > 128 and chip.arch.startswith("gfx"):
+        tile = replace(tile, F=64)
     tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
     # As many programs as fill one wave. A split costs 8 ER F bytes, written and read, against T F times the itemsize of
     # the rows themselves: below 512 tokens each it is not worth its bytes.
@@ -191,8 +193,7 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
         return replace(tile, T=32, F=32, ER=min(tile.ER, 64))
     wide = tile.ER + tile.E
     if dtype.itemsize > 2:
-        tile = replace(tile, F=32, warps=8)
-        tile = replace(tile, T=64 if tile.E <= 32 else 32)
+        tile = replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)
     elif 4 * -(-sizes.T // 128) >= 3 * chip.processors and wide <= 320:
         tile = replace(tile, T=128, warps=8)
     elif wide > 160 or chip.arch in ("sm_80", "sm_86", "sm_89"):  # mma.sync holds its operands in registers, wgmma does not
@@ -202,13 +203,13 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
 
 def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
     """The tile of the kernel that sums over E R, 64 of it at a time."""
-    tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64))
+    tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64), warps=8)  # 4 warps spill on sm_100
     if chip.arch == "interpreter":
         return replace(tile, T=32, F=64)
     if dtype.itemsize > 2:
-        tile = replace(tile, F=64, ER=min(tile.ER, 32), E=min(tile.E, 32), warps=8)
+        tile = replace(tile, F=64, ER=min(tile.ER, 32), E=min(tile.E, 32))
     elif sizes.T > 64:
-        tile = replace(tile, T=128, warps=8)
+        tile = replace(tile, T=128)
     return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)
 
 
