@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -25,6 +26,7 @@ from lmoe_kernels import lmoe_linear
 from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.launch import chip_of, sizes_of
 
+Row = dict[str, Any]
 E, R = 8, 16
 ROOT = Path(__file__).parent
 
@@ -40,10 +42,12 @@ class Shape:
 
 def median_us(function: Callable[[], object]) -> float:
     """Median time of a call, the L2 flushed before each."""
-    return 1000 * triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+    milliseconds = triton.testing.do_bench(function, warmup=25, rep=100, return_mode="median")
+    assert isinstance(milliseconds, float)
+    return 1000 * milliseconds
 
 
-def tune(shape: Shape) -> Iterator[dict[str, object]]:
+def tune(shape: Shape) -> Iterator[Row]:
     """Time every tile of the search space in the place of each chosen one, the others left as they are."""
     forward, backward = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
     x, a, b, gate = _tensors(shape)
@@ -66,14 +70,14 @@ def tune(shape: Shape) -> Iterator[dict[str, object]]:
         if chosen is None or unused:
             continue
         for tile in _around(chosen):
-            with mock.patch.object(configs, name, lambda *_, plan=replace(plans[name], **{stage: tile}): plan):
+            with mock.patch.object(configs, name, return_value=replace(plans[name], **{stage: tile})):
                 yield _timed(shape, f"{name}.{stage}", tile, tile == chosen, calls[name])
     chosen = configs.wgrad_plan(shape.T, shape.O, [E * R], x.dtype, chip)
     v = torch.randn(shape.T, E, R, device="cuda", dtype=x.dtype)
     for tile, splits in product(_around(chosen.tile), (1, 2, 4, 8)):
         tokens = -(-shape.T // (splits * tile.T)) * tile.T
         plan = configs.WgradPlan(tile, -(-shape.T // tokens), tokens)
-        with mock.patch.object(configs, "wgrad_plan", lambda *_, plan=plan: plan):
+        with mock.patch.object(configs, "wgrad_plan", return_value=plan):
             row = _timed(shape, "wgrad_plan", tile, plan == chosen, lambda: backward.wgrad(dy, [(v, b)], 1.0, chip))
             yield row | {"splits": plan.splits}
 
@@ -83,25 +87,25 @@ def _around(tile: configs.Tile) -> Iterator[configs.Tile]:
         yield replace(tile, **dict(zip(configs.SEARCH_SPACE, values, strict=True)))
 
 
-def _timed(shape: Shape, what: str, tile: configs.Tile, chosen: bool, call: Callable[[], object]) -> dict[str, object]:
-    row: dict[str, object] = {"what": what, "chosen": chosen} | asdict(shape) | {"tile": asdict(tile)}
+def _timed(shape: Shape, what: str, tile: configs.Tile, chosen: bool, call: Callable[[], object]) -> Row:
+    row: Row = {"what": what, "chosen": chosen} | asdict(shape) | {"tile": asdict(tile)}
     try:
         return row | {"us": median_us(call)}
     except triton.runtime.errors.OutOfResources as error:
         return row | {"us": None, "why": str(error)}
 
 
-def layer(shape: Shape) -> Iterator[dict[str, object]]:
+def layer(shape: Shape) -> Iterator[Row]:
     """Forward and forward + backward of the layer in each backend, and of the frozen linear alone."""
     x, a, b, gate = _tensors(shape)
     weight = torch.randn(shape.O, shape.I, device="cuda", dtype=x.dtype) * shape.I**-0.5
     leaves = [t.requires_grad_() for t in (x, a, b, gate)]
     dy = torch.randn(shape.T, shape.O, device="cuda", dtype=x.dtype)
 
-    def of_backend(name: str) -> Callable[[], Tensor]:
+    def of_backend(name: str) -> Callable[[], Any]:
         return lambda: lmoe_linear(x, weight, None, a, b, gate_weight=gate, backend=name)
 
-    calls = {"frozen linear": lambda: torch.nn.functional.linear(x, weight)}
+    calls: dict[str, Callable[[], Any]] = {"frozen linear": lambda: torch.nn.functional.linear(x, weight)}
     calls |= {name: of_backend(name) for name in ("torch", "triton")}
     for name, call in calls.items():
         wanted = leaves[:1] if name == "frozen linear" else leaves
@@ -119,7 +123,7 @@ def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def main() -> int:
     """Run the tests, tune, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Test, tune and measure the Triton kernels on this GPU.")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="*", default=[16, 512, 8192])
     parser.add_argument("--features", type=int, default=4096)
@@ -127,10 +131,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.gpu: there is no CUDA device")
         return 1
-    if not args.skip_tests and (
-        failed := subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], check=False).returncode
-    ):
-        return failed
+    if not args.skip_tests:
+        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], check=False)
+        if tests.returncode:
+            return tests.returncode
     results = ROOT / "results" / torch.cuda.get_device_name().replace(" ", "_")
     results.mkdir(parents=True, exist_ok=True)
     shapes = [Shape(tokens, args.features, args.features) for tokens in args.tokens]

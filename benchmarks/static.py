@@ -1,11 +1,11 @@
-"""Compile the Triton kernels for GPUs that need not be here, and read registers, spills and instructions from the machine code.
+"""Compile the Triton kernels for GPUs that need not be here, and read registers and spills from the machine code.
 
     python -m benchmarks.static [--quick | --one] [--arch sm_90 ...]
 
-One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels. The
-launches are those of the backend itself: it is called on tensors without memory, with its launcher replaced by a recorder.
-Exits with 1 where something spills, has a stack, wants more shared memory than the chip has, or uses no tensor cores where it
-could.
+One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels.
+The launches are those of the backend itself: it is called on tensors without memory, with its launcher replaced by a
+recorder. Exits with 1 where something spills, has a stack, wants more shared memory than the chip has, or uses no tensor
+cores where it could.
 """
 
 import argparse
@@ -114,9 +114,10 @@ def launches(situation: Situation, chip: Chip) -> list[Launch]:
         for module in modules.values():
             patches.enter_context(mock.patch.object(module, "launch", record))
         for module in (forward, backward):
-            patches.enter_context(mock.patch.object(module, "chip_of", lambda device: chip))
+            patches.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
         _, logits, u = forward.forward(x, a, b, gate, outside, None, *options, True)
-        logits = outside if logits is None else logits
+        assert u is not None
+        logits = make(s.T, s.E) if logits is None else logits
         backward.backward(dy, make(*logits.shape, dtype=logits.dtype), x, a, b, gate, logits, u, *options, (True,) * 4)
     return list(dict.fromkeys(found))
 
@@ -220,7 +221,7 @@ def rows(situations: list[Situation], archs: list[str], processes: int) -> Itera
 
 def main() -> int:
     """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be here.")
     parser.add_argument("--quick", action="store_true", help="three situations, not all")
     parser.add_argument("--one", action="store_true", help="one situation, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))

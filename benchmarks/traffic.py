@@ -2,8 +2,9 @@
 
     python -m benchmarks.traffic
 
-The tiles are those that `configs.py` chooses for an H200, on a small problem and a chip of few processors, so that as many
-tokens come to a program as on the whole chip. Counted is what the kernels ask for; of A, B, u and v most comes out of caches.
+The tiles are those that `configs.py` chooses for an H200, on a small problem and a chip of few processors, so that as
+many tokens come to a program as on the whole chip. Counted is what the kernels ask for; of A, B, u and v most comes out of
+caches.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch  # noqa: E402
 from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
 from tests.traffic import counted  # noqa: E402
 
-T, I, O, E, R = 256, 512, 768, 8, 16
+T, I, O, E, R = 256, 512, 768, 8, 16  # noqa: E741
 PLANS = {"tokens fill the chip": 4, "tokens fill half the chip": 8, "few tokens": 64}
 
 
@@ -41,7 +42,10 @@ def measure(processors: int) -> list[Row]:
     a, b = torch.randn(E, R, I).bfloat16(), torch.randn(E, R, O).bfloat16()
     gate, dlogits = torch.randn(E, I).bfloat16(), torch.randn(T, E)
     chip = Chip("sm_90", processors, 227 << 10)
-    with mock.patch.object(modules[0], "chip_of", lambda _: chip), mock.patch.object(modules[1], "chip_of", lambda _: chip):
+    with (
+        mock.patch.object(modules[0], "chip_of", return_value=chip),
+        mock.patch.object(modules[1], "chip_of", return_value=chip),
+    ):
         with counted() as of_forward:
             _, logits, u = modules[0].forward(x, a, b, gate, None, None, 0.5, "factors", None, True)
         with counted() as of_backward:

@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time for GPUs that need not be here: no spills, no stack, tensor cores in use.
 
-In a process of its own, since here Triton interprets. `make test` takes three calls on Hopper and one on the other chips; all
-configurations of `benchmarks.static` are for `make static`.
+In a process of its own, since here Triton interprets. `make test` takes three calls on Hopper and one on the other chips;
+all configurations of `benchmarks.static` are for `make static`.
 """
 
 import json

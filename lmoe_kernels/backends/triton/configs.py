@@ -50,7 +50,7 @@ class Tile:
 
     def tiles_of(self, tokens: int) -> int:
         """Programs that cover the tokens."""
-        return -(-tokens // self.T)
+        return ceil_div(tokens, self.T)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     shrink = shrink_tile(sizes, sizes.E_of_a * sizes.R, dtype, chip)
     # One pass holds the whole E R of both factors in one tile, and its programs are tiles of tokens alone: below three
     # quarters of a wave the two kernels, of which expand has tiles of features too, leave less of the chip idle.
-    fits = sizes.E == sizes.E_of_a and sizes.E * sizes.R <= shrink.ER and one_pass_bytes(shrink, dtype) <= chip.shared_memory
+    fits = sizes.E_of_a == sizes.E and sizes.E * sizes.R <= shrink.ER and one_pass_bytes(shrink, dtype) <= chip.shared_memory
     fills = 4 * shrink.tiles_of(sizes.T) >= 3 * chip.processors
     return ForwardPlan(
         shrink if fits and fills else None,
@@ -147,7 +147,7 @@ def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip
         shrink, past_memory = replace(shrink, T=16, F=32), 64
     elif dtype.itemsize > 2:
         shrink = replace(shrink, F=32, warps=8)
-    if sizes.E * sizes.R <= past_memory or 2 * top_k * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
+    if past_memory >= sizes.E * sizes.R or 2 * top_k * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
         return None
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(
@@ -172,12 +172,11 @@ def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtyp
     tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
     # As many programs as fill one wave. A split costs 8 ER F bytes, written and read, against T F times the itemsize of
     # the rows themselves: below 512 tokens each it is not worth its bytes.
-    programs = -(-features // tile.F) * -(-heights[0] // tile.ER)
+    programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
     least = 32 if chip.arch == "interpreter" else 512
     splits = max(1, min(chip.processors // max(programs, 1), tokens // least))
-    of_split = -(-tokens // splits)
-    of_split = max(1, -(-of_split // tile.T)) * tile.T
-    return WgradPlan(tile, max(1, -(-tokens // of_split)), of_split)
+    of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
+    return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
 
 
 def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
@@ -194,7 +193,7 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
     wide = tile.ER + tile.E
     if dtype.itemsize > 2:
         tile = replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)
-    elif 4 * -(-sizes.T // 128) >= 3 * chip.processors and wide <= 320:
+    elif 3 * chip.processors <= 4 * ceil_div(sizes.T, 128) and wide <= 320:
         tile = replace(tile, T=128, warps=8)
     elif wide > 160 or chip.arch in ("sm_80", "sm_86", "sm_89"):  # mma.sync holds its operands in registers, wgmma does not
         tile = replace(tile, warps=8)
@@ -227,10 +226,10 @@ def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) 
     tiles = tile.tiles_of(tokens)
     if 2 * tiles >= chip.processors:
         return 1
-    programs = tiles * -(-columns // tile.ER)
+    programs = tiles * ceil_div(columns, tile.ER)
     splits = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
-    of_split = -(-features // (splits * tile.F)) * tile.F  # whole steps: what is left over takes no part of its own
-    return max(1, -(-features // max(of_split, 1)))
+    of_split = ceil_div(features, splits * tile.F) * tile.F  # whole steps: what is left over takes no part of its own
+    return max(1, ceil_div(features, max(of_split, 1)))
 
 
 def widest(experts: int, dtype: torch.dtype) -> int:
@@ -251,6 +250,11 @@ def fit_stages(tile: Tile, most: int, bytes_of_stage: Callable[[Tile], int], chi
 def one_pass_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Shared memory of the second half of one pass: v, the stages of B, and a tile of y on its way out."""
     return (tile.T * tile.ER + tile.stages * tile.ER * tile.F + tile.T * tile.F) * dtype.itemsize
+
+
+def ceil_div(size: int, block: int) -> int:
+    """Blocks that cover a size."""
+    return -(-size // block)
 
 
 def block_of(size: int, least: int = 16, most: int = 1024) -> int:

@@ -5,12 +5,15 @@ two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger
 three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens: the sum over I is split
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A jit function that calls another sees it typed as never returning.
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import configs, grouped
-from lmoe_kernels.backends.triton.configs import ForwardPlan, GroupedPlan, Tile
+from lmoe_kernels.backends.triton.configs import ForwardPlan, GroupedPlan, Tile, ceil_div
 from lmoe_kernels.backends.triton.launch import (
     accumulator,
     chip_of,
@@ -118,9 +121,9 @@ def shrink(
     ER, E = factor.shape[0] * factor.shape[1], 1 if gate is None else gate.shape[0]
     parts = rows.new_empty(splits, T, ER, dtype=accumulator(rows))
     gate_parts = None if gate is None else rows.new_empty(splits, T, E, dtype=accumulator(rows))
-    features_of_split = triton.cdiv(triton.cdiv(F, splits), tile.F) * tile.F
+    features_of_split = ceil_div(F, splits * tile.F) * tile.F
     launch(
-        _shrink_fwd_kernel, (tile.tiles_of(T), triton.cdiv(ER, tile.ER), splits),
+        _shrink_fwd_kernel, (tile.tiles_of(T), ceil_div(ER, tile.ER), splits),
         rows, rows.stride(0), factor, gate, parts, gate_parts, T, F, features_of_split,
         ER=ER, E=E, **dot_constants(rows), tile=tile,
     )  # fmt: skip
@@ -159,7 +162,7 @@ def expand(
     T, F = out.shape
     E = 1 if gate is None else gate.shape[0]
     launch(
-        _expand_fwd_kernel, (tile.tiles_of(T), triton.cdiv(F, tile.F)),
+        _expand_fwd_kernel, (tile.tiles_of(T), ceil_div(F, tile.F)),
         v, factor, dlogits, gate, base, row_stride(base), out, scaling, T, F,
         ER=factor.shape[0] * factor.shape[1], E=E, **dot_constants(v), tile=tile,
     )  # fmt: skip
@@ -234,7 +237,7 @@ def _shrink_mix_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens from x to v. Where E R needs several tiles of columns, x is read again for each, past L2 if need be."""
+    """A tile of tokens from x to v. Where E R needs several tiles of columns, x is read again for each."""
     ER: tl.constexpr = E_OF_A * R
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)

@@ -1,8 +1,8 @@
 """Few experts of many: tokens grouped by expert, so that work grows with top_k and not with E.
 
-Every token has `top_k` slots, one for each expert it keeps. For each slot the tokens are sorted by their expert, on the device and
-without a word to the host; a tile is then up to BLOCK_T tokens of one expert, gathered. There are at most T / BLOCK_T + E of
-those, so the grid is known beforehand and what is left over returns at once.
+Every token has `top_k` slots, one for each expert it keeps. For each slot the tokens are sorted by their expert, on the
+device and without a word to the host; a tile is then up to BLOCK_T tokens of one expert, gathered. There are at most
+T / BLOCK_T + E of those, so the grid is known beforehand and what is left over returns at once.
 
     forward     _shrink_fwd_kernel (gate alone), _route_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_fwd_kernel,
                 _grouped_expand_fwd_kernel for each slot
@@ -15,10 +15,9 @@ An expand adds to what the slot before it wrote: every token once in each launch
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.configs import Tile, ceil_div
 from lmoe_kernels.backends.triton.grouped_kernels import (
     _grouped_expand_fwd_kernel,
     _grouped_mix_bwd_kernel,
@@ -107,7 +106,7 @@ def expand(v: Tensor, factor: Tensor, route: Route, base: Tensor | None, scaling
     K, T = route.order.shape
     for slot in range(K):
         launch(
-            _grouped_expand_fwd_kernel, (tile.tiles_of(T) + E, triton.cdiv(F, tile.F)),
+            _grouped_expand_fwd_kernel, (tile.tiles_of(T) + E, ceil_div(F, tile.F)),
             v, factor, route.order, route.bounds, base, row_stride(base), out, scaling, slot, T, F,
             E=E, R=R, TOP_K=K, **dot_constants(v), tile=tile,
         )  # fmt: skip
@@ -119,7 +118,7 @@ def wgrad(rows: Tensor, coefficients: Tensor, parameter: Tensor, route: Route, s
     E, R, F = parameter.shape
     grad = rows.new_empty(parameter.shape, dtype=parameter.dtype)
     launch(
-        _grouped_wgrad_bwd_kernel, (triton.cdiv(F, tile.F), E),
+        _grouped_wgrad_bwd_kernel, (ceil_div(F, tile.F), E),
         rows, rows.stride(0), coefficients, route.order, route.bounds, grad, scaling, rows.shape[0], F,
         E=E, R=R, TOP_K=route.order.shape[0], **dot_constants(rows), tile=tile,
     )  # fmt: skip

@@ -49,7 +49,7 @@ def accumulator(rows: Tensor) -> torch.dtype:
 
 
 def dot_constants(rows: Tensor) -> dict[str, object]:
-    """How dots accumulate. fp32 operands are rounded to tf32 only where the user's flags let PyTorch's own products do so."""
+    """How dots accumulate. fp32 operands are rounded to tf32 only where the user's flags let PyTorch's products do so."""
     tf32 = rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     acc = tl.float64 if rows.dtype == torch.float64 else tl.float32
     return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee"}

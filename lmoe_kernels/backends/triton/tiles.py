@@ -1,7 +1,8 @@
 """The steps that kernels are put together from, each on one tile of tokens: shrink, gate, mix, expand.
 
-Letters: T tokens, F features (I or O), E experts, R rank. `ER` counts the rows of a factor: E * R, or R where one A is shared by
-all experts. Accumulators are fp32 (fp64 for fp64) throughout; `u`, `dv` and `v` are rounded once, to the tokens' dtype.
+Letters: T tokens, F features (I or O), E experts, R rank. `ER` counts the rows of a factor: E * R, or R where one A is
+shared by all experts. Accumulators are fp32 (fp64 for fp64) throughout; `u`, `dv` and `v` are rounded once, to the tokens'
+dtype.
 
 The mix does not reshape accumulators. A shrink leaves its tile in memory, where it is still in cache, and the mix walks over
 the experts on (BLOCK_T, BLOCK_R) slices: E and R need not be powers of two, no layout is converted, and compiled for sm_90
@@ -42,8 +43,6 @@ def shrink_tile(
     f = tl.arange(0, BLOCK_F)
     rows = rows_ptr + t.to(tl.int64)[:, None] * stride_t + f[None, :]
     factor = factor_ptr + er.to(tl.int64)[None, :] * F + f[:, None]
-    if gate_ptr is not None:
-        gate = gate_ptr + e.to(tl.int64)[None, :] * F + f[:, None]
     for start in range(f_from, f_to, BLOCK_F):
         inside = start + f < F
         x = tl.load(rows + start, mask=(t < T)[:, None] & inside[None, :], other=0.0)
@@ -51,6 +50,7 @@ def shrink_tile(
         # [BLOCK_T, BLOCK_F] @ [BLOCK_F, BLOCK_ER] -> [BLOCK_T, BLOCK_ER]
         acc = tl.dot(x, a, acc, input_precision=PRECISION, out_dtype=ACC)
         if gate_ptr is not None:
+            gate = gate_ptr + e.to(tl.int64)[None, :] * F + f[:, None]
             w = tl.load(gate + start, mask=(e < E)[None, :] & inside[:, None], other=0.0)
             # [BLOCK_T, BLOCK_F] @ [BLOCK_F, BLOCK_E] -> [BLOCK_T, BLOCK_E]
             logits = tl.dot(x, w, logits, input_precision=PRECISION, out_dtype=ACC)
@@ -188,16 +188,13 @@ def mix_fwd_tile(
     BLOCK_R: tl.constexpr,
 ):
     """v[t,e,r] = gates[t,e] times what `MIX` says that a gate multiplies."""
-    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E
+    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E  # pyright: ignore[reportAssignmentType]
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = (t < T)[:, None] & (r < R)[None, :]
         u_at = u_ptr + t.to(tl.int64)[:, None] * (U_EXPERTS * R) + r[None, :]
         v_at = v_ptr + t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        if MIX == BLEND:
-            h = blend(u_at, mask, gates, e, E, R)
-        else:
-            h = tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
+        h = blend(u_at, mask, gates, e, E, R) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
         for expert in range(E):
             if MIX == APART:
                 h = tl.load(u_at + expert * R, mask=mask, other=0.0).to(gates.dtype)
@@ -225,19 +222,15 @@ def mix_bwd_tile(
     Under BLEND a gate enters twice, through B(t) and through A(t): dg_e = <dv_e, h> + <dh, u_e>. Under SHARED the second
     term is the same for all experts, and the softmax takes it away.
     """
-    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E
+    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E  # pyright: ignore[reportAssignmentType]
     dgates = tl.zeros(gates.shape, gates.dtype)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = (t < T)[:, None] & (r < R)[None, :]
         u_at = u_ptr + t.to(tl.int64)[:, None] * (U_EXPERTS * R) + r[None, :]
         of_expert_0 = t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        if MIX == BLEND:
-            h = blend(u_at, mask, gates, e, E, R)
-        else:
-            h = tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
-        if MIX != APART:
-            dh = blend(dv_ptr + of_expert_0, mask, gates, e, E, R)
+        h = blend(u_at, mask, gates, e, E, R) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
+        dh = h if MIX == APART else blend(dv_ptr + of_expert_0, mask, gates, e, E, R)
         for expert in range(E):
             gate = gate_of(gates, e, expert)
             dv = tl.load(dv_ptr + of_expert_0 + expert * R, mask=mask, other=0.0).to(gates.dtype)
