@@ -162,7 +162,9 @@ def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip
 def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtype, chip: Chip) -> WgradPlan:
     """The tile and the splits of a weight gradient of `heights[0]` rows, and the gate's `heights[1]` beside it."""
     experts = heights[1] if len(heights) == 2 else 1
-    tile = Tile(T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype)), E=block_of(experts, most=64), warps=8)
+    tile = Tile(
+        T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype, chip)), E=block_of(experts, most=64), warps=8
+    )
     if chip.arch == "interpreter":
         tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
     elif dtype.itemsize > 2:  # without tensor cores the operands are in registers too
@@ -186,16 +188,16 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
     taken as soon as their programs fill the chip. 64 tokens are the least that wgmma takes.
     """
     tile = Tile(
-        T=64, F=64, ER=block_of(columns, most=widest(sizes.E, dtype)), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64)
+        T=64, F=64, ER=block_of(columns, most=widest(sizes.E, dtype, chip)), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64)
     )
     if chip.arch == "interpreter":
         return replace(tile, T=32, F=32, ER=min(tile.ER, 64))
     wide = tile.ER + tile.E
     if dtype.itemsize > 2:
         tile = replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)
-    elif 3 * chip.processors <= 4 * ceil_div(sizes.T, 128) and wide <= 320:
+    elif 3 * chip.processors <= 4 * ceil_div(sizes.T, 128) and tile.E <= 64:
         tile = replace(tile, T=128, warps=8)
-    elif wide > 160 or chip.arch in ("sm_80", "sm_86", "sm_89"):  # mma.sync holds its operands in registers, wgmma does not
+    elif wide > 160 or uses_mma_sync(chip):
         tile = replace(tile, warps=8)
     return fit_stages(tile, 4, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
 
@@ -222,21 +224,34 @@ def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) 
 
     Parts are written and read in fp32, `8 columns` bytes a token each, and want a launch of their own: half the chip can
     draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least.
+    Two parts are taken of more than 128 experts, whose gates spill beside the mix of 64 tokens: that gives the mix a kernel
+    and a tile of its own.
     """
     tiles = tile.tiles_of(tokens)
-    if 2 * tiles >= chip.processors:
-        return 1
+    if 2 * tiles >= chip.processors or tile.E > 128:
+        return 1 if tile.E <= 128 else 2
     programs = tiles * ceil_div(columns, tile.ER)
     splits = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
     of_split = ceil_div(features, splits * tile.F) * tile.F  # whole steps: what is left over takes no part of its own
     return max(1, ceil_div(features, max(of_split, 1)))
 
 
-def widest(experts: int, dtype: torch.dtype) -> int:
-    """Columns of E R that a tile's accumulators hold beside the gate's."""
+def widest(experts: int, dtype: torch.dtype, chip: Chip) -> int:
+    """Columns of E R that a tile's accumulators hold beside the gate's without a spill.
+
+    With more, x or dy is read again for each such chunk, out of the L2 if it is still there: at 128 columns a chunk is about
+    as long at its sums as at its reading, on every chip.
+    """
     if dtype.itemsize > 2:
-        return 128 if experts <= 32 else 64
-    return 256 if experts <= 64 else 128
+        return 128 if experts <= 32 else 32
+    if experts > 64:
+        return 64 if chip.arch.startswith("sm_10") else 128
+    return 128 if uses_mma_sync(chip) else 256
+
+
+def uses_mma_sync(chip: Chip) -> bool:
+    """Whether dots hold their operands in registers: on NVIDIA's chips without wgmma and tcgen05."""
+    return chip.arch.startswith(("sm_8", "sm_12"))
 
 
 def fit_stages(tile: Tile, most: int, bytes_of_stage: Callable[[Tile], int], chip: Chip) -> Tile:
