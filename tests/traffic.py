@@ -29,6 +29,31 @@ class Access:
 
 
 @contextmanager
+def counted_flops() -> Iterator[dict[str, int]]:
+    """Within this block the FLOPs of every dot are added up by kernel, those of padded and masked elements included."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    dot, call = builder.create_dot, executor.__call__
+    flops: dict[str, int] = defaultdict(int)
+    running: list[str] = []
+
+    def counting_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        flops[running[-1]] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    def counting_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running.append(self.fn.__name__)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running.pop()
+
+    with mock.patch.object(builder, "create_dot", counting_dot), mock.patch.object(executor, "__call__", counting_call):
+        yield flops
+
+
+@contextmanager
 def counted() -> Iterator[dict[Access, Bytes]]:
     """Within this block every unmasked element that a kernel loads or stores is added up.
 
