@@ -2,14 +2,16 @@
 
 A row of `BACKENDS` names the module that holds `forward` and `backward`, and a function that tells why the backend cannot
 take a call, or None where it can. The automatic choice walks the table from the top and takes the first backend that can;
-`reference` is never taken unasked.
+`reference`, and `triton` in its interpreter, are never taken unasked.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -41,18 +43,43 @@ class Backend:
     name: str
     module: str
     why_not: Callable[[Problem], str | None]
-    automatic: bool = True
+    automatic: Callable[[Problem], bool] = lambda problem: True
 
 
 def _anything(problem: Problem) -> None:
     return None
 
 
+def _not_triton(problem: Problem) -> str | None:
+    """Why the Triton kernels cannot take a call; on the CPU they run in Triton's interpreter, where that is switched on."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if problem.num_experts > 256:
+        return f"its kernels take at most 256 experts, not {problem.num_experts}"
+    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if problem.device.type != "cuda":
+        return f"its kernels run on GPUs, not on {problem.device.type}"
+    if problem.dtype == torch.float64:
+        return "its kernels take fp32, bf16 and fp16 on a GPU, not fp64"
+    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < (8, 0):
+        return "its kernels need compute capability 8.0"
+    return None
+
+
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend(
+            "triton", "lmoe_kernels.backends.triton", _not_triton, automatic=lambda problem: problem.device.type != "cpu"
+        ),
         Backend("torch", "lmoe_kernels.backends.torch", _anything),
-        Backend("reference", "lmoe_kernels.reference", _anything, automatic=False),
+        Backend("reference", "lmoe_kernels.reference", _anything, automatic=lambda problem: False),
     )
 }
 
@@ -68,7 +95,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     """
     name = backend if backend is not None else _preferred
     if name is None:
-        return next(b.name for b in BACKENDS.values() if b.automatic and b.why_not(problem) is None)
+        return next(b.name for b in BACKENDS.values() if b.automatic(problem) and b.why_not(problem) is None)
     check_name(op, name)
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
@@ -92,7 +119,7 @@ def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
             verdict = f"taken: {asked}"
         elif (reason := row.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
-        elif not row.automatic:
+        elif not row.automatic(problem):
             verdict = "not taken: only where it is asked for by name"
         else:
             verdict = f"not taken: {name!r} stands before it" if backend is None else "not taken: not asked for"

@@ -1,13 +1,19 @@
 """Fixtures that the whole suite shares: fresh random inputs, the backends under test, watched allocations."""
 
 import random
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from tests.triton_interpreter import interpret
 from tests.watch import AllocationWatch
 
-BACKENDS = ["torch"]
+HAS_TRITON = find_spec("triton") is not None
+BACKENDS = [
+    "torch",
+    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
+    if HAS_TRITON and config.option.markexpr != "gpu":
+        interpret()  # before a test module imports Triton
 
 
 def pytest_report_header(config: pytest.Config) -> str:

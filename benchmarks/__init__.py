@@ -1,0 +1,1 @@
+"""Measurements and counts: what the kernels cost, in time, bytes and machine code."""

@@ -1,0 +1,114 @@
+"""The Triton kernels on the GPU they are for: large shapes, bits that repeat, CUDA graphs, offsets past 2^31, the sanitizer.
+
+`make gpu` runs these with `-m gpu`; nothing is interpreted then.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lmoe_kernels import lmoe
+from tests.problems import CASES, Case, Problem, assert_no_worse, eager, gradients, leaves_of, make_problem
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LARGE = [
+    Case(T=8192, I=4096, O=4096, E=8, R=16, linear=True),
+    Case(T=16384, I=2048, O=2048, E=8, R=32, mixing="outputs"),
+    Case(T=1024, I=4096, O=14336, E=8, R=16),
+    Case(T=16, I=4096, O=4096, E=8, R=16),
+    Case(T=4096, I=4096, O=4096, E=64, R=16, top_k=2),
+    Case(T=4096, I=1000, O=3001, E=5, R=3, shared_a=True),
+]
+
+
+def _judge(problem: Problem) -> None:
+    """The error rule; the truth is the factored form in float64, since the literal one would not fit the memory."""
+    leaves, plain_leaves = leaves_of(problem.tensors), leaves_of(problem.tensors)
+    true_leaves = leaves_of(problem.tensors, torch.float64)
+    ours, plain, true = problem.call("triton", **leaves), eager(problem, plain_leaves), eager(problem, true_leaves)
+    for name, got, other, right in zip(("y", "router_logits"), ours, plain, true, strict=True):
+        assert_no_worse(name, got.detach(), other.detach(), right.detach())
+    theirs, right = gradients(problem, plain, plain_leaves), gradients(problem, true, true_leaves)
+    for name, gradient in gradients(problem, ours, leaves).items():
+        assert_no_worse(f"gradient of {name}", gradient, theirs[name], right[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
+    _judge(make_problem(case, dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_fp32_parameters(case: Case) -> None:
+    _judge(make_problem(case, torch.bfloat16, param_dtype=torch.float32, device="cuda"))
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_the_same_bits_every_time(case: Case) -> None:
+    problem = make_problem(case, torch.bfloat16, device="cuda")
+    leaves = leaves_of(problem.tensors)
+    runs = []
+    for _ in range(3):
+        results = problem.call("triton", **leaves)
+        runs.append([*results, *gradients(problem, results, leaves).values()])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("T", [16, 4096])
+def test_cuda_graph(T: int) -> None:
+    problem = make_problem(Case(T=T, I=1024, O=1024, E=8, R=16), torch.bfloat16, device="cuda")
+    leaves = leaves_of(problem.tensors)
+
+    def step() -> list[torch.Tensor]:
+        results = problem.call("triton", **leaves)
+        return [*results, *gradients(problem, results, leaves).values()]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["x"].copy_(torch.randn_like(leaves["x"]))
+    graph.replay()
+    for replayed, eager_result in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager_result)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    T, I = 2**31 // 4096 + 300, 4096  # noqa: E741
+    problem = make_problem(Case(T=300, I=I, O=4096, E=8, R=16), torch.bfloat16, device="cuda")
+    x = torch.zeros(T, I, dtype=torch.bfloat16, device="cuda")
+    x[-300:] = problem.tensors["x"]
+    t = problem.tensors
+    with torch.no_grad():
+        y = lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], scaling=0.75, backend="triton")
+        few, _ = problem.call("triton")
+        assert_no_worse("the last tokens", y[-300:], few, eager(problem, {n: v.double() for n, v in t.items()})[0])
+        assert (y[:-300] == 0).all()
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer(tool: str) -> None:
+    program = (
+        "import torch; from tests.problems import *\n"
+        "for case in (Case(), Case(T=300, I=130, O=70, E=8, R=16), Case(T=20000, I=64, O=64, E=8, R=16)):\n"
+        "    p = make_problem(case, torch.bfloat16, device='cuda'); leaves = leaves_of(p.tensors)\n"
+        "    gradients(p, p.call('triton', **leaves), leaves)\n"
+    )
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]

@@ -1,0 +1,143 @@
+"""What only the Triton backend has: several plans for one call, tiles that do not fit, offsets past 2^31."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lmoe_kernels import explain, lmoe
+from lmoe_kernels.backends.triton import configs
+from lmoe_kernels.backends.triton.configs import Chip, Sizes
+from tests.problems import Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
+
+FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
+CHIPS = [
+    Chip("sm_80", 108, 163 << 10),
+    Chip("sm_90", 132, 227 << 10),
+    Chip("sm_120", 170, 99 << 10),
+    Chip("gfx942", 304, 64 << 10),
+]
+CASES = [
+    Case(T=70, I=300, O=290, E=4, R=6, top_k=2),
+    Case(T=70, I=150, O=140, E=12, R=7),  # more columns than a tile of the interpreter holds
+    Case(T=80, I=40, O=50, E=24, R=3, top_k=2),  # tokens are grouped by expert
+    Case(T=80, I=40, O=50, E=24, R=3, top_k=2, mixing="outputs", outside_logits=True),
+    Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
+    Case(T=35, I=150, O=140, E=33, R=2, shared_a=True, top_k=5),  # more experts than the least block
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
+def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, watch) -> None:
+    chip = Chip("interpreter", processors, 1 << 16)
+    for module in (FORWARD, BACKWARD):
+        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    problem = make_problem(case, dtype)
+    leaves, plain_leaves = leaves_of(problem.tensors), leaves_of(problem.tensors)
+    results, plain = problem.call("triton", **leaves), eager(problem, plain_leaves)
+    true_y, true_logits, true = truth(problem)
+    assert_no_worse("y", results[0], plain[0], true_y)
+    assert_no_worse("router_logits", results[1], plain[1], true_logits)
+    plain_gradients = gradients(problem, plain, plain_leaves)
+    for name, gradient in gradients(problem, results, leaves).items():
+        assert_no_worse(f"gradient of {name}", gradient, plain_gradients[name], true[name])
+
+
+@pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
+@pytest.mark.parametrize(
+    "case", [Case(T=3, I=4, O=5, E=3, R=2, top_k=2), Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs")], ids=str
+)
+def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = Chip("interpreter", processors, 1 << 16)
+    for module in (FORWARD, BACKWARD):
+        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    leaves = leaves_of(make_problem(case, torch.float64).tensors)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        named = dict(zip(leaves, tensors, strict=True))
+        return lmoe(**named, scaling=0.3, mixing=case.mixing, top_k=case.top_k, return_router_logits=True, backend="triton")
+
+    torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+def test_a_nan_in_the_logits_of_a_token_is_seen_in_that_token_alone() -> None:
+    t = make_problem(Case(outside_logits=True), torch.float32).tensors
+    logits = t["gate_logits"].clone()
+    logits[2, 1] = float("nan")
+    for top_k in (None, 2):
+        y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_logits=logits, top_k=top_k, backend="triton")
+        assert y[2].isnan().all()
+        assert y[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+def test_an_expert_masked_by_minus_infinity() -> None:
+    t = make_problem(Case(outside_logits=True), torch.float32).tensors
+    logits = t["gate_logits"].clone()
+    logits[:, 3] = float("-inf")
+    kept = torch.tensor([0, 1, 2, 4])
+    y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_logits=logits, backend="triton")
+    torch.testing.assert_close(
+        y, lmoe(t["x"], t["lora_a"][kept], t["lora_b"][kept], gate_logits=logits[:, kept], backend="triton")
+    )
+
+
+def test_offsets_past_two_to_the_31() -> None:
+    case = Case(T=3, I=24, O=17)
+    problem = make_problem(case, torch.bfloat16)
+    stride = 2**30 + 8  # the third row begins past 2^31 elements; of the memory between the rows nothing is touched
+    x = torch.empty(2 * stride + case.I, dtype=torch.bfloat16).as_strided((case.T, case.I), (stride, 1))
+    x.copy_(problem.tensors["x"])
+    y, logits = problem.call("triton", x=x)
+    expected, expected_logits = problem.call("triton")
+    assert torch.equal(y, expected)
+    assert torch.equal(logits, expected_logits)
+
+
+def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
+    for chip in CHIPS:
+        for dtype in (torch.bfloat16, torch.float32):
+            for E, R in ((1, 1), (5, 3), (8, 16), (8, 32), (64, 16), (256, 4), (2, 300)):
+                for T in (0, 1, 16, 300, 8192, 200_000):
+                    sizes = Sizes(T, 4096, 1000, E, E, R)
+                    forward, backward = (plan(sizes, dtype, chip) for plan in (configs.forward_plan, configs.backward_plan))
+                    assert forward == configs.forward_plan(sizes, dtype, chip)
+                    wgrad = configs.wgrad_plan(T, 4096, [E * R, E], dtype, chip)
+                    assert wgrad.splits * wgrad.tokens >= T
+                    assert (wgrad.splits - 1) * wgrad.tokens < max(T, 1), "a part without tokens"
+                    for splits, features in ((forward.splits, 4096), (backward.splits, 1000)):
+                        assert 1 <= splits <= -(-features // forward.shrink.F)
+                    for tile in (forward.shrink, forward.expand, backward.shrink, backward.expand, wgrad.tile):
+                        assert tile.stages >= 2
+                        assert min(tile.T, tile.F, tile.ER, tile.E) >= 16, "less than a dot takes"
+
+
+def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
+    h200 = CHIPS[1]
+
+    def one_pass(T: int, E: int, R: int) -> bool:
+        return configs.forward_plan(Sizes(T, 4096, 4096, E, E, R), torch.bfloat16, h200).one_pass is not None
+
+    assert one_pass(8192, 8, 16)
+    assert one_pass(65536, 8, 32)
+    assert not one_pass(2048, 8, 16), "a quarter of the processors would work"
+    assert not one_pass(65536, 64, 16), "E R = 1024 fits no tile"
+
+
+def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
+    t = make_problem(Case(), torch.float32).tensors
+    automatic = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"])
+    assert "triton     not taken: only where it is asked for by name" in automatic
+    assert "torch      taken" in automatic
+    named = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")
+    assert "triton     taken: asked for by name" in named
+
+
+def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    t = make_problem(Case(), torch.float32).tensors
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="'triton': its kernels run on GPUs, not on cpu"):
+        lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")

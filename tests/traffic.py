@@ -1,0 +1,115 @@
+"""Bytes that Triton kernels load and store, counted in the interpreter by kernel and by tensor."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Bytes:
+    """What one argument of one kernel cost."""
+
+    loaded: int = 0
+    stored: int = 0
+
+
+@dataclass(frozen=True)
+class Access:
+    """Which kernel asked, for which of its arguments, and where that tensor began."""
+
+    kernel: str
+    argument: str
+    address: int
+
+
+@contextmanager
+def counted_flops() -> Iterator[dict[str, int]]:
+    """Within this block the FLOPs of every dot are added up by kernel, those of padded and masked elements included."""
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    dot, call = builder.create_dot, executor.__call__
+    flops: dict[str, int] = defaultdict(int)
+    running: list[str] = []
+
+    def counting_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        flops[running[-1]] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+
+    def counting_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        running.append(self.fn.__name__)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running.pop()
+
+    with mock.patch.object(builder, "create_dot", counting_dot), mock.patch.object(executor, "__call__", counting_call):
+        yield flops
+
+
+@contextmanager
+def counted() -> Iterator[dict[Access, Bytes]]:
+    """Within this block every unmasked element that a kernel loads or stores is added up.
+
+    Elements are counted as often as they are asked for: what a GPU's caches serve is in it.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    counts: dict[Access, Bytes] = defaultdict(Bytes)
+    running: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def access(pointers: np.ndarray, mask: np.ndarray) -> Access:
+        kernel, tensors = running[-1]
+        address = int(pointers[mask].flat[0])
+        for name, tensor in tensors.items():
+            span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            if 0 <= address - tensor.data_ptr() < span * tensor.element_size():
+                return Access(kernel, name.removesuffix("_ptr"), tensor.data_ptr())
+        raise AssertionError(f"{kernel}: an access outside of its arguments")
+
+    def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        result = load(self, pointers, mask, *rest)
+        inside = np.broadcast_to(mask.data, pointers.data.shape)
+        if inside.any():
+            counts[access(pointers.data, inside)].loaded += int(inside.sum()) * result.data.itemsize
+        return result
+
+    def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        inside = np.broadcast_to(mask.data, pointers.data.shape)
+        if inside.any():
+            counts[access(pointers.data, inside)].stored += int(inside.sum()) * value.data.itemsize
+        return store(self, pointers, value, mask, *rest)
+
+    def counting_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(self.arg_names, args, strict=False))
+        running.append((self.fn.__name__, {n: t for n, t in named.items() if isinstance(t, torch.Tensor) and t.numel()}))
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            running.pop()
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counting_load),
+        mock.patch.object(builder, "create_masked_store", counting_store),
+        mock.patch.object(executor, "__call__", counting_call),
+    ):
+        yield counts
+
+
+def of_tensor(counts: dict[Access, Bytes], tensor: torch.Tensor) -> Bytes:
+    """What all kernels together asked of a tensor that was there before and after them."""
+    found = [count for access, count in counts.items() if access.address == tensor.data_ptr()]
+    return Bytes(sum(count.loaded for count in found), sum(count.stored for count in found))
+
+
+def stored_to(counts: dict[Access, Bytes], *arguments: str) -> int:
+    """Bytes stored through arguments of these names."""
+    return sum(count.stored for access, count in counts.items() if access.argument in arguments)
