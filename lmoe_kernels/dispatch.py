@@ -1,8 +1,8 @@
 """The table of backends: which there are, which one a call takes, and why not the others.
 
-A row of `BACKENDS` names the module that holds `forward` and `backward`, and a function that tells why the backend cannot
-take a call, or None where it can. The automatic choice walks the table from the top and takes the first backend that can;
-`reference` is never taken unasked.
+A row of `BACKENDS` names the module that holds `forward` and `backward`, a function that tells why the backend cannot take a
+call, and one that tells why it is not taken unasked; each gives None where there is no reason. The automatic choice walks the
+table from the top and takes the first backend without a reason.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from types import ModuleType
 
 import torch
 
+from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.checks import fail
 
 
@@ -42,18 +43,32 @@ class Backend:
     name: str
     module: str
     why_not: Callable[[Problem], str | None]
-    automatic: bool = True
+    why_not_unasked: Callable[[Problem], str | None]
 
 
 def _anything(problem: Problem) -> None:
     return None
 
 
+def _only_by_name(problem: Problem) -> str:
+    return "only where it is asked for by name"
+
+
+def _why_not_cuda(problem: Problem) -> str | None:
+    return extension.why_not(problem.device, problem.dtype)
+
+
+def _why_not_cuda_unasked(problem: Problem) -> str | None:
+    # expected, not measured: one launch and the lowest launch cost win while the call is bound by latency
+    return None if problem.tokens <= 64 else "it is expected to win at T <= 64 alone"
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("torch", "lmoe_kernels.backends.torch", _anything),
-        Backend("reference", "lmoe_kernels.reference", _anything, automatic=False),
+        Backend("cuda", "lmoe_kernels.backends.cuda", _why_not_cuda, _why_not_cuda_unasked),
+        Backend("torch", "lmoe_kernels.backends.torch", _anything, _anything),
+        Backend("reference", "lmoe_kernels.reference", _anything, _only_by_name),
     )
 }
 
@@ -75,7 +90,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     """
     name = backend if backend is not None else _preferred.name
     if name is None:
-        return next(b.name for b in BACKENDS.values() if b.automatic and b.why_not(problem) is None)
+        return next(b.name for b in BACKENDS.values() if not (b.why_not_unasked(problem) or b.why_not(problem)))
     check_name(op, name)
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
@@ -99,8 +114,8 @@ def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
             verdict = f"taken: {asked}"
         elif (reason := row.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
-        elif not row.automatic:
-            verdict = "not taken: only where it is asked for by name"
+        elif (reason := row.why_not_unasked(problem)) is not None:
+            verdict = f"not taken: {reason}"
         else:
             verdict = f"not taken: {name!r} stands before it" if backend is None else "not taken: not asked for"
         lines.append(f"  {row.name:<10} {verdict}")

@@ -1,13 +1,19 @@
 """Fixtures that the whole suite shares: fresh random inputs, the backends under test, watched allocations."""
 
 import random
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from lmoe_kernels import dispatch
+from lmoe_kernels.backends.cuda import extension
+from tests.cuda_emu import build
 from tests.watch import AllocationWatch
 
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "cuda"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +38,38 @@ def _seed(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that computes with its own code, in turn."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
+        if getattr(request.node, "callspec").params.get("dtype") is torch.float64:
+            pytest.skip("the cuda backend does not take float64")
     return request.param
+
+
+@pytest.fixture
+def exact(backend: str) -> torch.dtype:
+    """The widest dtype that the backend takes, for tests of what holds whatever the dtype."""
+    return torch.float32 if backend == "cuda" else torch.float64
+
+
+@pytest.fixture(scope="session")
+def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
+    """The CUDA extension compiled for the CPU emulator of tests/cuda_emu."""
+    if build.COMPILER is None:
+        pytest.skip("no g++ to compile the CUDA emulator")
+    cache = Path(request.config.cache.mkdir("cuda_emu"))
+    return build.emulated_extension(cache, request.config.option.seed)
+
+
+@pytest.fixture
+def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
+    def why_not(problem: dispatch.Problem) -> str | None:
+        return None if problem.dtype in extension.DTYPES else extension.why_not(problem.device, problem.dtype)
+
+    monkeypatch.setattr(extension, "library", lambda: emulated_extension)
+    monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], why_not=why_not))
+    return emulated_extension
 
 
 @pytest.fixture
