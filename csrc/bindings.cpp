@@ -2,7 +2,10 @@
 // keeps them alive until the launcher has returned.
 #include <pybind11/pybind11.h>
 
-#include "launch.h"
+#include <stdexcept>
+#include <string>
+
+#include "launchers.h"
 
 namespace py = pybind11;
 using namespace lmoe;
@@ -78,11 +81,10 @@ void check_addresses(const ForwardParams& p) {
 }
 
 template <class Params>
-auto launcher(void (*launch)(const Params&, cudaStream_t)) {
+auto launcher(void (*launch)(const Params&, int, void*)) {
     return [launch](const Params& p, int device, uintptr_t stream) {
         check_addresses(p);
-        DeviceGuard guard(device);
-        launch(p, reinterpret_cast<cudaStream_t>(stream));
+        launch(p, device, reinterpret_cast<void*>(stream));
     };
 }
 

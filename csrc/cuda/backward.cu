@@ -1,7 +1,7 @@
 // Launches the backward: shrink with the backward of mix, expand into dx, wgrad over x and over dy.
 #include "backward.cuh"
 
-#include "launch.h"
+#include "launch.cuh"
 
 namespace lmoe {
 namespace {
@@ -67,9 +67,10 @@ void backward_of(const BackwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void backward(const BackwardParams& p, cudaStream_t stream) {
+void backward(const BackwardParams& p, int device, void* stream) {
     if (p.T == 0) return;
-    with_dtype(p.dtype, [&](auto scalar) { backward_of<decltype(scalar)>(p, stream); });
+    const DeviceGuard guard(device);
+    with_dtype(p.dtype, [&](auto scalar) { backward_of<decltype(scalar)>(p, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace lmoe

@@ -1,7 +1,7 @@
 // Launches the forward: shrink with mix, then expand.
 #include "forward.cuh"
 
-#include "launch.h"
+#include "launch.cuh"
 
 namespace lmoe {
 
@@ -16,8 +16,10 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
     check_launch("expand_kernel");
 }
 
-void forward(const ForwardParams& p, cudaStream_t stream) {
+void forward(const ForwardParams& p, int device, void* queue) {
     if (p.T == 0) return;
+    const DeviceGuard guard(device);
+    const auto stream = static_cast<cudaStream_t>(queue);
     with_dtype(p.dtype, [&](auto scalar) {
         using S = decltype(scalar);
         static_assert(WideShrink<S>::SMEM <= 48 << 10 && Expand<S>::SMEM <= 48 << 10, "more needs an attribute of the kernel");

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "params.h"
+#include "launchers.h"
 #include "ptx.h"
 
 namespace lmoe {
@@ -48,12 +48,7 @@ void with_dtype(Dtype dtype, F f) {
     throw std::invalid_argument("lmoe: dtype must be one of fp32, bf16, fp16");
 }
 
-// The launchers, each on the current device.
-void forward(const ForwardParams& p, cudaStream_t stream);
-void backward(const BackwardParams& p, cudaStream_t stream);
-void decode(const DecodeParams& p, cudaStream_t stream);
-
-// The expand of forward, and of backward into dx.
+// The expand of forward, and of backward into dx; on the current device.
 void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream);
 
 }  // namespace lmoe

@@ -1,0 +1,49 @@
+# csrc/bindings.cpp: the fields of csrc/params.h, addresses as ints (0 is null), and the launchers.
+
+class ForwardParams:
+    dtype: int
+    T: int
+    I: int
+    O: int
+    E: int
+    R: int
+    experts_of_a: int
+    top_k: int
+    scaling: float
+    factors: bool
+    x: int
+    x_stride: int
+    lora_a: int
+    lora_b: int
+    gate_weight: int
+    lora_a_fp32: bool
+    lora_b_fp32: bool
+    gate_weight_fp32: bool
+    logits_fp32: bool
+    base: int
+    base_stride: int
+    logits: int
+    u: int
+    v: int
+    v_stride: int
+    scratch: int
+    scratch_stride: int
+    y: int
+
+class BackwardParams(ForwardParams):
+    dy: int
+    dy_stride: int
+    dlogits_in: int
+    dv: int
+    z: int
+    z_stride: int
+    partial: int
+    wgrad_splits: int
+    dx: int
+    dlora_a: int
+    dlora_b: int
+    dgate_weight: int
+    dlogits: int
+
+def forward(params: ForwardParams, device: int, stream: int) -> None: ...
+def backward(params: BackwardParams, device: int, stream: int) -> None: ...
