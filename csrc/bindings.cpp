@@ -62,6 +62,14 @@ void backward_fields(Class& cls) {
     cls.def_readwrite("wgrad_splits", &P::wgrad_splits);
 }
 
+template <class Class>
+void decode_fields(Class& cls) {
+    using P = DecodeParams;
+    address<P>(cls, "partial", &P::partial);
+    cls.def_readwrite("chunk", &P::chunk).def_readwrite("chunks", &P::chunks);
+    cls.def_readwrite("column_tile", &P::column_tile).def_readwrite("smem", &P::smem).def_readwrite("blocks", &P::blocks);
+}
+
 // A tensor's elements lie on multiples of their size; an address off by a byte would be read as another number.
 void check_address(const char* name, const void* address, bool fp32, Dtype dtype) {
     const uintptr_t size = fp32 || dtype == Dtype::fp32 ? 4 : 2;
@@ -80,8 +88,8 @@ void check_addresses(const ForwardParams& p) {
     check_address("logits", p.logits, p.logits_fp32, p.dtype);
 }
 
-template <class Params>
-auto launcher(void (*launch)(const Params&, int, void*)) {
+template <class Params, class Argument>
+auto launcher(void (*launch)(Argument, int, void*)) {
     return [launch](const Params& p, int device, uintptr_t stream) {
         check_addresses(p);
         launch(p, device, reinterpret_cast<void*>(stream));
@@ -99,6 +107,15 @@ PYBIND11_MODULE(_cuda, m) {
     backward_params.def(py::init([] { return BackwardParams{}; }));
     backward_fields(backward_params);
 
-    m.def("forward", launcher(&lmoe::forward), py::arg("params"), py::arg("device"), py::arg("stream"));
-    m.def("backward", launcher(&lmoe::backward), py::arg("params"), py::arg("device"), py::arg("stream"));
+    py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams");
+    decode_params.def(py::init([] { return DecodeParams{}; }));
+    decode_fields(decode_params);
+
+    auto def = [&m](const char* name, auto function) {
+        m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));
+    };
+    def("forward", launcher<ForwardParams>(&lmoe::forward));
+    def("backward", launcher<BackwardParams>(&lmoe::backward));
+    def("decode", launcher<DecodeParams>(&lmoe::decode));
+    m.def("processors", &lmoe::processors, py::arg("device"));
 }

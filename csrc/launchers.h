@@ -9,4 +9,10 @@ namespace lmoe {
 void forward(const ForwardParams& params, int device, void* stream);
 void backward(const BackwardParams& params, int device, void* stream);
 
+// params.barrier is filled in here.
+void decode(DecodeParams params, int device, void* stream);
+
+// Multiprocessors of a device.
+int processors(int device);
+
 }  // namespace lmoe

@@ -66,8 +66,8 @@ struct Matrix {
     int64_t stride;   // elements between rows, in both
     bool first_fp32;  // fp32 elements, to be rounded to the kernel's dtype on load
     bool second_fp32;
-    bool first_vectors;  // rows start on 16 bytes and hold the kernel's dtype: asynchronous 16-byte copies
-    bool second_vectors;
+    bool first_aligned;  // rows start on 16 bytes: 16-byte loads
+    bool second_aligned;
 };
 
 struct ExpandParams {
@@ -93,12 +93,15 @@ struct WgradParams {
     float scaling;
 };
 
+// A forward in one launch; u and logits may be null where nobody wants them.
 struct DecodeParams : ForwardParams {
-    float* partial;        // (chunks, T, C) fp32, C = experts_of_a * R and then E; workspace
-    int64_t chunk;         // features of x in one partial sum
-    int64_t chunks;
-    int64_t column_tile;   // columns of y that a block makes
-    unsigned* barrier;     // of the whole grid: its low 31 bits are zero between launches
+    float* partial;       // (chunks, T, C), C = experts_of_a * R and, of a gate, E; workspace
+    int64_t chunk;        // features of x in one partial sum, a multiple of 256
+    int64_t chunks;       // ceil(I / chunk), 1 where I is 0
+    int64_t column_tile;  // columns of y that a block makes at a time, a multiple of 8
+    int64_t smem;         // bytes of shared memory
+    int blocks;           // not more than run at the same time
+    int barrier;          // index of the grid-wide barrier, the launcher's
 };
 
 }  // namespace lmoe

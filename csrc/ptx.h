@@ -18,7 +18,7 @@
 template <class Params>
 cudaError_t launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int smem, cudaStream_t stream, Params params) {
     void* arguments[] = {&params};
-    return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments, smem, stream);
+    return cudaLaunchCooperativeKernel(kernel, grid, block, arguments, smem, stream);
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {

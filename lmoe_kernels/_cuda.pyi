@@ -45,5 +45,15 @@ class BackwardParams(ForwardParams):
     dgate_weight: int
     dlogits: int
 
+class DecodeParams(ForwardParams):
+    partial: int
+    chunk: int
+    chunks: int
+    column_tile: int
+    smem: int
+    blocks: int
+
 def forward(params: ForwardParams, device: int, stream: int) -> None: ...
 def backward(params: BackwardParams, device: int, stream: int) -> None: ...
+def decode(params: DecodeParams, device: int, stream: int) -> None: ...
+def processors(device: int) -> int: ...

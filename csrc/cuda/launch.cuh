@@ -16,6 +16,12 @@ inline void check(const char* what, cudaError_t error) {
 // A launch that the driver refuses is told at once; a kernel that fails later is told by a later call, as always in CUDA.
 inline void check_launch(const char* kernel) { check(kernel, cudaGetLastError()); }
 
+// Shared memory beyond the 48 KB that every kernel may take.
+template <class Params>
+void allow_shared_memory(void (*kernel)(Params), int bytes) {
+    check("cudaFuncSetAttribute", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // The current device is `device` as long as this lives.
 class DeviceGuard {
 public:

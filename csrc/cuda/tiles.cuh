@@ -43,8 +43,8 @@ inline __host__ __device__ bool on_16_bytes(const void* data, int64_t stride, in
 // A matrix in one buffer, and one in two of which the second goes on where the first ends.
 template <class S>
 __host__ __device__ inline Matrix matrix(const void* data, bool fp32, int64_t rows, int64_t columns, int64_t stride) {
-    const bool vectors = (!fp32 || sizeof(S) == 4) && on_16_bytes(data, stride, sizeof(S));
-    return {data, nullptr, INT64_MAX, rows, columns, stride, fp32, false, vectors, false};
+    const bool aligned = on_16_bytes(data, stride, fp32 ? 4 : sizeof(S));
+    return {data, nullptr, INT64_MAX, rows, columns, stride, fp32, false, aligned, false};
 }
 
 template <class S>
@@ -57,7 +57,7 @@ __host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, in
     m.split = split;
     m.rows += rows_of_second;
     m.second_fp32 = second_fp32;
-    m.second_vectors = rest.first_vectors;
+    m.second_aligned = rest.first_aligned;
     return m;
 }
 
@@ -77,23 +77,63 @@ struct Tile {
     }
 };
 
-// Sixteen bytes of a matrix to shared memory; what lies outside the matrix is zero.
+// `count` of N elements of a row, the others zero; `aligned` says that they start on 16 bytes.
+template <int N, class Element>
+__device__ __forceinline__ void load_some(float (&out)[N], const Element* from, int count, bool aligned) {
+    if (aligned && count == N) {
+        alignas(16) Element whole[N];
+#pragma unroll
+        for (int i = 0; i < N * static_cast<int>(sizeof(Element)) / 16; ++i) {
+            reinterpret_cast<uint4*>(whole)[i] = reinterpret_cast<const uint4*>(from)[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) out[i] = to_float(whole[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) out[i] = i < count ? to_float(from[i]) : 0.f;
+    }
+}
+
+// Where an element of a matrix lies, and how many of N from there on are inside.
+struct Place {
+    const void* data;
+    int64_t index;
+    int count;
+    bool fp32, aligned;
+
+    template <int N>
+    static __device__ __forceinline__ Place of(const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
+        const bool second = row >= m.split;
+        const int64_t index = (second ? row - m.split : row) * m.stride + col;
+        const int64_t inside = row < last_row ? m.columns - col : 0;
+        const int count = inside <= 0 ? 0 : inside < N ? static_cast<int>(inside) : N;
+        return second ? Place{m.second, index, count, m.second_fp32, m.second_aligned}
+                      : Place{m.first, index, count, m.first_fp32, m.first_aligned};
+    }
+    template <class S, int N>
+    __device__ __forceinline__ void load(float (&out)[N]) const {
+        if (fp32) {
+            load_some(out, static_cast<const float*>(data) + index, count, aligned);
+        } else {
+            load_some(out, static_cast<const S*>(data) + index, count, aligned);
+        }
+    }
+};
+
+// Sixteen bytes of a matrix to shared memory, in the kernel's dtype; what lies outside the matrix is zero.
 template <class S>
 __device__ __forceinline__ void load_chunk(S* shared, const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
-    const bool second = row >= m.split;
-    const void* data = second ? m.second : m.first;
-    const bool fp32 = second ? m.second_fp32 : m.first_fp32;
-    const int64_t index = (second ? row - m.split : row) * m.stride + col;
-    const int64_t inside = row < last_row ? m.columns - col : 0;
-    const int count = inside <= 0 ? 0 : inside < VECTOR<S> ? static_cast<int>(inside) : VECTOR<S>;
-    if (second ? m.second_vectors : m.first_vectors) {
-        const S* source = static_cast<const S*>(data) + (count > 0 ? index : 0);
-        copy_async(shared, source, count * static_cast<int>(sizeof(S)));
+    const Place place = Place::of<VECTOR<S>>(m, row, col, last_row);
+    if (place.aligned && (!place.fp32 || sizeof(S) == 4)) {
+        const S* source = static_cast<const S*>(place.data) + (place.count > 0 ? place.index : 0);
+        copy_async(shared, source, place.count * static_cast<int>(sizeof(S)));
         return;
     }
+    float values[VECTOR<S>];
+    place.load<S>(values);
     alignas(16) S chunk[VECTOR<S>];
 #pragma unroll
-    for (int i = 0; i < VECTOR<S>; ++i) chunk[i] = from_float<S>(i < count ? load<S>(data, index + i, fp32) : 0.f);
+    for (int i = 0; i < VECTOR<S>; ++i) chunk[i] = from_float<S>(values[i]);
     *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
 }
 

@@ -78,9 +78,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     *value = emu::options.processors;
     return cudaSuccess;
 }
-template <class T>
-cudaError_t cudaGetSymbolAddress(void** address, T& symbol) {
-    *address = &symbol;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
     return cudaSuccess;
 }
 

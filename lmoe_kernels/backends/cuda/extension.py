@@ -46,6 +46,12 @@ def queue(tensor: torch.Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+@cache
+def processors(index: int) -> int:
+    """How many blocks run at the same time, one on each multiprocessor of the device."""
+    return library().processors(index)
+
+
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot take tensors of this device and dtype, None where they can."""
     if dtype not in DTYPES:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import padded
+from lmoe_kernels.backends.cuda.configs import decode_plan, padded
 
 
 def forward(
@@ -26,25 +26,38 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
-    tokens = x.shape[0]
+    tokens, in_features = x.shape
     experts, rank, out_features = lora_b.shape
-    y = x.new_empty(tokens, out_features)
-    u = x.new_empty(tokens, lora_a.shape[0], rank)
-    logits = x.new_empty(tokens, experts, dtype=torch.float32) if gate_logits is None else gate_logits
-    v = x.new_empty(tokens, padded(experts * rank))
-    scratch = x.new_empty(tokens, experts, dtype=torch.float32)
-
+    experts_of_a, has_gate = lora_a.shape[0], gate_logits is None
     library = extension.library()
-    params = library.ForwardParams()
-    set_problem(params, x, lora_a, lora_b, gate_weight, logits, u, v, scratch, scaling, mixing, top_k)
+    device, stream = extension.queue(x)
+    plan = decode_plan(
+        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, x.element_size(), extension.processors(device)
+    )
+    y = x.new_empty(tokens, out_features)
+    u = logits = None
+    if save or plan is None:
+        u = x.new_empty(tokens, experts_of_a, rank)
+        logits = x.new_empty(tokens, experts, dtype=torch.float32) if has_gate else None
+
+    params = library.ForwardParams() if plan is None else library.DecodeParams()
+    set_problem(params, x, lora_a, lora_b, gate_weight, gate_logits if logits is None else logits, u, scaling, mixing, top_k)
     if base is not None:
         params.base = base.data_ptr()
         params.base_stride = base.stride(0) if base.dim() == 2 else 0
-    params.y = y.data_ptr()
-    library.forward(params, *extension.queue(x))
-    if not save:
-        return y, None, None
-    return y, logits if gate_logits is None else None, u
+    params.T, params.dtype, params.y = tokens, extension.DTYPES[x.dtype], y.data_ptr()
+    if plan is None:
+        v = x.new_empty(tokens, padded(experts * rank))
+        scratch = x.new_empty(tokens, experts, dtype=torch.float32)
+        set_workspaces(params, v, scratch)
+        library.forward(params, device, stream)
+    else:
+        partial = x.new_empty(plan.chunks, tokens, experts_of_a * rank + experts, dtype=torch.float32)
+        params.partial = partial.data_ptr()
+        params.blocks, params.chunk, params.chunks = plan.blocks, plan.chunk, plan.chunks
+        params.column_tile, params.smem = plan.column_tile, plan.smem
+        library.decode(params, device, stream)
+    return (y, logits, u) if save else (y, None, None)
 
 
 def set_problem(
@@ -53,19 +66,15 @@ def set_problem(
     lora_a: Tensor,  # (E, R, I) or (1, R, I)
     lora_b: Tensor,  # (E, R, O)
     gate_weight: Tensor | None,  # (E, I)
-    logits: Tensor,  # (T, E)
-    u: Tensor,  # (T, E, R) or (T, 1, R)
-    v: Tensor,  # (T, padded(E R)), workspace
-    scratch: Tensor,  # (T, ...) fp32, workspace
+    logits: Tensor | None,  # (T, E)
+    u: Tensor | None,  # (T, E, R) or (T, 1, R)
     scaling: float,
     mixing: str,
     top_k: int | None,
 ) -> None:
     """Fill in what forward and backward have in common."""
-    params.T, params.E = logits.shape
     params.experts_of_a, params.R, params.I = lora_a.shape
-    params.O = lora_b.shape[2]
-    params.dtype = extension.DTYPES[u.dtype]
+    params.E, _, params.O = lora_b.shape
     params.top_k = params.E if top_k is None else top_k
     params.scaling = scaling
     params.factors = mixing == "factors"
@@ -79,9 +88,19 @@ def set_problem(
     if gate_weight is not None:
         params.gate_weight = gate_weight.data_ptr()
         params.gate_weight_fp32 = gate_weight.dtype is torch.float32
-    params.logits = logits.data_ptr()
-    params.logits_fp32 = logits.dtype is torch.float32
-    params.u = u.data_ptr()
+    if logits is not None:
+        params.logits = logits.data_ptr()
+    params.logits_fp32 = logits is None or logits.dtype is torch.float32
+    if u is not None:
+        params.u = u.data_ptr()
+
+
+def set_workspaces(
+    params: Any,  # ForwardParams or BackwardParams
+    v: Tensor,  # (T, padded(E R))
+    scratch: Tensor,  # (T, ...) fp32
+) -> None:
+    """Fill in the workspaces that forward and backward have in common."""
     params.v = v.data_ptr()
     params.v_stride = v.stride(0)
     params.scratch = scratch.data_ptr()
