@@ -14,7 +14,7 @@ EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 LAUNCHERS = tuple(sorted((CSRC / "cuda").glob("*.cu")))
 COMPILER = shutil.which("g++")
-FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS = ("-std=c++17", "-O1", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 SANITIZERS = {
     "plain": (),
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),

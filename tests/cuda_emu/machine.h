@@ -285,8 +285,8 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
 
     const size_t threads = block_size.x * block_size.y * block_size.z, at_once = together ? order.size() : 1;
     const size_t shared_room = (shared_bytes + 4095) / 4096 * 4096, room = options.stack_bytes * threads + shared_room;
-    const Mapping memory(std::max<size_t>(room * at_once, 4096));
     for (size_t first = 0; first < order.size() && last_error.empty(); first += at_once) {
+        const Mapping memory(room * at_once);  // new for each: what the sanitizers know of the last block's stacks goes with it
         g.resident.clear();
         g.ready.clear();
         g.live = 0;
