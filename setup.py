@@ -37,6 +37,7 @@ class Compiler:
 
     @property
     def flags(self) -> list[str]:
+        """Its options."""
         flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-I", str(ROOT / "csrc")]
         for arch in self.archs:
             number = arch.removesuffix("+PTX")
@@ -67,7 +68,7 @@ def find_compiler() -> Compiler | str:
         number = arch.removesuffix("+PTX")
         if number not in known or int(re.sub(r"\D", "", number)) < 80:
             usable = ", ".join(name for name in known if int(re.sub(r"\D", "", name)) >= 80)
-            raise SystemExit(f"lmoe_kernels: LMOE_CUDA_ARCHS must name architectures of {usable} (nvcc {version[1]}), got {arch!r}")
+            raise SystemExit(f"lmoe_kernels: LMOE_CUDA_ARCHS must name some of {usable} (nvcc {version[1]}), got {arch!r}")
     return Compiler(path, version[1], tuple(archs))
 
 
@@ -79,6 +80,7 @@ class BuildPython(build_py):
     """Records why there is no extension."""
 
     def run(self) -> None:
+        """Build the package, and record the reason beside it."""
         super().run()
         if isinstance(COMPILER, str):
             record(ROOT if self.editable_mode else Path(self.build_lib), {"cuda": COMPILER})
@@ -88,6 +90,7 @@ class BuildExtension(build_ext):
     """Compiles with nvcc under ninja."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Build it, record what became of it, and stop where it was asked for and cannot be built."""
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         failure = self.run_ninja(ext, out)

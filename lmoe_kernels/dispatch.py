@@ -1,8 +1,8 @@
 """The table of backends: which there are, which one a call takes, and why not the others.
 
-A row of `BACKENDS` names the module that holds `forward` and `backward`, a function that tells why the backend cannot take a
-call, and one that tells why it is not taken unasked; each gives None where there is no reason. The automatic choice walks the
-table from the top and takes the first backend without a reason.
+A row of `BACKENDS` names the module that holds `forward` and `backward`, a function that tells why the backend cannot take
+a call, and one that tells why it is not taken unasked; each gives None where there is no reason. The automatic choice walks
+the table from the top and takes the first backend without a reason.
 """
 
 from collections.abc import Callable, Iterator

@@ -40,7 +40,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that computes with its own code, in turn."""
     if request.param == "cuda":
         request.getfixturevalue("emulated_cuda")
-        if getattr(request.node, "callspec").params.get("dtype") is torch.float64:
+        if request.node.callspec.params.get("dtype") is torch.float64:
             pytest.skip("the cuda backend does not take float64")
     return request.param
 
@@ -57,17 +57,19 @@ def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
     if build.COMPILER is None:
         pytest.skip("no g++ to compile the CUDA emulator")
     cache = Path(request.config.cache.mkdir("cuda_emu"))
-    return build.emulated_extension(cache, request.config.option.seed)
+    return build.build_extension(cache, request.config.option.seed)
 
 
 @pytest.fixture
 def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
+
     def why_not(problem: dispatch.Problem) -> str | None:
         return None if problem.dtype in extension.DTYPES else extension.why_not(problem.device, problem.dtype)
 
     monkeypatch.setattr(extension, "library", lambda: emulated_extension)
     monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
+    monkeypatch.setattr(extension, "processors", emulated_extension.processors)
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], why_not=why_not))
     return emulated_extension
 

@@ -116,7 +116,7 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
 
 inline unsigned add_release(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
 inline unsigned load_acquire(const unsigned* address) {
-    emu::yield();  // it is called in loops that wait for another block
+    emu::spin();
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
 }
 

@@ -46,6 +46,7 @@ struct Fiber : Context {
     const char* waits_for = "";
     std::vector<Copy> copies;  // not yet landed
     int group = 0;             // of copies, that is open
+    int spins = 0;             // reads of another block's flag since the last barrier
 };
 
 struct Warp {
@@ -134,9 +135,10 @@ EMU_OUTLINE inline void fail(const std::string& message) {
     go_to(grid->host);
 }
 
-// Let others go first. Whoever spins on memory must not be held above them by its priority.
-EMU_OUTLINE inline void yield() {
+// Before a read of memory that another block will write: let others go first. No priority holds the reader above them.
+EMU_OUTLINE inline void spin() {
     Quiet quiet;
+    if (++self->spins > 1000000) return fail("a thread waits for ever for another block");
     grid->ready.push_back(self);
     run_next(false);
 }
@@ -158,6 +160,7 @@ EMU_OUTLINE inline void block_barrier() {
         run_next();
     }
     EMU_TSAN(__tsan_acquire(&block.at_barrier);)
+    self->spins = 0;
 }
 
 // All lanes of the mask meet; the last one in runs the operation for everybody.

@@ -1,4 +1,4 @@
-"""Sizes that the launchers are given: pure functions of the problem. None of them is measured yet; each says what it expects."""
+"""Sizes that the launchers are given: pure functions of the problem. None is measured yet; each says what it expects."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -37,19 +37,19 @@ class DecodePlan:
 
 @cache
 def decode_plan(
-    tokens: int, in_features: int, out_features: int, experts: int, experts_of_a: int, rank: int, has_gate: bool,
-    element_size: int, processors: int,
+    tokens: int, in_features: int, out_features: int, experts: int, experts_of_a: int, rank: int, has_gate: bool, size: int,
+    processors: int,
 ) -> DecodePlan | None:  # fmt: skip
     """The plan for one block on each processor, or None where the general forward has to do it.
 
-    Expected: every block gets one tile of columns, so that all of lora_b is on its way before the grid meets; every warp gets
-    one row of the factors and as few chunks as keep all warps busy, since each chunk is one more sum to add.
+    Expected: every block gets one tile of columns, so that all of lora_b is on its way before the grid meets; x is cut into
+    as few chunks as keep all warps busy, since each chunk is one more sum to add.
     """
     if tokens > DECODE_TOKENS or out_features == 0:
         return None
     rows = experts_of_a * rank + (experts if has_gate else 0)
     column_tile = padded(max(16, -(-out_features // processors)))
-    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, element_size)) > DECODE_SMEM:
+    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > DECODE_SMEM:
         if column_tile <= 16:
             return None
         column_tile = padded(column_tile // 2)
@@ -59,12 +59,12 @@ def decode_plan(
     return DecodePlan(min(blocks, processors), chunk, chunks, column_tile, smem)
 
 
-def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column_tile: int, element_size: int) -> int:
+def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column_tile: int, size: int) -> int:
     """The bytes of DecodeLayout."""
     arrays = (
-        experts * rank * column_tile * element_size,  # lora_b's columns
-        tokens * experts_of_a * rank * element_size,  # u
-        tokens * experts * rank * element_size,  # v
+        experts * rank * column_tile * size,  # lora_b's columns
+        tokens * experts_of_a * rank * size,  # u
+        tokens * experts * rank * size,  # v
         tokens * experts * 4,  # logits
         tokens * experts * 4,  # gates
     )

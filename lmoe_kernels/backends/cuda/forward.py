@@ -32,8 +32,9 @@ def forward(
     library = extension.library()
     device, stream = extension.queue(x)
     plan = decode_plan(
-        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, x.element_size(), extension.processors(device)
-    )
+        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, x.element_size(),
+        extension.processors(device),
+    )  # fmt: skip
     y = x.new_empty(tokens, out_features)
     u = logits = None
     if save or plan is None:
