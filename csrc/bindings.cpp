@@ -20,29 +20,35 @@ void address(Class& cls, const char* name, T* Params::*field) {
         [field](Params& p, uintptr_t value) { p.*field = reinterpret_cast<T*>(value); });
 }
 
-template <class Class>
-void forward_fields(Class& cls) {
-    using P = ForwardParams;
-    cls.def_readwrite("T", &P::T).def_readwrite("I", &P::I).def_readwrite("O", &P::O);
-    cls.def_readwrite("E", &P::E).def_readwrite("R", &P::R);
-    cls.def_property(
-        "dtype", [](const P& p) { return static_cast<int>(p.dtype); }, [](P& p, int value) { p.dtype = static_cast<Dtype>(value); });
-    cls.def_readwrite("experts_of_a", &P::experts_of_a).def_readwrite("top_k", &P::top_k);
-    cls.def_readwrite("scaling", &P::scaling).def_readwrite("factors", &P::factors);
-    address<P>(cls, "x", &P::x);
-    address<P>(cls, "lora_a", &P::lora_a);
-    address<P>(cls, "lora_b", &P::lora_b);
-    address<P>(cls, "gate_weight", &P::gate_weight);
-    address<P>(cls, "base", &P::base);
-    address<P>(cls, "logits", &P::logits);
-    address<P>(cls, "u", &P::u);
-    address<P>(cls, "v", &P::v);
-    address<P>(cls, "scratch", &P::scratch);
-    address<P>(cls, "y", &P::y);
-    cls.def_readwrite("x_stride", &P::x_stride).def_readwrite("base_stride", &P::base_stride);
-    cls.def_readwrite("v_stride", &P::v_stride).def_readwrite("scratch_stride", &P::scratch_stride);
-    cls.def_readwrite("lora_a_fp32", &P::lora_a_fp32).def_readwrite("lora_b_fp32", &P::lora_b_fp32);
-    cls.def_readwrite("gate_weight_fp32", &P::gate_weight_fp32).def_readwrite("logits_fp32", &P::logits_fp32);
+void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// All of ForwardParams but the workspaces, by position: set one by one, or by name, these fields cost more than all the rest
+// of a launch (8 and 4.5 us against 1, pybind11 3.1).
+void set_problem(ForwardParams& p, int dtype, int64_t T, int64_t I, int64_t O, int64_t E, int64_t R, int64_t experts_of_a,
+                 int64_t top_k, float scaling, bool factors, uintptr_t x, int64_t x_stride, uintptr_t lora_a, bool lora_a_fp32,
+                 uintptr_t lora_b, bool lora_b_fp32, uintptr_t gate_weight, bool gate_weight_fp32, uintptr_t logits,
+                 bool logits_fp32, uintptr_t base, int64_t base_stride, uintptr_t u, uintptr_t y) {
+    p.dtype = static_cast<Dtype>(dtype);
+    p.T = T, p.I = I, p.O = O, p.E = E, p.R = R;
+    p.experts_of_a = experts_of_a, p.top_k = top_k;
+    p.scaling = scaling, p.factors = factors;
+    p.x = pointer(x), p.x_stride = x_stride;
+    p.lora_a = pointer(lora_a), p.lora_a_fp32 = lora_a_fp32;
+    p.lora_b = pointer(lora_b), p.lora_b_fp32 = lora_b_fp32;
+    p.gate_weight = pointer(gate_weight), p.gate_weight_fp32 = gate_weight_fp32;
+    p.logits = pointer(logits), p.logits_fp32 = logits_fp32;
+    p.base = pointer(base), p.base_stride = base_stride;
+    p.u = pointer(u), p.y = pointer(y);
+}
+
+void set_workspaces(ForwardParams& p, uintptr_t v, int64_t v_stride, uintptr_t scratch, int64_t scratch_stride) {
+    p.v = pointer(v), p.v_stride = v_stride;
+    p.scratch = static_cast<float*>(pointer(scratch)), p.scratch_stride = scratch_stride;
+}
+
+void set_plan(DecodeParams& p, uintptr_t partial, int blocks, int64_t chunk, int64_t chunks, int64_t column_tile, int64_t smem) {
+    p.partial = static_cast<float*>(pointer(partial));
+    p.blocks = blocks, p.chunk = chunk, p.chunks = chunks, p.column_tile = column_tile, p.smem = smem;
 }
 
 template <class Class>
@@ -60,14 +66,6 @@ void backward_fields(Class& cls) {
     address<P>(cls, "dlogits", &P::dlogits);
     cls.def_readwrite("dy_stride", &P::dy_stride).def_readwrite("z_stride", &P::z_stride);
     cls.def_readwrite("wgrad_splits", &P::wgrad_splits);
-}
-
-template <class Class>
-void decode_fields(Class& cls) {
-    using P = DecodeParams;
-    address<P>(cls, "partial", &P::partial);
-    cls.def_readwrite("chunk", &P::chunk).def_readwrite("chunks", &P::chunks);
-    cls.def_readwrite("column_tile", &P::column_tile).def_readwrite("smem", &P::smem).def_readwrite("blocks", &P::blocks);
 }
 
 // A tensor's elements lie on multiples of their size; an address off by a byte would be read as another number.
@@ -102,14 +100,14 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Hand-written CUDA kernels of lmoe_kernels; see csrc/.";
     py::class_<ForwardParams> forward_params(m, "ForwardParams");
     forward_params.def(py::init([] { return ForwardParams{}; }));
-    forward_fields(forward_params);
+    forward_params.def("set_problem", &set_problem).def("set_workspaces", &set_workspaces);
     py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams");
     backward_params.def(py::init([] { return BackwardParams{}; }));
     backward_fields(backward_params);
 
     py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams");
     decode_params.def(py::init([] { return DecodeParams{}; }));
-    decode_fields(decode_params);
+    decode_params.def("set_plan", &set_plan);
 
     auto def = [&m](const char* name, auto function) {
         m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));

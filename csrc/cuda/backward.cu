@@ -18,7 +18,7 @@ void wgrad(WgradParams p, const BackwardParams& backward, cudaStream_t stream) {
     LAUNCH(wgrad_bwd_kernel<S>, grid, dim3(THREADS), Wgrad<S>::SMEM, stream, p);
     check_launch("wgrad_bwd_kernel");
     if (p.splits > 1) {
-        LAUNCH(wgrad_sum_bwd_kernel<S>, dim3(tiles(C * F, THREADS)), dim3(THREADS), 0, stream, p);
+        LAUNCH(wgrad_sum_bwd_kernel<S>, dim3(static_cast<unsigned>(C), tiles(F, THREADS)), dim3(THREADS), 0, stream, p);
         check_launch("wgrad_sum_bwd_kernel");
     }
 }

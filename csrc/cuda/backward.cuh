@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
     DYNAMIC_SMEM(smem);
     const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
     const int tokens = static_cast<int>(smaller(BLOCK_T, p.T - t0));
+    const int E = static_cast<int>(p.E), R = static_cast<int>(p.R);  // 32 bits where they do: a 64-bit division is a call
     const S* u = static_cast<const S*>(p.u);
     S* v = static_cast<S*>(p.v);
     S* dv = static_cast<S*>(p.dv);
@@ -88,15 +89,15 @@ __global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
         });
     }
     gates_of_tile<S>(p, t0, tokens);
-    for (int i = threadIdx.x; i < tokens * static_cast<int>(p.R); i += THREADS) {
-        const int64_t t = t0 + i / p.R, r = i % p.R;
+    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+        const int64_t t = t0 + i / R, r = i % R;
         const float* gates = p.scratch + t * p.scratch_stride;
         const float h = mix<S>(p, gates, u + t * p.experts_of_a * p.R + r, v + t * p.v_stride + r);
         if (dv != nullptr) mix_bwd<S>(p, t, r, h, dv + t * p.v_stride + r);
     }
     if (dv == nullptr) return;
     __syncthreads();  // h and dh are in scratch
-    for (int i = threadIdx.x; i < tokens * static_cast<int>(p.E); i += THREADS) gate_bwd<S>(p, t0 + i / p.E, i % p.E);
+    for (int i = threadIdx.x; i < tokens * E; i += THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
     __syncthreads();  // dgates are in scratch
     for (int i = threadIdx.x; i < tokens; i += THREADS) softmax_bwd<S>(p, t0 + i);
 }
@@ -134,12 +135,12 @@ __global__ void __launch_bounds__(THREADS) wgrad_bwd_kernel(WgradParams p) {
 // The splits of wgrad, summed in the order of the tokens.
 template <class S>
 __global__ void __launch_bounds__(THREADS) wgrad_sum_bwd_kernel(WgradParams p) {
-    const int64_t count = p.coefficients.columns * p.rows.columns;
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-    if (i >= count) return;
+    const int64_t C = p.coefficients.columns, F = p.rows.columns, c = blockIdx.x;
+    const int64_t f = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x;
+    if (f >= F) return;
     float sum = 0.f;
-    for (int64_t split = 0; split < p.splits; ++split) sum += p.partial[split * count + i];
-    store_wgrad<S>(p, i / p.rows.columns, i % p.rows.columns, sum);
+    for (int64_t split = 0; split < p.splits; ++split) sum += p.partial[(split * C + c) * F + f];
+    store_wgrad<S>(p, c, f, sum);
 }
 
 }  // namespace lmoe

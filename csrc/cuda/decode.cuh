@@ -50,8 +50,9 @@ struct DecodeLayout {
 
 // partial[chunk, t, c] for one row c of the factors and one chunk of features, by one warp.
 template <class S>
-__device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int64_t item) {
-    const int64_t c = item % factors.rows, chunk = item / factors.rows;
+__device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int item) {
+    const int rows = static_cast<int>(factors.rows);  // 32 bits where they do: a 64-bit division is a call
+    const int64_t c = item % rows, chunk = item / rows;
     const int64_t first = chunk * p.chunk, last = smaller(first + p.chunk, p.I);
     const int lane = threadIdx.x % 32;
     for (int64_t t0 = 0; t0 < p.T; t0 += TOKEN_GROUP) {
@@ -79,13 +80,13 @@ __device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix
 
 // u and the logits from the partial sums, then gates and v, all tokens, into the block's shared memory.
 template <class S>
-__device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t columns) {
-    const int64_t rank_rows = p.experts_of_a * p.R;
+__device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int columns) {
+    const int rank_rows = static_cast<int>(p.experts_of_a * p.R), R = static_cast<int>(p.R);
     S* u = reinterpret_cast<S*>(smem + at.u);
     S* v = reinterpret_cast<S*>(smem + at.v);
     float* logits = reinterpret_cast<float*>(smem + at.logits);
     float* gates = reinterpret_cast<float*>(smem + at.gates);
-    for (int i = threadIdx.x; i < static_cast<int>(p.T * columns); i += DECODE_THREADS) {
+    for (int i = threadIdx.x; i < static_cast<int>(p.T) * columns; i += DECODE_THREADS) {
         const int64_t t = i / columns, c = i % columns;
         float sum = 0.f;
         for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += p.partial[chunk * p.T * columns + i];
@@ -102,8 +103,8 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
         gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, t * p.E, gates + t * p.E);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < static_cast<int>(p.T * p.R); i += DECODE_THREADS) {
-        const int64_t t = i / p.R, r = i % p.R;
+    for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
+        const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * rank_rows + r, v + t * p.E * p.R + r);
     }
     __syncthreads();
@@ -145,7 +146,7 @@ __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char
 }
 
 template <class S>
-__global__ void __launch_bounds__(DECODE_THREADS) decode_fwd_kernel(DecodeParams p) {
+__global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodeParams p) {
     DYNAMIC_SMEM(smem);
     const DecodeLayout at = DecodeLayout::of(p, sizeof(S));
     const Matrix x = matrix<S>(p.x, false, p.T, p.I, p.x_stride);
@@ -161,11 +162,12 @@ __global__ void __launch_bounds__(DECODE_THREADS) decode_fwd_kernel(DecodeParams
         copy_async_commit();
     };
     load_factors(blockIdx.x);
-    for (int64_t item = blockIdx.x * DECODE_WARPS + threadIdx.x / 32; item < p.chunks * a.rows; item += gridDim.x * DECODE_WARPS) {
+    const int items = static_cast<int>(p.chunks * a.rows), warps = static_cast<int>(gridDim.x) * DECODE_WARPS;
+    for (int item = static_cast<int>(blockIdx.x * DECODE_WARPS + threadIdx.x / 32); item < items; item += warps) {
         shrink_chunk<S>(p, x, a, item);
     }
     grid_barrier(barriers + p.barrier);
-    mix_decode<S>(p, smem, at, a.rows);
+    mix_decode<S>(p, smem, at, static_cast<int>(a.rows));
 
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {
         if (tile != blockIdx.x) load_factors(tile);

@@ -10,7 +10,7 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
     if (T == 0 || F == 0) return;
     with_dtype(dtype, [&](auto scalar) {
         using S = decltype(scalar);
-        const dim3 grid(tiles(F, BLOCK_F), tiles(T, BLOCK_T));
+        const dim3 grid(tiles(T, BLOCK_T), tiles(F, BLOCK_F));
         LAUNCH(expand_kernel<S>, grid, dim3(THREADS), Expand<S>::SMEM, stream, p);
     });
     check_launch("expand_kernel");

@@ -92,7 +92,7 @@ template <class S>
 __global__ void __launch_bounds__(THREADS) shrink_fwd_kernel(ForwardParams p) {
     DYNAMIC_SMEM(smem);
     const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T, rank_rows = p.experts_of_a * p.R;
-    const int tokens = static_cast<int>(smaller(BLOCK_T, p.T - t0));
+    const int tokens = static_cast<int>(smaller(BLOCK_T, p.T - t0)), R = static_cast<int>(p.R);
     S* u = static_cast<S*>(p.u);
     S* v = static_cast<S*>(p.v);
 
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(THREADS) shrink_fwd_kernel(ForwardParams p) {
         }
     });
     gates_of_tile<S>(p, t0, tokens);
-    for (int i = threadIdx.x; i < tokens * static_cast<int>(p.R); i += THREADS) {
-        const int64_t t = t0 + i / p.R, r = i % p.R;
+    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+        const int64_t t = t0 + i / R, r = i % R;
         mix<S>(p, p.scratch + t * p.scratch_stride, u + t * rank_rows + r, v + t * p.v_stride + r);
     }
 }
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(THREADS) shrink_fwd_kernel(ForwardParams p) {
 template <class S>
 __global__ void __launch_bounds__(THREADS) expand_kernel(ExpandParams p) {
     DYNAMIC_SMEM(smem);
-    const int64_t f0 = static_cast<int64_t>(blockIdx.x) * BLOCK_F, t0 = static_cast<int64_t>(blockIdx.y) * BLOCK_T;
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T, f0 = static_cast<int64_t>(blockIdx.y) * BLOCK_F;
     const int64_t T = p.coefficients.rows, F = p.factors.columns;
     const float* tile = Expand<S>::run(smem, p.coefficients, t0, p.factors, f0, 0, p.factors.rows);
 
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(THREADS) expand_kernel(ExpandParams p) {
             values[j] = from_float<S>(to_float(values[j]) + p.scaling * tile[row * Expand<S>::OUT_STRIDE + col + j]);
         }
         if (whole) {
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(values);
+            store_vector(out, *reinterpret_cast<const uint4*>(values));
         } else {
 #pragma unroll
             for (int j = 0; j < VECTOR<S>; ++j) {

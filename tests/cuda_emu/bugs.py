@@ -17,6 +17,7 @@ class Bug:
     wrong: str
     caught_as: str  # a part of the driver's output
     target: str = "plain"
+    is_race: bool = False  # so that ThreadSanitizer sees it on any schedule
 
     def __str__(self) -> str:
         return self.name
@@ -39,6 +40,7 @@ BUGS = (
         "            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more\n",
         "",
         "is off by",
+        is_race=True,
     ),
     Bug(
         "a wait that is off by one",
@@ -46,6 +48,7 @@ BUGS = (
         "copy_async_wait<STAGES - 2>();",
         "copy_async_wait<STAGES - 1>();",
         "is off by",
+        is_race=True,
     ),
     Bug(
         "a wrong stage, still being read",
@@ -53,6 +56,7 @@ BUGS = (
         "S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);\n                const",
         "S* stage = reinterpret_cast<S*>(smem + (step + 1) % STAGES * STAGE_BYTES);\n                const",
         "is off by",
+        is_race=True,
     ),
     Bug(
         "an output over stages that are still being read",
@@ -60,6 +64,7 @@ BUGS = (
         "        __syncthreads();  // the output takes the place of the stages\n",
         "",
         "is off by",
+        is_race=True,
     ),
     Bug(
         "a load without a mask",
@@ -89,6 +94,7 @@ BUGS = (
         "    grid_barrier(barriers + p.barrier);\n",
         "    __syncthreads();\n",
         "is off by",
+        is_race=True,
     ),
     Bug(
         "a barrier of the grid that one block does not reach",

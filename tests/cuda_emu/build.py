@@ -27,7 +27,9 @@ def build_extension(cache: Path, seed: int) -> ModuleType:
     import pybind11
 
     include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-shared")
-    path = _compile(cache, "_cuda.so", [CSRC / "bindings.cpp", EMULATOR / "control.cpp"], (*TARGETS["plain"], *include), CSRC)
+    path = _compile(
+        cache, "_cuda.so", [CSRC / "bindings.cpp", EMULATOR / "control.cpp"], (*TARGETS["plain"], *include), CSRC
+    )
     spec = importlib.util.spec_from_file_location("_cuda", path)
     assert spec is not None
     assert spec.loader is not None
@@ -45,7 +47,11 @@ def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
 def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedProcess[str]:
     """Run problems first, first + 1, ...; the exit status is 0 where none failed and no sanitizer spoke."""
     return subprocess.run(
-        [str(driver), str(first), str(problems)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [str(driver), str(first), str(problems)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
 
 

@@ -114,6 +114,8 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
     return argument.out;
 }
 
+inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
+
 inline unsigned add_release(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
 inline unsigned load_acquire(const unsigned* address) {
     emu::spin();

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import padded, wgrad_splits
-from lmoe_kernels.backends.cuda.forward import set_problem, set_workspaces
+from lmoe_kernels.backends.cuda.forward import set_problem
 
 
 def backward(
@@ -47,9 +47,8 @@ def backward(
 
     library = extension.library()
     params = library.BackwardParams()
-    set_problem(params, x, lora_a, lora_b, gate_weight, logits, u, scaling, mixing, top_k)
-    set_workspaces(params, v, scratch)
-    params.T, params.dtype = tokens, extension.DTYPES[dy.dtype]
+    set_problem(params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k)
+    params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
     params.dy = dy.data_ptr()
     params.dy_stride = dy.stride(0)
     if dlogits_in is not None:

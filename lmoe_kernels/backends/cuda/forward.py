@@ -42,21 +42,16 @@ def forward(
         logits = x.new_empty(tokens, experts, dtype=torch.float32) if has_gate else None
 
     params = library.ForwardParams() if plan is None else library.DecodeParams()
-    set_problem(params, x, lora_a, lora_b, gate_weight, gate_logits if logits is None else logits, u, scaling, mixing, top_k)
-    if base is not None:
-        params.base = base.data_ptr()
-        params.base_stride = base.stride(0) if base.dim() == 2 else 0
-    params.T, params.dtype, params.y = tokens, extension.DTYPES[x.dtype], y.data_ptr()
+    router = logits if has_gate else gate_logits
+    set_problem(params, x, lora_a, lora_b, gate_weight, router, base, u, y, tokens, scaling, mixing, top_k)
     if plan is None:
         v = x.new_empty(tokens, padded(experts * rank))
         scratch = x.new_empty(tokens, experts, dtype=torch.float32)
-        set_workspaces(params, v, scratch)
+        params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
         library.forward(params, device, stream)
     else:
         partial = x.new_empty(plan.chunks, tokens, experts_of_a * rank + experts, dtype=torch.float32)
-        params.partial = partial.data_ptr()
-        params.blocks, params.chunk, params.chunks = plan.blocks, plan.chunk, plan.chunks
-        params.column_tile, params.smem = plan.column_tile, plan.smem
+        params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
         library.decode(params, device, stream)
     return (y, logits, u) if save else (y, None, None)
 
@@ -68,41 +63,28 @@ def set_problem(
     lora_b: Tensor,  # (E, R, O)
     gate_weight: Tensor | None,  # (E, I)
     logits: Tensor | None,  # (T, E)
+    base: Tensor | None,  # (O) or (T, O)
     u: Tensor | None,  # (T, E, R) or (T, 1, R)
+    like: Tensor,  # (T, O), y, or dy, whose dtype is x's
+    tokens: int,
     scaling: float,
     mixing: str,
     top_k: int | None,
 ) -> None:
-    """Fill in what forward and backward have in common."""
-    params.experts_of_a, params.R, params.I = lora_a.shape
-    params.E, _, params.O = lora_b.shape
-    params.top_k = params.E if top_k is None else top_k
-    params.scaling = scaling
-    params.factors = mixing == "factors"
-    if x is not None:
-        params.x = x.data_ptr()
-        params.x_stride = x.stride(0)
-    params.lora_a = lora_a.data_ptr()
-    params.lora_a_fp32 = lora_a.dtype is torch.float32
-    params.lora_b = lora_b.data_ptr()
-    params.lora_b_fp32 = lora_b.dtype is torch.float32
-    if gate_weight is not None:
-        params.gate_weight = gate_weight.data_ptr()
-        params.gate_weight_fp32 = gate_weight.dtype is torch.float32
-    if logits is not None:
-        params.logits = logits.data_ptr()
-    params.logits_fp32 = logits is None or logits.dtype is torch.float32
-    if u is not None:
-        params.u = u.data_ptr()
-
-
-def set_workspaces(
-    params: Any,  # ForwardParams or BackwardParams
-    v: Tensor,  # (T, padded(E R))
-    scratch: Tensor,  # (T, ...) fp32
-) -> None:
-    """Fill in the workspaces that forward and backward have in common."""
-    params.v = v.data_ptr()
-    params.v_stride = v.stride(0)
-    params.scratch = scratch.data_ptr()
-    params.scratch_stride = scratch.stride(0)
+    """Fill in what forward and backward have in common, in the order of `set_problem` in csrc/bindings.cpp."""
+    fp32 = torch.float32
+    experts_of_a, rank, in_features = lora_a.shape
+    experts, _, out_features = lora_b.shape
+    params.set_problem(
+        extension.DTYPES[like.dtype],
+        tokens, in_features, out_features, experts, rank, experts_of_a, experts if top_k is None else top_k,
+        scaling, mixing == "factors",
+        *((0, 0) if x is None else (x.data_ptr(), x.stride(0))),
+        lora_a.data_ptr(), lora_a.dtype is fp32,
+        lora_b.data_ptr(), lora_b.dtype is fp32,
+        *((0, False) if gate_weight is None else (gate_weight.data_ptr(), gate_weight.dtype is fp32)),
+        *((0, True) if logits is None else (logits.data_ptr(), logits.dtype is fp32)),
+        *((0, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)),
+        0 if u is None else u.data_ptr(),
+        like.data_ptr(),
+    )  # fmt: skip
