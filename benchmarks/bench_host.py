@@ -64,7 +64,8 @@ def main() -> None:
                     x, a, b, g, None, None, 1.0, "factors", None, False
                 )
             )
-        a.requires_grad_(), b.requires_grad_(), gate.requires_grad_()
+        for parameter in (a, b, gate):
+            parameter.requires_grad_()
         training = microseconds(lambda x=x, a=a, b=b, g=gate: lmoe(x, a, b, gate_weight=g, backend="cuda"))
         print(f"T={tokens:<5} gradients off {forward:6.1f} (the backend's share {direct:5.1f}), on {training:6.1f}")
 

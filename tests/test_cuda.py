@@ -120,6 +120,25 @@ def test_the_reason_of_a_missing_extension_is_told(monkeypatch, tmp_path) -> Non
         extension._load.cache_clear()
 
 
+def test_a_gpu_that_cannot_run_the_kernels_is_told(monkeypatch) -> None:
+    """A driver too old, an architecture left out of the build, a GPU before Ampere: the answers of torch are made up."""
+    gpu = torch.device("cuda", 7)
+
+    def too_old(index: int) -> int:
+        raise RuntimeError("lmoe: CUDA kernels: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(extension, "_load", lambda: (sys, None))
+    monkeypatch.setattr(extension, "processors", too_old)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    for capability, reason in (((9, 0), "driver version is insufficient"), ((7, 5), "needs compute capability 8.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        extension._why_not_device.cache_clear()
+        problem = dispatch.Problem(gpu, torch.bfloat16, 1, 64, 64, 2, 4)
+        assert reason in (dispatch.BACKENDS["cuda"].why_not(problem) or "")
+        assert dispatch.choose("lmoe", problem, None) == "torch"
+    extension._why_not_device.cache_clear()
+
+
 def test_cpu_and_fp64_are_refused_and_not_chosen() -> None:
     cpu = dispatch.Problem(torch.device("cpu"), torch.bfloat16, 1, 64, 64, 2, 4)
     assert dispatch.choose("lmoe", cpu, None) == "torch"

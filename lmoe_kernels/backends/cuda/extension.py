@@ -48,7 +48,11 @@ def queue(tensor: torch.Tensor) -> tuple[int, int]:
 
 @cache
 def processors(index: int) -> int:
-    """How many blocks run at the same time, one on each multiprocessor of the device."""
+    """How many blocks run at the same time, one on each multiprocessor of the device.
+
+    Raises:
+        RuntimeError: the driver is too old, or the extension was not built for the device's architecture.
+    """
     return library().processors(index)
 
 
@@ -67,4 +71,8 @@ def _why_not_device(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    try:
+        processors(device.index)
+    except RuntimeError as error:
+        return f"the extension cannot run there: {error}"
     return None
