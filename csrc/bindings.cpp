@@ -14,7 +14,7 @@ namespace {
 
 // A pointer field, seen from Python as an int; 0 is null.
 template <class Params, class Class, class T>
-void address(Class& cls, const char* name, T* Params::*field) {
+void address(Class& cls, const char* name, T* Params::* field) {
     cls.def_property(
         name, [field](const Params& p) { return reinterpret_cast<uintptr_t>(p.*field); },
         [field](Params& p, uintptr_t value) { p.*field = reinterpret_cast<T*>(value); });
@@ -25,9 +25,9 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 // All of ForwardParams but the workspaces, by position: set one by one, or by name, these fields cost more than all the rest
 // of a launch (8 and 4.5 us against 1, pybind11 3.1).
 void set_problem(ForwardParams& p, int dtype, int64_t T, int64_t I, int64_t O, int64_t E, int64_t R, int64_t experts_of_a,
-                 int64_t top_k, float scaling, bool factors, uintptr_t x, int64_t x_stride, uintptr_t lora_a, bool lora_a_fp32,
-                 uintptr_t lora_b, bool lora_b_fp32, uintptr_t gate_weight, bool gate_weight_fp32, uintptr_t logits,
-                 bool logits_fp32, uintptr_t base, int64_t base_stride, uintptr_t u, uintptr_t y) {
+                 int64_t top_k, float scaling, bool factors, uintptr_t x, int64_t x_stride, uintptr_t lora_a,
+                 bool lora_a_fp32, uintptr_t lora_b, bool lora_b_fp32, uintptr_t gate_weight, bool gate_weight_fp32,
+                 uintptr_t logits, bool logits_fp32, uintptr_t base, int64_t base_stride, uintptr_t u, uintptr_t y) {
     p.dtype = static_cast<Dtype>(dtype);
     p.T = T, p.I = I, p.O = O, p.E = E, p.R = R;
     p.experts_of_a = experts_of_a, p.top_k = top_k;
@@ -46,7 +46,8 @@ void set_workspaces(ForwardParams& p, uintptr_t v, int64_t v_stride, uintptr_t s
     p.scratch = static_cast<float*>(pointer(scratch)), p.scratch_stride = scratch_stride;
 }
 
-void set_plan(DecodeParams& p, uintptr_t partial, int blocks, int64_t chunk, int64_t chunks, int64_t column_tile, int64_t smem) {
+void set_plan(DecodeParams& p, uintptr_t partial, int blocks, int64_t chunk, int64_t chunks, int64_t column_tile,
+              int64_t smem) {
     p.partial = static_cast<float*>(pointer(partial));
     p.blocks = blocks, p.chunk = chunk, p.chunks = chunks, p.column_tile = column_tile, p.smem = smem;
 }
@@ -72,7 +73,8 @@ void backward_fields(Class& cls) {
 void check_address(const char* name, const void* address, bool fp32, Dtype dtype) {
     const uintptr_t size = fp32 || dtype == Dtype::fp32 ? 4 : 2;
     if (reinterpret_cast<uintptr_t>(address) % size != 0) {
-        throw std::invalid_argument(std::string("lmoe: ") + name + " must lie on a multiple of its element's size, got address " +
+        throw std::invalid_argument(std::string("lmoe: ") + name +
+                                    " must lie on a multiple of its element's size, got address " +
                                     std::to_string(reinterpret_cast<uintptr_t>(address)));
     }
 }

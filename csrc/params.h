@@ -43,17 +43,17 @@ struct BackwardParams : ForwardParams {
     int64_t dy_stride;
     const float* dlogits_in;  // (T, E), or null
 
-    void* dv;         // (T, v_stride), scaling * dy B^T; workspace; null where only lora_b wants a gradient
-    void* z;          // (T, z_stride): experts_of_a * R columns du, then E columns dlogits of a gate; workspace; null with dv
+    void* dv;  // (T, v_stride), scaling * dy B^T; workspace; null where only lora_b wants a gradient
+    void* z;   // (T, z_stride): experts_of_a * R columns du, then E columns dlogits of a gate; workspace; null with dv
     int64_t z_stride;
-    float* partial;  // (wgrad_splits, rows of the larger gradient, features); workspace; null where wgrad_splits is 1
+    float* partial;        // (wgrad_splits, rows of the larger gradient, features); workspace; null where wgrad_splits is 1
     int64_t wgrad_splits;  // the tokens are summed in so many parts, and those in a fixed order
 
-    void* dx;           // (T, I)
-    void* dlora_a;      // as lora_a
-    void* dlora_b;      // as lora_b
-    void* dgate_weight; // as gate_weight
-    void* dlogits;      // (T, E), of an outside router, typed as its logits
+    void* dx;            // (T, I)
+    void* dlora_a;       // as lora_a
+    void* dlora_b;       // as lora_b
+    void* dgate_weight;  // as gate_weight
+    void* dlogits;       // (T, E), of an outside router, typed as its logits
 };
 
 // Rows of contiguous features, in two buffers: the first `split` rows in one, the others in the second.

@@ -69,8 +69,8 @@ __device__ __forceinline__ void copy_async_wait() {
 
 // One 16-byte store; of a plain assignment the compiler makes four of 4 bytes, or eight of 2.
 __device__ __forceinline__ void store_vector(void* global, uint4 v) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y), "r"(v.z),
-                 "r"(v.w)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
                  : "memory");
 }
 

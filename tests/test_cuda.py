@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from lmoe_kernels import dispatch, lmoe, reference
+from lmoe_kernels import dispatch, info, lmoe, reference
 from lmoe_kernels.backends.cuda import backward as backward_module
 from lmoe_kernels.backends.cuda import configs, extension
 from lmoe_kernels.backends.cuda import forward as forward_module
@@ -101,9 +101,9 @@ def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypa
 
 
 def test_the_reason_of_a_missing_extension_is_told(monkeypatch, tmp_path) -> None:
-    info = tmp_path / "_build_info.json"
-    info.write_text(json.dumps({"cuda": "no nvcc in PATH or CUDA_HOME"}))
-    monkeypatch.setattr(extension, "BUILD_INFO", info)
+    path = tmp_path / "_build_info.json"
+    path.write_text(json.dumps({"cuda": "no nvcc in PATH or CUDA_HOME"}))
+    monkeypatch.setattr(extension, "BUILD_INFO", path)
 
     def no_module(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
@@ -118,6 +118,23 @@ def test_the_reason_of_a_missing_extension_is_told(monkeypatch, tmp_path) -> Non
             extension.library()
     finally:
         extension._load.cache_clear()
+
+
+def test_info_tells_what_became_of_the_extension(emulated_cuda, monkeypatch, tmp_path) -> None:
+    for record, told in (
+        ({"cuda": "built", "nvcc": "13.0", "archs": "80 90+PTX"}, "CUDA extension: nvcc 13.0 for 80 90+PTX"),
+        ({"cuda": "setup.py has not run here"}, "CUDA extension: loads; setup.py left no record of its build"),
+    ):
+        path = tmp_path / "_build_info.json"
+        path.write_text(json.dumps(record))
+        monkeypatch.setattr(extension, "BUILD_INFO", path)
+        assert told in info.report().splitlines()
+
+    def missing() -> None:
+        raise ImportError("lmoe: the extension was not built: no nvcc in PATH or CUDA_HOME")
+
+    monkeypatch.setattr(extension, "library", missing)
+    assert "CUDA extension: the extension was not built: no nvcc in PATH or CUDA_HOME" in info.report().splitlines()
 
 
 def test_a_gpu_that_cannot_run_the_kernels_is_told(monkeypatch) -> None:

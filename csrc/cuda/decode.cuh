@@ -1,9 +1,9 @@
 // Forward of few tokens in ONE launch, made for CUDA graphs: the whole grid shrinks, meets, and expands.
 //
-// Shrink: a warp dots one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens; the sums of the chunks go
-// to `partial`, and are added up in a fixed order. Then a barrier of the whole grid. Mix: every block for itself, it is little.
-// Expand: a block makes `column_tile` columns of y; its part of lora_b is on the way to shared memory since before the barrier.
-// Every weight is read from memory once.
+// Shrink: a warp dots one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens; the sums of the chunks
+// go to `partial`, and are added up in a fixed order. Then a barrier of the whole grid. Mix: every block for itself, it is
+// little. Expand: a block makes `column_tile` columns of y; its part of lora_b is on the way to shared memory since before
+// the barrier. Every weight is read from memory once.
 #pragma once
 
 #include "forward.cuh"
@@ -37,12 +37,12 @@ struct DecodeLayout {
     static __host__ __device__ DecodeLayout of(const DecodeParams& p, int64_t size) {
         auto padded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
         DecodeLayout at = {};
-        at.factors = 0;                                                        // (E R, column_tile)
-        at.u = at.factors + padded(p.E * p.R * p.column_tile * size);          // (T, experts_of_a R)
-        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);               // (T, E R)
-        at.logits = at.v + padded(p.T * p.E * p.R * size);                     // (T, E) fp32
-        at.gates = at.logits + padded(p.T * p.E * 4);                          // (T, E) fp32
-        at.sums = at.gates + padded(p.T * p.E * 4);                            // (DECODE_WARPS, TOKEN_GROUP, column_tile) fp32
+        at.factors = 0;                                                // (E R, column_tile)
+        at.u = at.factors + padded(p.E * p.R * p.column_tile * size);  // (T, experts_of_a R)
+        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);       // (T, E R)
+        at.logits = at.v + padded(p.T * p.E * p.R * size);             // (T, E) fp32
+        at.gates = at.logits + padded(p.T * p.E * 4);                  // (T, E) fp32
+        at.sums = at.gates + padded(p.T * p.E * 4);                    // (DECODE_WARPS, TOKEN_GROUP, column_tile) fp32
         at.bytes = at.sums + DECODE_WARPS * TOKEN_GROUP * p.column_tile * 4;
         return at;
     }

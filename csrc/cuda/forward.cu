@@ -22,7 +22,8 @@ void forward(const ForwardParams& p, int device, void* queue) {
     const auto stream = static_cast<cudaStream_t>(queue);
     with_dtype(p.dtype, [&](auto scalar) {
         using S = decltype(scalar);
-        static_assert(WideShrink<S>::SMEM <= 48 << 10 && Expand<S>::SMEM <= 48 << 10, "more needs an attribute of the kernel");
+        static_assert(WideShrink<S>::SMEM <= 48 << 10 && Expand<S>::SMEM <= 48 << 10,
+                      "more needs an attribute of the kernel");
         LAUNCH(shrink_fwd_kernel<S>, dim3(tiles(p.T, BLOCK_T)), dim3(THREADS), WideShrink<S>::SMEM, stream, p);
         check_launch("shrink_fwd_kernel");
 

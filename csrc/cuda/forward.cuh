@@ -9,7 +9,7 @@
 
 namespace lmoe {
 
-constexpr int BLOCK_T = 64;  // tokens of a block
+constexpr int BLOCK_T = 64;   // tokens
 constexpr int BLOCK_F = 128;  // features of x, y or a factor
 constexpr int BLOCK_C = 64;   // coefficients of wgrad: rank rows and gate rows
 
@@ -23,7 +23,8 @@ using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
 // store(t, column, value): every token of the tile against every row of `factors`.
 template <class S, class Store>
-__device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors, Store store) {
+__device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
+                                       Store store) {
     for (int64_t column = 0; column < factors.rows;) {
         auto keep = [&](int row, int col, float value) {
             if (t0 + row < rows.rows && column + col < factors.rows) store(t0 + row, column + col, value);
@@ -120,8 +121,9 @@ __global__ void __launch_bounds__(THREADS) expand_kernel(ExpandParams p) {
     const int64_t T = p.coefficients.rows, F = p.factors.columns;
     const float* tile = Expand<S>::run(smem, p.coefficients, t0, p.factors, f0, 0, p.factors.rows);
 
-    for (int i = threadIdx.x; i < BLOCK_T * BLOCK_F / VECTOR<S>; i += THREADS) {
-        const int row = i / (BLOCK_F / VECTOR<S>), col = i % (BLOCK_F / VECTOR<S>) * VECTOR<S>;
+    constexpr int VECTORS = BLOCK_F / VECTOR<S>;  // in a row of the tile
+    for (int i = threadIdx.x; i < BLOCK_T * VECTORS; i += THREADS) {
+        const int row = i / VECTORS, col = i % VECTORS * VECTOR<S>;
         const int64_t t = t0 + row, f = f0 + col;
         if (t >= T || f >= F) continue;
         const bool whole = p.vectors && f + VECTOR<S> <= F;

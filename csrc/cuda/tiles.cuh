@@ -1,4 +1,4 @@
-// The building block of all kernels: a pipelined tile product out[i, j] = sum_k P(i, k) Q(j, k), left as fp32 in shared memory.
+// The building block of all kernels: a pipelined tile product, out[i, j] = sum_k P(i, k) Q(j, k), fp32 in shared memory.
 //
 // Both operands are matrices of contiguous rows. K_ALONG_ROW says that the sum runs along the rows (an operand of `shrink`);
 // otherwise it runs from row to row (`wgrad`, and the factors of `expand`), and ldmatrix transposes on the way to registers.
@@ -48,8 +48,8 @@ __host__ __device__ inline Matrix matrix(const void* data, bool fp32, int64_t ro
 }
 
 template <class S>
-__host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, int64_t split, const void* second, bool second_fp32,
-                                          int64_t rows_of_second, int64_t columns) {
+__host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, int64_t split, const void* second,
+                                          bool second_fp32, int64_t rows_of_second, int64_t columns) {
     Matrix m = matrix<S>(first, first_fp32, split, columns, columns);
     if (second == nullptr) return m;
     const Matrix rest = matrix<S>(second, second_fp32, rows_of_second, columns, columns);
@@ -72,9 +72,7 @@ struct Tile {
     static __device__ __forceinline__ int chunk_at(int row, int chunk) {
         return row * COLS + (chunk ^ (row / (8 / TURN) % TURN)) * VECTOR<S>;
     }
-    static __device__ __forceinline__ int at(int row, int col) {
-        return chunk_at(row, col / VECTOR<S>) + col % VECTOR<S>;
-    }
+    static __device__ __forceinline__ int at(int row, int col) { return chunk_at(row, col / VECTOR<S>) + col % VECTOR<S>; }
 };
 
 // `count` of N elements of a row, the others zero; `aligned` says that they start on 16 bytes.
@@ -188,8 +186,8 @@ struct Product {
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
 
     // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with all threads in step.
-    static __device__ __forceinline__ float* run(
-        unsigned char* smem, const Matrix& p, int64_t p_start, const Matrix& q, int64_t q_start, int64_t first_k, int64_t last_k) {
+    static __device__ __forceinline__ float* run(unsigned char* smem, const Matrix& p, int64_t p_start, const Matrix& q,
+                                                 int64_t q_start, int64_t first_k, int64_t last_k) {
         Accumulators acc = {};
         const int steps = last_k > first_k ? static_cast<int>((last_k - first_k + BLOCK_K<S> - 1) / BLOCK_K<S>) : 0;
         auto load_stage = [&](int step) {
@@ -257,7 +255,7 @@ struct Product {
     static __device__ __forceinline__ int first_col() {
         return static_cast<int>(threadIdx.x) / 32 / ROWS_OF_WARPS * WARP_COLS;
     }
-    // f(i, n, half, row, col): accumulators [i][n][2 half] and [2 half + 1] belong to (row, col) and (row, col + 1) of the tile.
+    // f(i, n, half, row, col): accumulators [i][n][2 half] and [2 half + 1] are the tile's (row, col) and (row, col + 1).
     template <class F>
     static __device__ __forceinline__ void for_each_accumulator(F f) {
         const int lane = threadIdx.x % 32, row = first_row() + lane / 4, col = first_col() + lane % 4 * 2;

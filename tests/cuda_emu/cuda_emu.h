@@ -121,7 +121,9 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
 
 inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
 
-inline unsigned add_release(unsigned* address, unsigned value) { return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL); }
+inline unsigned add_release(unsigned* address, unsigned value) {
+    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+}
 inline unsigned load_acquire(const unsigned* address) {
     emu::spin();
     return __atomic_load_n(address, __ATOMIC_ACQUIRE);
@@ -137,7 +139,8 @@ void copy_async_wait() {
     emu::wait_for_copies(NEWEST);
 }
 
-// Row i of matrix m comes from lane 8 m + i; lane l receives elements 2 (l % 4) and the next of row l / 4, or of that column.
+// Row i of matrix m comes from lane 8 m + i; lane l receives elements 2 (l % 4) and the next of row l / 4, or of that
+// column.
 template <bool TRANSPOSED>
 EMU_OUTLINE inline void emu_load_matrices(uint32_t* registers, const void* row) {
     struct Argument {
@@ -174,7 +177,9 @@ EMU_OUTLINE inline void mma(S, float (&d)[4], const uint32_t (&a)[4], uint32_t b
     Argument argument{d, a, {b0, b1}};
     emu::collective("mma", ~0u, &argument, [](emu::Warp& warp) {
         float left[16][16], right[8][16];
-        auto part = [](uint32_t pair, int j) { return to_float(S{static_cast<uint16_t>(j == 0 ? pair & 0xffff : pair >> 16)}); };
+        auto part = [](uint32_t pair, int j) {
+            return to_float(S{static_cast<uint16_t>(j == 0 ? pair & 0xffff : pair >> 16)});
+        };
         for (int lane = 0; lane < 32; ++lane) {
             const auto* x = static_cast<Argument*>(warp.arguments[lane]);
             const int i = lane / 4, k = lane % 4 * 2;

@@ -1,6 +1,7 @@
-// Random small problems through the launchers, for the sanitizers and for many schedules: every buffer is allocated on its own
-// and to the byte, the numbers are compared with a plain double precision computation, and two schedules must give the same
-// bits. Numbers are judged coarsely here (a race or a wrong tile is not a rounding); the Python tests judge them finely.
+// Random small problems through the launchers, for the sanitizers and for many schedules: every buffer is allocated on its
+// own and to the byte, the numbers are compared with a plain double precision computation, and two schedules must give the
+// same bits. Numbers are judged coarsely here (a race or a wrong tile is not a rounding); the Python tests judge them
+// finely.
 //
 //     driver FIRST_SEED PROBLEMS
 #include <cstdio>
@@ -14,7 +15,9 @@ using namespace lmoe;
 namespace {
 
 std::mt19937_64 generator;
-int64_t draw(int64_t low, int64_t high) { return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1)); }
+int64_t draw(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
+}
 bool coin() { return generator() & 1; }
 
 // A tensor of fp32 or the problem's dtype.
@@ -40,7 +43,11 @@ struct Tensor {
         unsigned char* to = memory[0].get() + i * size();
         const auto bf16 = from_float<__nv_bfloat16>(value);
         const auto fp16 = from_float<__half>(value);
-        memcpy(to, dtype == Dtype::fp32 ? static_cast<const void*>(&value) : dtype == Dtype::bf16 ? static_cast<const void*>(&bf16) : &fp16, size());
+        memcpy(to,
+               dtype == Dtype::fp32   ? static_cast<const void*>(&value)
+               : dtype == Dtype::bf16 ? static_cast<const void*>(&bf16)
+                                      : &fp16,
+               size());
     }
 };
 
@@ -113,8 +120,8 @@ int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 void run_decode(const Problem& problem, DecodeParams p) {
     const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, rows = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
     p.chunk = 256, p.chunks = up(p.I, 256) / 256, p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
-    p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) + up(p.T * p.E * p.R * size, 16) +
-             2 * up(p.T * p.E * 4, 16) + 256 * p.column_tile;
+    p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) +
+             up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) + 256 * p.column_tile;
     const Tensor partial = make(p.chunks * p.T * rows, Dtype::fp32);
     p.partial = static_cast<float*>(partial.data());
     decode(p, 0, nullptr);
@@ -166,7 +173,8 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
     std::vector<double> logit(q.E), gate(q.E), u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
     for (int64_t e = 0; e < q.E; ++e) {
         if (q.outside) logit[e] = q.logits_in.get(t * q.E + e);
-        for (int64_t i = 0; i < q.I && !q.outside; ++i) logit[e] += q.x.get(t * q.x_stride + i) * q.gate_weight.get(e * q.I + i);
+        for (int64_t i = 0; i < q.I && !q.outside; ++i)
+            logit[e] += q.x.get(t * q.x_stride + i) * q.gate_weight.get(e * q.I + i);
     }
     double sum = 0;
     for (int64_t e = 0; e < q.E; ++e) {
@@ -215,7 +223,8 @@ bool close(const char* name, const Tensor& ours, const std::vector<double>& trut
     const double share = dtype == Dtype::fp32 ? 1e-4 : dtype == Dtype::fp16 ? 2e-2 : 1e-1;
     double largest = 0, worst = 0;
     for (double value : truth) largest = std::max(largest, std::fabs(value));
-    for (int64_t i = 0; i < ours.count; ++i) worst = std::max(worst, std::isfinite(ours.get(i)) ? std::fabs(ours.get(i) - truth[i]) : INFINITY);
+    for (int64_t i = 0; i < ours.count; ++i)
+        worst = std::max(worst, std::isfinite(ours.get(i)) ? std::fabs(ours.get(i) - truth[i]) : INFINITY);
     if (worst <= share * largest + 1e-3) return true;
     printf("  %s is off by %g, its largest value is %g\n", name, worst, largest);
     return false;
@@ -242,7 +251,8 @@ bool check(uint64_t seed) {
     good = good & close("dlora_a", first.da, truth.da, q.dtype) & close("dlora_b", first.db, truth.db, q.dtype);
     good = good & close("dgate", first.dgate, truth.dgate, q.dtype);
     good = good & same("y", first.y, second.y) & same("u", first.u, second.u) & same("logits", first.logits, second.logits);
-    good = good & same("dx", first.dx, second.dx) & same("dlora_a", first.da, second.da) & same("dlora_b", first.db, second.db);
+    good =
+        good & same("dx", first.dx, second.dx) & same("dlora_a", first.da, second.da) & same("dlora_b", first.db, second.db);
     return good & same("dgate", first.dgate, second.dgate);
 }
 

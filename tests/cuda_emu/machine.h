@@ -23,11 +23,11 @@ namespace emu {
 
 // Odd seeds give warps random priorities, so that some run far ahead of others; even seeds draw every thread alike.
 struct Options {
-    uint64_t seed = 1;         // of the next launch; each launch adds one
+    uint64_t seed = 1;          // of the next launch; each launch adds one
     bool early_copies = false;  // some asynchronous copies land at once, the others as late as they may
     size_t stack_bytes = 64 << 10;
     bool running = true;  // false: a launch returns at once, to time what is before it
-    int processors = 3;  // what the launchers see as the number of SMs
+    int processors = 3;   // what the launchers see as the number of SMs
 };
 inline Options options;
 
@@ -272,7 +272,8 @@ EMU_OUTLINE inline void add_block(Grid& g, unsigned number, char* stacks, unsign
 }
 
 // Run a grid: its blocks in random order, all at the same time (a cooperative launch) or one after the other.
-EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool together, std::function<void()> body) {
+EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool together,
+                               std::function<void()> body) {
     if (!options.running) return;
     EMU_TSAN(__tsan_release(&options);)
     Quiet quiet;
@@ -291,7 +292,7 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
     const size_t threads = block_size.x * block_size.y * block_size.z, at_once = together ? order.size() : 1;
     const size_t shared_room = (shared_bytes + 4095) / 4096 * 4096, room = options.stack_bytes * threads + shared_room;
     for (size_t first = 0; first < order.size() && last_error.empty(); first += at_once) {
-        const Mapping memory(room * at_once);  // new for each: what the sanitizers know of the last block's stacks goes with it
+        const Mapping memory(room * at_once);  // not the last block's: what sanitizers know of its stacks goes with it
         g.resident.clear();
         g.ready.clear();
         g.live = 0;
