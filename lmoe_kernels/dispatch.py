@@ -1,8 +1,8 @@
 """The table of backends: which there are, which one a call takes, and why not the others.
 
-A row of `BACKENDS` names the module that holds `forward` and `backward`, and a function that tells why the backend cannot
-take a call, or None where it can. The automatic choice walks the table from the top and takes the first backend that can;
-`reference`, and `triton` in its interpreter, are never taken unasked.
+A row of `BACKENDS` names the module that holds `forward` and `backward`, a function that tells why the backend cannot take
+a call, and one that tells why it is not taken unasked; each gives None where there is no reason. The automatic choice walks
+the table from the top and takes the first backend without a reason.
 """
 
 import os
@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 
+from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.checks import fail
 
 
@@ -43,14 +44,14 @@ class Backend:
     name: str
     module: str
     why_not: Callable[[Problem], str | None]
-    automatic: Callable[[Problem], bool] = lambda problem: True
+    why_not_unasked: Callable[[Problem], str | None]
 
 
 def _anything(problem: Problem) -> None:
     return None
 
 
-def _not_triton(problem: Problem) -> str | None:
+def _why_not_triton(problem: Problem) -> str | None:
     """Why the Triton kernels cannot take a call; on the CPU they run in Triton's interpreter, where that is switched on."""
     if not _installed("triton"):
         return "Triton is not installed"
@@ -72,14 +73,30 @@ def _installed(package: str) -> bool:
     return find_spec(package) is not None
 
 
+def _why_not_triton_unasked(problem: Problem) -> str | None:
+    return "on a CPU only where it is asked for by name" if problem.device.type == "cpu" else None
+
+
+def _only_by_name(problem: Problem) -> str:
+    return "only where it is asked for by name"
+
+
+def _why_not_cuda(problem: Problem) -> str | None:
+    return extension.why_not(problem.device, problem.dtype)
+
+
+def _why_not_cuda_unasked(problem: Problem) -> str | None:
+    # expected, not measured: one launch and the lowest launch cost win while the call is bound by latency
+    return None if problem.tokens <= 64 else "it is expected to win at T <= 64 alone"
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend(
-            "triton", "lmoe_kernels.backends.triton", _not_triton, automatic=lambda problem: problem.device.type != "cpu"
-        ),
-        Backend("torch", "lmoe_kernels.backends.torch", _anything),
-        Backend("reference", "lmoe_kernels.reference", _anything, automatic=lambda problem: False),
+        Backend("cuda", "lmoe_kernels.backends.cuda", _why_not_cuda, _why_not_cuda_unasked),
+        Backend("triton", "lmoe_kernels.backends.triton", _why_not_triton, _why_not_triton_unasked),
+        Backend("torch", "lmoe_kernels.backends.torch", _anything, _anything),
+        Backend("reference", "lmoe_kernels.reference", _anything, _only_by_name),
     )
 }
 
@@ -95,7 +112,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     """
     name = backend if backend is not None else _preferred
     if name is None:
-        return next(b.name for b in BACKENDS.values() if b.automatic(problem) and b.why_not(problem) is None)
+        return next(b.name for b in BACKENDS.values() if not (b.why_not_unasked(problem) or b.why_not(problem)))
     check_name(op, name)
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
@@ -119,8 +136,8 @@ def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
             verdict = f"taken: {asked}"
         elif (reason := row.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
-        elif not row.automatic(problem):
-            verdict = "not taken: only where it is asked for by name"
+        elif (reason := row.why_not_unasked(problem)) is not None:
+            verdict = f"not taken: {reason}"
         else:
             verdict = f"not taken: {name!r} stands before it" if backend is None else "not taken: not asked for"
         lines.append(f"  {row.name:<10} {verdict}")

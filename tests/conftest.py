@@ -1,11 +1,18 @@
 """Fixtures that the whole suite shares: fresh random inputs, the backends under test, watched allocations."""
 
 import random
+import zlib
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from lmoe_kernels import dispatch
+from lmoe_kernels.backends.cuda import extension
+from tests.cuda_emu import build
 from tests.triton_interpreter import interpret
 from tests.watch import AllocationWatch
 
@@ -13,6 +20,7 @@ HAS_TRITON = find_spec("triton") is not None
 BACKENDS = [
     "torch",
     pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
+    "cuda",
 ]
 
 
@@ -34,13 +42,46 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     """Every test draws inputs that differ from run to run and from test to test, and can be drawn again."""
-    torch.manual_seed(f"{request.config.option.seed} {request.node.nodeid}".__hash__() & 0xFFFFFFFF)
+    torch.manual_seed(zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode()))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that computes with its own code, in turn."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
+        if request.node.callspec.params.get("dtype") is torch.float64:
+            pytest.skip("the cuda backend does not take float64")
     return request.param
+
+
+@pytest.fixture
+def exact(backend: str) -> torch.dtype:
+    """The widest dtype that the backend takes, for tests of what holds whatever the dtype."""
+    return torch.float32 if backend == "cuda" else torch.float64
+
+
+@pytest.fixture(scope="session")
+def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
+    """The CUDA extension compiled for the CPU emulator of tests/cuda_emu."""
+    if build.COMPILER is None:
+        pytest.skip("no g++ to compile the CUDA emulator")
+    cache = Path(request.config.cache.mkdir("cuda_emu"))
+    return build.build_extension(cache, request.config.option.seed)
+
+
+@pytest.fixture
+def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
+
+    def why_not(problem: dispatch.Problem) -> str | None:
+        return None if problem.dtype in extension.DTYPES else extension.why_not(problem.device, problem.dtype)
+
+    monkeypatch.setattr(extension, "library", lambda: emulated_extension)
+    monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
+    monkeypatch.setattr(extension, "processors", emulated_extension.processors)
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], why_not=why_not))
+    return emulated_extension
 
 
 @pytest.fixture

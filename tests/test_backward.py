@@ -42,8 +42,8 @@ def _compare(problem, backend: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", [Case(linear=True), Case(outside_logits=True, mixing="outputs", linear=True)], ids=str)
-def test_every_subset_of_gradients(case: Case, backend: str, watch) -> None:
-    problem = make_problem(case, torch.float64)
+def test_every_subset_of_gradients(case: Case, backend: str, exact: torch.dtype, watch) -> None:
+    problem = make_problem(case, exact)
     leaves = leaves_of(problem.tensors)
     full = gradients(problem, problem.call(backend, **leaves), leaves)
     for count in range(1, len(leaves) + 1):
@@ -59,8 +59,8 @@ def test_every_subset_of_gradients(case: Case, backend: str, watch) -> None:
 
 
 @pytest.mark.parametrize("mixing", ["factors", "outputs"])
-def test_loss_on_router_logits_alone(mixing: str, backend: str, watch) -> None:
-    problem = make_problem(Case(mixing=mixing), torch.float64)
+def test_loss_on_router_logits_alone(mixing: str, backend: str, exact: torch.dtype, watch) -> None:
+    problem = make_problem(Case(mixing=mixing), exact)
     leaves = leaves_of(problem.tensors)
     _, logits = problem.call(backend, **leaves)
     dx, dgate = torch.autograd.grad((logits * problem.dlogits).sum(), [leaves["x"], leaves["gate_weight"]])
@@ -68,15 +68,15 @@ def test_loss_on_router_logits_alone(mixing: str, backend: str, watch) -> None:
     torch.testing.assert_close(dgate, problem.dlogits.t() @ problem.tensors["x"])
 
 
-def test_gradient_of_base(backend: str, watch) -> None:
-    t = make_problem(Case(), torch.float64).tensors
-    base, dy = torch.randn(7, 41, dtype=torch.float64, requires_grad=True), torch.randn(7, 41, dtype=torch.float64)
+def test_gradient_of_base(backend: str, exact: torch.dtype, watch) -> None:
+    t = make_problem(Case(), exact).tensors
+    base, dy = torch.randn(7, 41, dtype=exact, requires_grad=True), torch.randn(7, 41, dtype=exact)
     y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], base=base, backend=backend)
     assert torch.equal(torch.autograd.grad(y, base, dy)[0], dy)
 
 
-def test_broadcast_and_strided_gradients_from_above(backend: str, watch) -> None:
-    problem = make_problem(Case(linear=True), torch.float64)
+def test_broadcast_and_strided_gradients_from_above(backend: str, exact: torch.dtype, watch) -> None:
+    problem = make_problem(Case(linear=True), exact)
     leaves = leaves_of(problem.tensors)
     y, _ = problem.call(backend, **leaves)
     for dy in (torch.ones(()).double().expand_as(y), problem.dy.t().contiguous().t()):
@@ -100,8 +100,8 @@ def test_two_backwards_give_the_same_bits_and_leave_everything_alone(backend: st
     assert all(torch.equal(a, b) for a, b in zip(saved, before, strict=True))
 
 
-def test_second_derivatives_are_refused(backend: str) -> None:
-    leaves = leaves_of(make_problem(Case(), torch.float64).tensors)
+def test_second_derivatives_are_refused(backend: str, exact: torch.dtype) -> None:
+    leaves = leaves_of(make_problem(Case(), exact).tensors)
     y = lmoe(leaves["x"], leaves["lora_a"], leaves["lora_b"], gate_weight=leaves["gate_weight"], backend=backend)
     with pytest.raises(RuntimeError, match="create_graph must be False, got True: there are no second derivatives"):
         torch.autograd.grad(y.sum(), leaves["x"], create_graph=True)

@@ -156,8 +156,8 @@ def test_explain_names_every_backend_and_takes_one() -> None:
     assert lines[0] == "lmoe: T=2 I=16 O=12 E=8 R=4, torch.float32 on cpu"
     assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
     assert sum(line.split()[1] == "taken:" for line in lines[1:]) == 1
-    assert "torch      taken: the first of this table that can" in text
-    assert "reference  not taken: only where it is asked for by name" in text
+    assert "  torch      taken: the first of this table that can" in lines
+    assert "  reference  not taken: only where it is asked for by name" in lines
     assert "reference  taken: asked for by name" in explain(**_arguments(), backend="reference")
     with use_backend("reference"):
         assert "reference  taken: asked for by name" in explain(**_arguments())
@@ -189,9 +189,9 @@ def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.
     assert "tpu        cannot: there is no TPU" in explain(**_arguments())
 
 
-def test_lmoe_linear_is_the_linear_layer_and_the_delta(backend: str) -> None:
-    t = make_problem(Case(), torch.float64).tensors
-    weight, bias = torch.randn(41, 33, dtype=torch.float64), torch.randn(41, dtype=torch.float64)
+def test_lmoe_linear_is_the_linear_layer_and_the_delta(backend: str, exact: torch.dtype) -> None:
+    t = make_problem(Case(), exact).tensors
+    weight, bias = torch.randn(41, 33, dtype=exact), torch.randn(41, dtype=exact)
     factors, gate = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
     y = lmoe_linear(t["x"], weight, bias, *factors, **gate)
     torch.testing.assert_close(y, F.linear(t["x"], weight, bias) + lmoe(t["x"], *factors, **gate))

@@ -1,0 +1,76 @@
+// Launches the backward: shrink with the backward of mix, expand into dx, wgrad over x and over dy.
+#include "backward.cuh"
+
+#include "launch.cuh"
+
+namespace lmoe {
+namespace {
+
+template <class S>
+void wgrad(WgradParams p, const BackwardParams& backward, cudaStream_t stream) {
+    const int64_t T = p.rows.rows, C = p.coefficients.columns, F = p.rows.columns;
+    if (F == 0) return;
+    // whole steps of the sum in every split but the last
+    p.tokens_a_split = tiles(tiles(T, backward.wgrad_splits), BLOCK_K<S>) * BLOCK_K<S>;
+    p.splits = tiles(T, p.tokens_a_split);
+    p.partial = p.splits > 1 ? backward.partial : nullptr;
+    const dim3 grid(tiles(F, BLOCK_F), tiles(C, BLOCK_C), static_cast<unsigned>(p.splits));
+    LAUNCH(wgrad_bwd_kernel<S>, grid, dim3(THREADS), Wgrad<S>::SMEM, stream, p);
+    check_launch("wgrad_bwd_kernel");
+    if (p.splits > 1) {
+        LAUNCH(wgrad_sum_bwd_kernel<S>, dim3(static_cast<unsigned>(C), tiles(F, THREADS)), dim3(THREADS), 0, stream, p);
+        check_launch("wgrad_sum_bwd_kernel");
+    }
+}
+
+template <class S>
+void backward_of(const BackwardParams& p, cudaStream_t stream) {
+    static_assert(Wgrad<S>::SMEM <= 48 << 10, "more needs an attribute of the kernel");
+    LAUNCH(shrink_bwd_kernel<S>, dim3(tiles(p.T, BLOCK_T)), dim3(THREADS), WideShrink<S>::SMEM, stream, p);
+    check_launch("shrink_bwd_kernel");
+
+    const int64_t rank_rows = p.experts_of_a * p.R, gate_rows = p.gate_weight != nullptr ? p.E : 0;
+    if (p.dx != nullptr) {
+        ExpandParams e = {};
+        e.coefficients = matrix<S>(p.z, false, p.T, rank_rows + gate_rows, p.z_stride);
+        e.factors = stacked<S>(p.lora_a, p.lora_a_fp32, rank_rows, p.gate_weight, p.gate_weight_fp32, p.E, p.I);
+        e.out = p.dx;
+        e.vectors = on_16_bytes(p.dx, p.I, sizeof(S));
+        e.scaling = 1.f;
+        expand(p.dtype, e, stream);
+    }
+    if (p.dlora_a != nullptr || p.dgate_weight != nullptr) {
+        WgradParams w = {};
+        const int64_t first = p.dlora_a != nullptr ? 0 : rank_rows;  // the columns of z that are wanted
+        const int64_t last = p.dgate_weight != nullptr ? rank_rows + gate_rows : rank_rows;
+        w.coefficients = matrix<S>(static_cast<const S*>(p.z) + first, false, p.T, last - first, p.z_stride);
+        w.rows = matrix<S>(p.x, false, p.T, p.I, p.x_stride);
+        w.first = p.dlora_a;
+        w.first_fp32 = p.lora_a_fp32;
+        w.second = p.dgate_weight;
+        w.second_fp32 = p.gate_weight_fp32;
+        w.split = rank_rows - first;
+        w.scaling = 1.f;
+        wgrad<S>(w, p, stream);
+    }
+    if (p.dlora_b != nullptr) {
+        WgradParams w = {};
+        w.coefficients = matrix<S>(p.v, false, p.T, p.E * p.R, p.v_stride);
+        w.rows = matrix<S>(p.dy, false, p.T, p.O, p.dy_stride);
+        w.first = p.dlora_b;
+        w.first_fp32 = p.lora_b_fp32;
+        w.split = p.E * p.R;
+        w.scaling = p.scaling;
+        wgrad<S>(w, p, stream);
+    }
+}
+
+}  // namespace
+
+void backward(const BackwardParams& p, int device, void* stream) {
+    if (p.T == 0) return;
+    const DeviceGuard guard(device);
+    with_dtype(p.dtype, [&](auto scalar) { backward_of<decltype(scalar)>(p, static_cast<cudaStream_t>(stream)); });
+}
+
+}  // namespace lmoe

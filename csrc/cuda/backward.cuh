@@ -1,0 +1,146 @@
+// Backward: shrink of dy with the backward of mix, then (by forward's expand kernel) dx, and the weight gradients.
+//
+//     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
+//     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix
+//     outputs: dgates = <dv, u>;  du = gates dv
+//     dlogits = gates * (dgates - sum_e gates dgates) + dlogits_in
+//     z = [du, dlogits];   dx = z [lora_a; gate_weight];   [dlora_a; dgate_weight] = z^T x     expand, wgrad
+//     dlora_b = scaling * v^T dy                                                              wgrad
+#pragma once
+
+#include "forward.cuh"
+
+namespace lmoe {
+
+template <class S>
+using Wgrad = Product<S, BLOCK_C, BLOCK_F, 2, false, false>;
+
+// One token's fp32 row of scratch.
+struct Scratch {
+    float *gates, *dgates, *h, *dh;  // (E), (E), (R), (R)
+
+    static __device__ __forceinline__ Scratch of(const BackwardParams& p, int64_t t) {
+        float* row = p.scratch + t * p.scratch_stride;
+        return {row, row + p.E, row + 2 * p.E, row + 2 * p.E + p.R};
+    }
+};
+
+// One token and one rank: h and dh into scratch, du into z.
+template <class S>
+__device__ __forceinline__ void mix_bwd(const BackwardParams& p, int64_t t, int64_t r, float h, const S* dv) {
+    const Scratch s = Scratch::of(p, t);
+    S* z = static_cast<S*>(p.z) + t * p.z_stride + r;
+    float dh = 0.f;
+    for (int64_t e = 0; e < p.E; ++e) dh += s.gates[e] * to_float(dv[e * p.R]);
+    s.h[r] = h;
+    s.dh[r] = dh;
+    if (p.experts_of_a == 1) {
+        *z = from_float<S>(dh);  // under both mixings: a shared A gathers from every expert, and the gates sum to one
+        return;
+    }
+    for (int64_t e = 0; e < p.E; ++e) z[e * p.R] = from_float<S>(s.gates[e] * (p.factors ? dh : to_float(dv[e * p.R])));
+}
+
+// The gradient of one gate: through B(t) and, under "factors", through A(t) as well.
+template <class S>
+__device__ __forceinline__ void gate_bwd(const BackwardParams& p, int64_t t, int64_t e) {
+    const Scratch s = Scratch::of(p, t);
+    const S* u = static_cast<const S*>(p.u) + (t * p.experts_of_a + (p.experts_of_a == 1 ? 0 : e)) * p.R;
+    const S* dv = static_cast<const S*>(p.dv) + t * p.v_stride + e * p.R;
+    float sum = 0.f;
+    for (int64_t r = 0; r < p.R; ++r) {
+        const float ur = to_float(u[r]);
+        sum += to_float(dv[r]) * (p.factors ? s.h[r] : ur) + (p.factors ? s.dh[r] * ur : 0.f);
+    }
+    s.dgates[e] = sum;
+}
+
+// The backward of one token's softmax, into z or to an outside router.
+template <class S>
+__device__ __forceinline__ void softmax_bwd(const BackwardParams& p, int64_t t) {
+    const Scratch s = Scratch::of(p, t);
+    S* z = static_cast<S*>(p.z) + t * p.z_stride + p.experts_of_a * p.R;
+    float mean = 0.f;
+    for (int64_t e = 0; e < p.E; ++e) mean += s.gates[e] * s.dgates[e];
+    for (int64_t e = 0; e < p.E; ++e) {
+        float dlogit = s.gates[e] * (s.dgates[e] - mean);
+        if (p.dlogits_in != nullptr) dlogit += p.dlogits_in[t * p.E + e];
+        if (p.gate_weight != nullptr) z[e] = from_float<S>(dlogit);
+        if (p.dlogits != nullptr) store<S>(p.dlogits, t * p.E + e, p.logits_fp32, dlogit);
+    }
+}
+
+// A block owns BLOCK_T tokens, as in shrink_fwd_kernel. Where dv is null only v is made, for lora_b.
+template <class S>
+__global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
+    DYNAMIC_SMEM(smem);
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
+    const int tokens = static_cast<int>(smaller(BLOCK_T, p.T - t0));
+    const int E = static_cast<int>(p.E), R = static_cast<int>(p.R);  // 32 bits where they do: a 64-bit division is a call
+    const S* u = static_cast<const S*>(p.u);
+    S* v = static_cast<S*>(p.v);
+    S* dv = static_cast<S*>(p.dv);
+
+    if (dv != nullptr) {
+        const Matrix dy = matrix<S>(p.dy, false, p.T, p.O, p.dy_stride);
+        const Matrix factors = matrix<S>(p.lora_b, p.lora_b_fp32, p.E * p.R, p.O, p.O);
+        shrink<S>(smem, dy, t0, factors, [&](int64_t t, int64_t column, float value) {
+            dv[t * p.v_stride + column] = from_float<S>(p.scaling * value);
+        });
+    }
+    gates_of_tile<S>(p, t0, tokens);
+    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+        const int64_t t = t0 + i / R, r = i % R;
+        const float* gates = p.scratch + t * p.scratch_stride;
+        const float h = mix<S>(p, gates, u + t * p.experts_of_a * p.R + r, v + t * p.v_stride + r);
+        if (dv != nullptr) mix_bwd<S>(p, t, r, h, dv + t * p.v_stride + r);
+    }
+    if (dv == nullptr) return;
+    __syncthreads();  // h and dh are in scratch
+    for (int i = threadIdx.x; i < tokens * E; i += THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
+    __syncthreads();  // dgates are in scratch
+    for (int i = threadIdx.x; i < tokens; i += THREADS) softmax_bwd<S>(p, t0 + i);
+}
+
+template <class S>
+__device__ __forceinline__ void store_wgrad(const WgradParams& p, int64_t c, int64_t f, float value) {
+    const int64_t F = p.rows.columns;
+    if (c < p.split) {
+        store<S>(p.first, c * F + f, p.first_fp32, p.scaling * value);
+    } else {
+        store<S>(p.second, (c - p.split) * F + f, p.second_fp32, p.scaling * value);
+    }
+}
+
+// scaling * sum_t coefficients[t,c] rows[t,f] over the tokens of one split, to the gradients or to `partial`.
+template <class S>
+__global__ void __launch_bounds__(THREADS) wgrad_bwd_kernel(WgradParams p) {
+    DYNAMIC_SMEM(smem);
+    const int64_t f0 = static_cast<int64_t>(blockIdx.x) * BLOCK_F, c0 = static_cast<int64_t>(blockIdx.y) * BLOCK_C;
+    const int64_t C = p.coefficients.columns, F = p.rows.columns;
+    const int64_t first_t = blockIdx.z * p.tokens_a_split, last_t = smaller(first_t + p.tokens_a_split, p.rows.rows);
+    const float* tile = Wgrad<S>::run(smem, p.coefficients, c0, p.rows, f0, first_t, last_t);
+
+    Wgrad<S>::for_each(tile, [&](int row, int col, float value) {
+        const int64_t c = c0 + row, f = f0 + col;
+        if (c >= C || f >= F) return;
+        if (p.partial == nullptr) {
+            store_wgrad<S>(p, c, f, value);
+        } else {
+            p.partial[(blockIdx.z * C + c) * F + f] = value;
+        }
+    });
+}
+
+// The splits of wgrad, summed in the order of the tokens.
+template <class S>
+__global__ void __launch_bounds__(THREADS) wgrad_sum_bwd_kernel(WgradParams p) {
+    const int64_t C = p.coefficients.columns, F = p.rows.columns, c = blockIdx.x;
+    const int64_t f = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x;
+    if (f >= F) return;
+    float sum = 0.f;
+    for (int64_t split = 0; split < p.splits; ++split) sum += p.partial[(split * C + c) * F + f];
+    store_wgrad<S>(p, c, f, sum);
+}
+
+}  // namespace lmoe

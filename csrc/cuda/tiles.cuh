@@ -1,0 +1,280 @@
+// The building block of all kernels: a pipelined tile product, out[i, j] = sum_k P(i, k) Q(j, k), fp32 in shared memory.
+//
+// Both operands are matrices of contiguous rows. K_ALONG_ROW says that the sum runs along the rows (an operand of `shrink`);
+// otherwise it runs from row to row (`wgrad`, and the factors of `expand`), and ldmatrix transposes on the way to registers.
+// fp32 takes FMA on the same accumulator layout, so that everything around it is shared.
+#pragma once
+
+#include "params.h"
+#include "ptx.h"
+
+namespace lmoe {
+
+constexpr int THREADS = 128;  // four warps
+constexpr int STAGES = 4;     // tiles in flight: with 12 KB a stage four blocks fit on an SM of 228 KB
+
+template <class S>
+constexpr int VECTOR = 16 / sizeof(S);  // elements in 16 bytes
+
+template <class S>
+constexpr int BLOCK_K = 64 / sizeof(S);  // of the sum, a step: rows of 64 bytes
+
+__device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// One element of a tensor that is fp32 or of the kernel's dtype.
+template <class S>
+__device__ inline float load(const void* data, int64_t index, bool fp32) {
+    return fp32 ? static_cast<const float*>(data)[index] : to_float(static_cast<const S*>(data)[index]);
+}
+
+template <class S>
+__device__ inline void store(void* data, int64_t index, bool fp32, float value) {
+    if (fp32) {
+        static_cast<float*>(data)[index] = value;
+    } else {
+        static_cast<S*>(data)[index] = from_float<S>(value);
+    }
+}
+
+inline __host__ __device__ bool on_16_bytes(const void* data, int64_t stride, int size) {
+    return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0;
+}
+
+// A matrix in one buffer, and one in two of which the second goes on where the first ends.
+template <class S>
+__host__ __device__ inline Matrix matrix(const void* data, bool fp32, int64_t rows, int64_t columns, int64_t stride) {
+    const bool aligned = on_16_bytes(data, stride, fp32 ? 4 : sizeof(S));
+    return {data, nullptr, INT64_MAX, rows, columns, stride, fp32, false, aligned, false};
+}
+
+template <class S>
+__host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, int64_t split, const void* second,
+                                          bool second_fp32, int64_t rows_of_second, int64_t columns) {
+    Matrix m = matrix<S>(first, first_fp32, split, columns, columns);
+    if (second == nullptr) return m;
+    const Matrix rest = matrix<S>(second, second_fp32, rows_of_second, columns, columns);
+    m.second = second;
+    m.split = split;
+    m.rows += rows_of_second;
+    m.second_fp32 = second_fp32;
+    m.second_aligned = rest.first_aligned;
+    return m;
+}
+
+// A tile of ROWS x COLS elements in shared memory. Chunks of 16 bytes are exchanged within a row so that the eight rows
+// which ldmatrix reads together lie in different banks.
+template <class S, int ROWS, int COLS>
+struct Tile {
+    static constexpr int CHUNKS = COLS / VECTOR<S>;
+    static constexpr int BYTES = ROWS * COLS * static_cast<int>(sizeof(S));
+    static constexpr int TURN = CHUNKS >= 8 ? 8 : CHUNKS;  // the chunks that are exchanged
+
+    static __device__ __forceinline__ int chunk_at(int row, int chunk) {
+        return row * COLS + (chunk ^ (row / (8 / TURN) % TURN)) * VECTOR<S>;
+    }
+    static __device__ __forceinline__ int at(int row, int col) { return chunk_at(row, col / VECTOR<S>) + col % VECTOR<S>; }
+};
+
+// `count` of N elements of a row, the others zero; `aligned` says that they start on 16 bytes.
+template <int N, class Element>
+__device__ __forceinline__ void load_some(float (&out)[N], const Element* from, int count, bool aligned) {
+    if (aligned && count == N) {
+        alignas(16) Element whole[N];
+#pragma unroll
+        for (int i = 0; i < N * static_cast<int>(sizeof(Element)) / 16; ++i) {
+            reinterpret_cast<uint4*>(whole)[i] = reinterpret_cast<const uint4*>(from)[i];
+        }
+#pragma unroll
+        for (int i = 0; i < N; ++i) out[i] = to_float(whole[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) out[i] = i < count ? to_float(from[i]) : 0.f;
+    }
+}
+
+// Where an element of a matrix lies, and how many of N from there on are inside.
+struct Place {
+    const void* data;
+    int64_t index;
+    int count;
+    bool fp32, aligned;
+
+    template <int N>
+    static __device__ __forceinline__ Place of(const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
+        const bool second = row >= m.split;
+        const int64_t index = (second ? row - m.split : row) * m.stride + col;
+        const int64_t inside = row < last_row ? m.columns - col : 0;
+        const int count = inside <= 0 ? 0 : inside < N ? static_cast<int>(inside) : N;
+        return second ? Place{m.second, index, count, m.second_fp32, m.second_aligned}
+                      : Place{m.first, index, count, m.first_fp32, m.first_aligned};
+    }
+    template <class S, int N>
+    __device__ __forceinline__ void load(float (&out)[N]) const {
+        if (fp32) {
+            load_some(out, static_cast<const float*>(data) + index, count, aligned);
+        } else {
+            load_some(out, static_cast<const S*>(data) + index, count, aligned);
+        }
+    }
+};
+
+// Sixteen bytes of a matrix to shared memory, in the kernel's dtype; what lies outside the matrix is zero.
+template <class S>
+__device__ __forceinline__ void load_chunk(S* shared, const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
+    const Place place = Place::of<VECTOR<S>>(m, row, col, last_row);
+    if (place.aligned && (!place.fp32 || sizeof(S) == 4)) {
+        const S* source = static_cast<const S*>(place.data) + (place.count > 0 ? place.index : 0);
+        copy_async(shared, source, place.count * static_cast<int>(sizeof(S)));
+        return;
+    }
+    float values[VECTOR<S>];
+    place.load<S>(values);
+    alignas(16) S chunk[VECTOR<S>];
+#pragma unroll
+    for (int i = 0; i < VECTOR<S>; ++i) chunk[i] = from_float<S>(values[i]);
+    *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
+}
+
+// Rows [row, row + ROWS) and columns [col, col + COLS) of a matrix; rows from last_row on are zero.
+template <class S, int ROWS, int COLS>
+__device__ __forceinline__ void load_tile(S* shared, const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
+    using T = Tile<S, ROWS, COLS>;
+    for (int i = threadIdx.x; i < ROWS * T::CHUNKS; i += THREADS) {
+        const int r = i / T::CHUNKS, c = i % T::CHUNKS;
+        load_chunk(shared + T::chunk_at(r, c), m, row + r, col + c * VECTOR<S>, last_row);
+    }
+}
+
+// An operand with EXTENT rows of the product: where its tile starts, how it is loaded, how its fragments are read.
+template <class S, int EXTENT, bool K_ALONG_ROW>
+struct Operand {
+    using T = Tile<S, K_ALONG_ROW ? EXTENT : BLOCK_K<S>, K_ALONG_ROW ? BLOCK_K<S> : EXTENT>;
+
+    static __device__ __forceinline__ void load(S* shared, const Matrix& m, int64_t start, int64_t k, int64_t last_k) {
+        if constexpr (K_ALONG_ROW) {
+            load_tile<S, EXTENT, BLOCK_K<S>>(shared, m, start, k, m.rows);
+        } else {
+            load_tile<S, BLOCK_K<S>, EXTENT>(shared, m, k, start, last_k);
+        }
+    }
+    // Two pairs of 8 x 8 matrices: outer pair along k for P (a 16 x 16 fragment), along the extent for Q (two 8 x 16 ones).
+    template <bool IS_P>
+    static __device__ __forceinline__ void fragment(uint32_t (&r)[4], const S* shared, int start, int k) {
+        const int lane = threadIdx.x % 32, inner = lane / 8 % 2 * 8, outer = lane / 16 * 8;
+        const int i = start + (IS_P ? inner : outer), kk = k + (IS_P ? outer : inner);
+        if constexpr (K_ALONG_ROW) {
+            load_matrices(r, shared + T::chunk_at(i + lane % 8, kk / VECTOR<S>));
+        } else {
+            load_matrices_transposed(r, shared + T::chunk_at(kk + lane % 8, i / VECTOR<S>));
+        }
+    }
+    static __device__ __forceinline__ float element(const S* shared, int i, int k) {
+        return to_float(shared[K_ALONG_ROW ? T::at(i, k) : T::at(k, i)]);
+    }
+};
+
+// A product of ROWS x COLS by four warps, ROWS_OF_WARPS of them along the rows.
+template <class S, int ROWS, int COLS, int ROWS_OF_WARPS, bool P_K_ALONG_ROW, bool Q_K_ALONG_ROW>
+struct Product {
+    using P = Operand<S, ROWS, P_K_ALONG_ROW>;
+    using Q = Operand<S, COLS, Q_K_ALONG_ROW>;
+    static constexpr int WARP_ROWS = ROWS / ROWS_OF_WARPS, WARP_COLS = COLS / (THREADS / 32 / ROWS_OF_WARPS);
+    static constexpr int STAGE_BYTES = P::T::BYTES + Q::T::BYTES;
+    static constexpr int OUT_STRIDE = COLS + 8;  // eight banks from row to row: the lanes' float2 do not collide
+    static constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
+    static constexpr int SMEM = STAGES * STAGE_BYTES > OUT_BYTES ? STAGES * STAGE_BYTES : OUT_BYTES;
+    using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
+
+    // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with all threads in step.
+    static __device__ __forceinline__ float* run(unsigned char* smem, const Matrix& p, int64_t p_start, const Matrix& q,
+                                                 int64_t q_start, int64_t first_k, int64_t last_k) {
+        Accumulators acc = {};
+        const int steps = last_k > first_k ? static_cast<int>((last_k - first_k + BLOCK_K<S> - 1) / BLOCK_K<S>) : 0;
+        auto load_stage = [&](int step) {
+            if (step < steps) {
+                S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);
+                const int64_t k = first_k + static_cast<int64_t>(step) * BLOCK_K<S>;
+                P::load(stage, p, p_start, k, last_k);
+                Q::load(stage + P::T::BYTES / sizeof(S), q, q_start, k, last_k);
+            }
+            copy_async_commit();  // an empty group, too, so that the count below holds to the last step
+        };
+        for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
+        for (int step = 0; step < steps; ++step) {
+            copy_async_wait<STAGES - 2>();
+            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more
+            load_stage(step + STAGES - 1);
+            const S* stage = reinterpret_cast<const S*>(smem + step % STAGES * STAGE_BYTES);
+            multiply(acc, stage, stage + P::T::BYTES / sizeof(S));
+        }
+        copy_async_wait<0>();
+        __syncthreads();  // the output takes the place of the stages
+        float* out = reinterpret_cast<float*>(smem);
+        for_each_accumulator([&](int i, int n, int half, int row, int col) {
+            float2 pair = {acc[i][n][half * 2], acc[i][n][half * 2 + 1]};
+            *reinterpret_cast<float2*>(out + row * OUT_STRIDE + col) = pair;
+        });
+        __syncthreads();
+        return out;
+    }
+
+    // acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, BLOCK_K] @ [BLOCK_K, WARP_COLS]
+    static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q) {
+        if constexpr (sizeof(S) == 4) {
+#pragma unroll 2
+            for (int k = 0; k < BLOCK_K<S>; ++k) {
+                for_each_accumulator([&](int i, int n, int half, int row, int col) {
+                    const float left = P::element(p, row, k);
+                    acc[i][n][half * 2] += left * Q::element(q, col, k);
+                    acc[i][n][half * 2 + 1] += left * Q::element(q, col + 1, k);
+                });
+            }
+        } else {
+            const int row = first_row(), col = first_col();
+#pragma unroll
+            for (int k = 0; k < BLOCK_K<S>; k += 16) {
+                uint32_t a[WARP_ROWS / 16][4], b[WARP_COLS / 16][4];
+#pragma unroll
+                for (int i = 0; i < WARP_ROWS / 16; ++i) P::template fragment<true>(a[i], p, row + i * 16, k);
+#pragma unroll
+                for (int j = 0; j < WARP_COLS / 16; ++j) Q::template fragment<false>(b[j], q, col + j * 16, k);
+#pragma unroll
+                for (int i = 0; i < WARP_ROWS / 16; ++i) {
+#pragma unroll
+                    for (int n = 0; n < WARP_COLS / 8; ++n) {
+                        mma(S{}, acc[i][n], a[i], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
+                    }
+                }
+            }
+        }
+    }
+
+    static __device__ __forceinline__ int first_row() {
+        return static_cast<int>(threadIdx.x) / 32 % ROWS_OF_WARPS * WARP_ROWS;
+    }
+    static __device__ __forceinline__ int first_col() {
+        return static_cast<int>(threadIdx.x) / 32 / ROWS_OF_WARPS * WARP_COLS;
+    }
+    // f(i, n, half, row, col): accumulators [i][n][2 half] and [2 half + 1] are the tile's (row, col) and (row, col + 1).
+    template <class F>
+    static __device__ __forceinline__ void for_each_accumulator(F f) {
+        const int lane = threadIdx.x % 32, row = first_row() + lane / 4, col = first_col() + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < WARP_ROWS / 16; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                for (int n = 0; n < WARP_COLS / 8; ++n) f(i, n, half, row + i * 16 + half * 8, col + n * 8);
+            }
+        }
+    }
+    // f(row, col, value) for the whole tile, consecutive threads on consecutive columns.
+    template <class F>
+    static __device__ __forceinline__ void for_each(const float* out, F f) {
+        for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {
+            f(i / COLS, i % COLS, out[i / COLS * OUT_STRIDE + i % COLS]);
+        }
+    }
+};
+
+}  // namespace lmoe

@@ -1,0 +1,71 @@
+"""Backward of the `cuda` backend: workspaces, results, one call of the launcher for all of it."""
+
+import torch
+from torch import Tensor
+
+from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda.configs import padded, wgrad_splits
+from lmoe_kernels.backends.cuda.forward import set_problem
+
+
+def backward(
+    dy: Tensor,  # (T, O)
+    dlogits_in: Tensor | None,  # (T, E)
+    x: Tensor | None,  # (T, I)
+    lora_a: Tensor,  # (E, R, I) or (1, R, I)
+    lora_b: Tensor,  # (E, R, O)
+    gate_weight: Tensor | None,  # (E, I)
+    logits: Tensor,  # (T, E)
+    u: Tensor,  # (T, E, R) or (T, 1, R)
+    scaling: float,
+    mixing: str,
+    top_k: int | None,
+    output_mask: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
+    tokens, out_features = dy.shape
+    experts, rank, _ = lora_b.shape
+    in_features = lora_a.shape[2]
+    want_x, want_a, want_b, want_gate = output_mask
+    new = torch.zeros_like if tokens == 0 else torch.empty_like  # without tokens no kernel runs
+    dx = dy.new_empty(tokens, in_features) if want_x else None
+    dlora_a = new(lora_a) if want_a else None
+    dlora_b = new(lora_b) if want_b else None
+    dgate = new(logits if gate_weight is None else gate_weight) if want_gate else None
+    if tokens == 0:
+        return dx, dlora_a, dlora_b, dgate
+
+    rank_columns = lora_a.shape[0] * rank
+    gate_columns = 0 if gate_weight is None else experts
+    v = dy.new_empty(tokens, padded(experts * rank))
+    scratch = dy.new_empty(tokens, 2 * (experts + rank), dtype=torch.float32)
+    dv = torch.empty_like(v)
+    z = dy.new_empty(tokens, padded(rank_columns + gate_columns))
+    splits = wgrad_splits(tokens, experts * rank, min(in_features, out_features))
+    largest = max((rank_columns + gate_columns) * in_features, experts * rank * out_features)
+    partial = dy.new_empty(splits if splits > 1 else 0, largest, dtype=torch.float32)
+
+    library = extension.library()
+    params = library.BackwardParams()
+    set_problem(params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k)
+    params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
+    params.dy = dy.data_ptr()
+    params.dy_stride = dy.stride(0)
+    if dlogits_in is not None:
+        dlogits_in = dlogits_in.float()
+        params.dlogits_in = dlogits_in.data_ptr()
+    if want_x or want_a or want_gate:
+        params.dv, params.z = dv.data_ptr(), z.data_ptr()
+    params.z_stride = z.stride(0)
+    params.partial = partial.data_ptr()
+    params.wgrad_splits = splits
+    for name, grad in (
+        ("dx", dx),
+        ("dlora_a", dlora_a),
+        ("dlora_b", dlora_b),
+        ("dlogits" if gate_weight is None else "dgate_weight", dgate),
+    ):
+        if grad is not None:
+            setattr(params, name, grad.data_ptr())
+    library.backward(params, *extension.queue(dy))
+    return dx, dlora_a, dlora_b, dgate

@@ -1,0 +1,78 @@
+"""The compiled extension `lmoe_kernels._cuda`: loaded when it is first wanted, or the reason why it cannot be."""
+
+import json
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/params.h
+BUILD_INFO = Path(__file__).parents[2] / "_build_info.json"
+
+
+def build_info() -> dict[str, str]:
+    """What setup.py recorded: `cuda` says "built" or why the extension was left out; nvcc and architectures where built."""
+    if not BUILD_INFO.exists():
+        return {"cuda": "setup.py has not run here"}
+    return json.loads(BUILD_INFO.read_text())
+
+
+@cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return import_module("lmoe_kernels._cuda"), None
+    except ImportError as error:
+        built = build_info()["cuda"]
+        return None, f"the extension was not built: {built}" if built != "built" else f"the extension does not load: {error}"
+
+
+def library() -> ModuleType:
+    """The extension.
+
+    Raises:
+        ImportError: it was not built or does not load.
+    """
+    module, reason = _load()
+    if module is None:
+        raise ImportError(f"lmoe: {reason}")
+    return module
+
+
+def queue(tensor: torch.Tensor) -> tuple[int, int]:
+    """Where to launch: the tensor's device index and the caller's current stream on it."""
+    index = tensor.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+@cache
+def processors(index: int) -> int:
+    """How many blocks run at the same time, one on each multiprocessor of the device.
+
+    Raises:
+        RuntimeError: the driver is too old, or the extension was not built for the device's architecture.
+    """
+    return library().processors(index)
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take tensors of this device and dtype, None where they can."""
+    if dtype not in DTYPES:
+        return f"it computes in fp32, bf16 and fp16, not in {dtype}"
+    _, reason = _load()
+    return reason or _why_not_device(device)
+
+
+@cache
+def _why_not_device(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on NVIDIA GPUs, the tensors are on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+    try:
+        processors(device.index)
+    except RuntimeError as error:
+        return f"the extension cannot run there: {error}"
+    return None

@@ -1,0 +1,90 @@
+"""Forward of the `cuda` backend: fills in the parameters of csrc/params.h and launches.
+
+Every tensor whose address is passed stays referenced until the launcher returns; the caching allocator then keeps its memory
+in the order of the stream.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda.configs import decode_plan, padded
+
+
+def forward(
+    x: Tensor,  # (T, I)
+    lora_a: Tensor,  # (E, R, I) or (1, R, I)
+    lora_b: Tensor,  # (E, R, O)
+    gate_weight: Tensor | None,  # (E, I)
+    gate_logits: Tensor | None,  # (T, E)
+    base: Tensor | None,  # (O) or (T, O)
+    scaling: float,
+    mixing: str,
+    top_k: int | None,
+    save: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
+    tokens, in_features = x.shape
+    experts, rank, out_features = lora_b.shape
+    experts_of_a, has_gate = lora_a.shape[0], gate_logits is None
+    library = extension.library()
+    device, stream = extension.queue(x)
+    plan = decode_plan(
+        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, x.element_size(),
+        extension.processors(device),
+    )  # fmt: skip
+    y = x.new_empty(tokens, out_features)
+    u = logits = None
+    if save or plan is None:
+        u = x.new_empty(tokens, experts_of_a, rank)
+        logits = x.new_empty(tokens, experts, dtype=torch.float32) if has_gate else None
+
+    params = library.ForwardParams() if plan is None else library.DecodeParams()
+    router = logits if has_gate else gate_logits
+    set_problem(params, x, lora_a, lora_b, gate_weight, router, base, u, y, tokens, scaling, mixing, top_k)
+    if plan is None:
+        v = x.new_empty(tokens, padded(experts * rank))
+        scratch = x.new_empty(tokens, experts, dtype=torch.float32)
+        params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
+        library.forward(params, device, stream)
+    else:
+        partial = x.new_empty(plan.chunks, tokens, experts_of_a * rank + experts, dtype=torch.float32)
+        params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
+        library.decode(params, device, stream)
+    return (y, logits, u) if save else (y, None, None)
+
+
+def set_problem(
+    params: Any,  # ForwardParams, BackwardParams or DecodeParams
+    x: Tensor | None,  # (T, I)
+    lora_a: Tensor,  # (E, R, I) or (1, R, I)
+    lora_b: Tensor,  # (E, R, O)
+    gate_weight: Tensor | None,  # (E, I)
+    logits: Tensor | None,  # (T, E)
+    base: Tensor | None,  # (O) or (T, O)
+    u: Tensor | None,  # (T, E, R) or (T, 1, R)
+    like: Tensor,  # (T, O), y, or dy, whose dtype is x's
+    tokens: int,
+    scaling: float,
+    mixing: str,
+    top_k: int | None,
+) -> None:
+    """Fill in what forward and backward have in common, in the order of `set_problem` in csrc/bindings.cpp."""
+    fp32 = torch.float32
+    experts_of_a, rank, in_features = lora_a.shape
+    experts, _, out_features = lora_b.shape
+    params.set_problem(
+        extension.DTYPES[like.dtype],
+        tokens, in_features, out_features, experts, rank, experts_of_a, experts if top_k is None else top_k,
+        scaling, mixing == "factors",
+        *((0, 0) if x is None else (x.data_ptr(), x.stride(0))),
+        lora_a.data_ptr(), lora_a.dtype is fp32,
+        lora_b.data_ptr(), lora_b.dtype is fp32,
+        *((0, False) if gate_weight is None else (gate_weight.data_ptr(), gate_weight.dtype is fp32)),
+        *((0, True) if logits is None else (logits.data_ptr(), logits.dtype is fp32)),
+        *((0, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)),
+        0 if u is None else u.data_ptr(),
+        like.data_ptr(),
+    )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Bugs put into copies of the kernels, one at a time: what the emulator must catch."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cuda_emu.build import CSRC
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change of one place in csrc/, and what is said where it is caught."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    caught_as: str  # a part of the driver's output
+    target: str = "plain"
+    is_race: bool = False  # so that ThreadSanitizer sees it on any schedule
+
+    def __str__(self) -> str:
+        return self.name
+
+    def plant(self, folder: Path) -> Path:
+        """A copy of csrc/ with the bug."""
+        csrc = folder / "csrc"
+        shutil.copytree(CSRC, csrc)
+        path = csrc / self.file
+        text = path.read_text()
+        assert text.count(self.right) == 1, f"{self.name}: {self.file} has {text.count(self.right)} times {self.right!r}"
+        path.write_text(text.replace(self.right, self.wrong))
+        return csrc
+
+
+BUGS = (
+    Bug(
+        "a barrier removed from the pipeline",
+        "cuda/tiles.cuh",
+        "            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more\n",
+        "",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "a wait that is off by one",
+        "cuda/tiles.cuh",
+        "copy_async_wait<STAGES - 2>();",
+        "copy_async_wait<STAGES - 1>();",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "a wrong stage, still being read",
+        "cuda/tiles.cuh",
+        "S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);\n                const",
+        "S* stage = reinterpret_cast<S*>(smem + (step + 1) % STAGES * STAGE_BYTES);\n                const",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "an output over stages that are still being read",
+        "cuda/tiles.cuh",
+        "        __syncthreads();  // the output takes the place of the stages\n",
+        "",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "a load without a mask",
+        "cuda/tiles.cuh",
+        "row < last_row ? m.columns - col : 0;",
+        "m.columns - col;",
+        "AddressSanitizer: heap-buffer-overflow",
+        "address",
+    ),
+    Bug(
+        "a barrier in one warp only",
+        "cuda/backward.cuh",
+        "    __syncthreads();  // h and dh are in scratch\n",
+        "    if (threadIdx.x < 32) __syncthreads();\n",
+        "exits while others wait in __syncthreads",
+    ),
+    Bug(
+        "lanes missing from a shuffle",
+        "cuda/decode.cuh",
+        "__shfl_xor_sync(~0u,",
+        "__shfl_xor_sync(0xffffu,",
+        "the calling lane is not in its mask",
+    ),
+    Bug(
+        "no barrier of the grid",
+        "cuda/decode.cuh",
+        "    grid_barrier(barriers + p.barrier);\n",
+        "    __syncthreads();\n",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "a barrier of the grid that one block does not reach",
+        "cuda/decode.cuh",
+        "    grid_barrier(barriers + p.barrier);\n",
+        "    if (blockIdx.x + 1 < gridDim.x) grid_barrier(barriers + p.barrier);\n",
+        "waits for ever",
+    ),
+)

@@ -1,0 +1,86 @@
+"""Compiles csrc/ with g++ against the emulator, once for each state of the sources."""
+
+import ctypes
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+EMULATOR = Path(__file__).parent
+CSRC = EMULATOR.parents[1] / "csrc"
+COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
+TARGETS = {
+    "plain": ("-O1",),
+    # -O0: here the compiler takes longer than the program
+    "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": ("-O1", "-g", "-fsanitize=thread"),
+}
+
+
+def build_extension(cache: Path, seed: int) -> ModuleType:
+    """`_cuda` as it is shipped, bindings and launchers included, on the emulator; the seed draws its first schedule."""
+    import pybind11
+
+    include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-shared")
+    path = _compile(
+        cache, "_cuda.so", [CSRC / "bindings.cpp", EMULATOR / "control.cpp"], (*TARGETS["plain"], *include), CSRC
+    )
+    spec = importlib.util.spec_from_file_location("_cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    ctypes.CDLL(str(path)).emu_set_schedule(ctypes.c_uint64(seed), ctypes.c_int(seed % 3 == 0))
+    return module
+
+
+def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
+    """The program of driver.cpp over these sources."""
+    return _compile(cache, f"driver_{target}", [EMULATOR / "driver.cpp"], TARGETS[target], csrc)
+
+
+def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedProcess[str]:
+    """Run problems first, first + 1, ...; the exit status is 0 where none failed and no sanitizer spoke."""
+    return subprocess.run(
+        [str(driver), str(first), str(problems)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+
+
+def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...], csrc: Path) -> Path:
+    """The program or library of these sources and all launchers; compiled only where the cache does not hold it yet."""
+    assert COMPILER is not None
+    sources = [*sources, *sorted(csrc.glob("cuda/*.cu"))]
+    strict = ("-Werror",) if csrc == CSRC else ()
+    command = [COMPILER, *FLAGS, *strict, *flags, f"-I{csrc}", f"-I{EMULATOR}"]
+    state = hashlib.sha256(" ".join((*FLAGS, *flags)).encode())
+    for path in sorted([*csrc.rglob("*.*"), *EMULATOR.glob("*.h"), *sources]):
+        state.update(path.read_bytes())
+    folder = cache / state.hexdigest()[:16]
+    binary = folder / name
+    if not binary.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = [folder / f"{source.name}.o" for source in sources]
+        commands = [
+            [*command, "-x", "c++", "-c", str(source), "-o", str(to)] for source, to in zip(sources, objects, strict=True)
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(_run, commands))
+        unfinished = folder / f"{name}.unfinished"
+        _run([*command, *map(str, objects), "-o", str(unfinished)])
+        unfinished.rename(binary)
+    return binary
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")

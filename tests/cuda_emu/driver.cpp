@@ -1,0 +1,280 @@
+// Random small problems through the launchers, for the sanitizers and for many schedules: every buffer is allocated on its
+// own and to the byte, the numbers are compared with a plain double precision computation, and two schedules must give the
+// same bits. Numbers are judged coarsely here (a race or a wrong tile is not a rounding); the Python tests judge them
+// finely.
+//
+//     driver FIRST_SEED PROBLEMS
+#include <cstdio>
+#include <random>
+
+#include "cuda_emu.h"
+#include "launchers.h"
+
+using namespace lmoe;
+
+namespace {
+
+std::mt19937_64 generator;
+int64_t draw(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
+}
+bool coin() { return generator() & 1; }
+
+// A tensor of fp32 or the problem's dtype.
+struct Tensor {
+    std::vector<std::unique_ptr<unsigned char[]>> memory;  // one allocation, or none: null
+    int64_t count = 0;
+    Dtype dtype = Dtype::fp32;
+
+    int size() const { return dtype == Dtype::fp32 ? 4 : 2; }
+    void* data() const { return memory.empty() ? nullptr : memory[0].get(); }
+    const unsigned char* at(int64_t i) const { return memory[0].get() + i * size(); }
+    double get(int64_t i) const {
+        if (dtype == Dtype::fp32) return read<float>(i);
+        return dtype == Dtype::bf16 ? to_float(read<__nv_bfloat16>(i)) : to_float(read<__half>(i));
+    }
+    template <class S>
+    S read(int64_t i) const {
+        S value;
+        memcpy(&value, at(i), sizeof(S));
+        return value;
+    }
+    void set(int64_t i, float value) {
+        unsigned char* to = memory[0].get() + i * size();
+        const auto bf16 = from_float<__nv_bfloat16>(value);
+        const auto fp16 = from_float<__half>(value);
+        memcpy(to,
+               dtype == Dtype::fp32   ? static_cast<const void*>(&value)
+               : dtype == Dtype::bf16 ? static_cast<const void*>(&bf16)
+                                      : &fp16,
+               size());
+    }
+};
+
+Tensor make(int64_t count, Dtype dtype) {  // full of NaN
+    Tensor t;
+    t.count = count;
+    t.dtype = dtype;
+    t.memory.emplace_back(new unsigned char[count * t.size()]);
+    memset(t.data(), 0xff, count * t.size());
+    return t;
+}
+
+Tensor random_tensor(int64_t count, Dtype dtype, double scale) {
+    Tensor t = make(count, dtype);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) t.set(i, static_cast<float>(scale) * normal(generator));
+    return t;
+}
+
+struct Problem {
+    int64_t T, I, O, E, R, experts_of_a, top_k, x_stride, splits;
+    Dtype dtype;
+    bool factors, outside, has_base, decode;
+    float scaling = 0.75f;
+    Tensor x, a, b, gate_weight, logits_in, base, dy;
+
+    explicit Problem(uint64_t seed) {
+        generator.seed(seed);
+        T = coin() ? draw(1, 9) : draw(60, 70);
+        I = coin() ? draw(1, 12) * 8 : draw(1, 90);
+        O = coin() ? draw(1, 20) * 8 : draw(1, 150);
+        E = draw(1, 6);
+        R = coin() ? 8 : draw(1, 7);
+        experts_of_a = draw(0, 3) == 0 ? 1 : E;
+        top_k = coin() ? E : draw(1, E);
+        dtype = static_cast<Dtype>(draw(0, 2));
+        factors = coin();
+        outside = draw(0, 3) == 0;
+        has_base = coin();
+        decode = T <= 64 && coin();
+        splits = draw(1, 3);
+        x_stride = coin() ? I : I + 8;
+        auto parameter = [&] { return coin() ? dtype : Dtype::fp32; };
+        x = random_tensor((T - 1) * x_stride + I, dtype, 1);
+        a = random_tensor(experts_of_a * R * I, parameter(), 1 / std::sqrt(I));
+        b = random_tensor(E * R * O, parameter(), 1 / std::sqrt(R));
+        if (!outside) gate_weight = random_tensor(E * I, parameter(), 1 / std::sqrt(I));
+        if (outside) logits_in = random_tensor(T * E, parameter(), 1);
+        if (has_base) base = random_tensor(O, dtype, 1);
+        dy = random_tensor(T * O, dtype, 1);
+    }
+
+    void fill(ForwardParams& p) const {
+        p.T = T, p.I = I, p.O = O, p.E = E, p.R = R;
+        p.dtype = dtype, p.experts_of_a = experts_of_a, p.top_k = top_k, p.scaling = scaling, p.factors = factors;
+        p.x = x.data(), p.x_stride = x_stride, p.lora_a = a.data(), p.lora_b = b.data(), p.gate_weight = gate_weight.data();
+        p.lora_a_fp32 = a.dtype == Dtype::fp32, p.lora_b_fp32 = b.dtype == Dtype::fp32;
+        p.gate_weight_fp32 = gate_weight.dtype == Dtype::fp32;
+        p.logits_fp32 = !outside || logits_in.dtype == Dtype::fp32;
+        p.base = base.data(), p.base_stride = 0;
+    }
+};
+
+struct Results {
+    Tensor y, logits, u, dx, da, db, dgate;
+};
+
+int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+void run_decode(const Problem& problem, DecodeParams p) {
+    const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, rows = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
+    p.chunk = 256, p.chunks = up(p.I, 256) / 256, p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
+    p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) +
+             up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) + 256 * p.column_tile;
+    const Tensor partial = make(p.chunks * p.T * rows, Dtype::fp32);
+    p.partial = static_cast<float*>(partial.data());
+    decode(p, 0, nullptr);
+}
+
+Results run(const Problem& q) {
+    Results out;
+    const int64_t v_stride = up(q.E * q.R, 8), columns = q.experts_of_a * q.R + (q.outside ? 0 : q.E);
+    const Tensor v = make(q.T * v_stride, q.dtype), scratch = make(q.T * 2 * (q.E + q.R), Dtype::fp32);
+    const Tensor dv = make(q.T * v_stride, q.dtype), z = make(q.T * up(columns, 8), q.dtype);
+    const Tensor partial = make(q.splits * std::max(columns * q.I, q.E * q.R * q.O), Dtype::fp32);
+    out.y = make(q.T * q.O, q.dtype);
+    out.u = make(q.T * q.experts_of_a * q.R, q.dtype);
+    if (!q.outside) out.logits = make(q.T * q.E, Dtype::fp32);
+    const Tensor& logits = q.outside ? q.logits_in : out.logits;
+
+    BackwardParams p = {};
+    q.fill(p);
+    p.logits = logits.data(), p.u = out.u.data(), p.v = v.data(), p.v_stride = v_stride, p.y = out.y.data();
+    p.scratch = static_cast<float*>(scratch.data()), p.scratch_stride = 2 * (q.E + q.R);
+    if (q.decode) {
+        DecodeParams d = {};
+        static_cast<ForwardParams&>(d) = p;
+        run_decode(q, d);
+    } else {
+        forward(p, 0, nullptr);
+    }
+    out.dx = make(q.T * q.I, q.dtype);
+    out.da = make(q.a.count, q.a.dtype);
+    out.db = make(q.b.count, q.b.dtype);
+    out.dgate = q.outside ? make(q.T * q.E, q.logits_in.dtype) : make(q.E * q.I, q.gate_weight.dtype);
+    p.dy = q.dy.data(), p.dy_stride = q.O, p.dv = dv.data(), p.z = z.data(), p.z_stride = up(columns, 8);
+    p.partial = static_cast<float*>(partial.data()), p.wgrad_splits = q.splits;
+    p.dx = out.dx.data(), p.dlora_a = out.da.data(), p.dlora_b = out.db.data();
+    (q.outside ? p.dlogits : p.dgate_weight) = out.dgate.data();
+    backward(p, 0, nullptr);
+    return out;
+}
+
+struct Truth {
+    std::vector<double> y, dx, da, db, dgate;
+};
+
+// One token, in the factored form; see lmoe_kernels/reference.py.
+void add_token(const Problem& q, int64_t t, Truth& out) {
+    const bool shared = q.experts_of_a == 1;
+    auto a_at = [&](int64_t e, int64_t r, int64_t i) { return ((shared ? 0 : e) * q.R + r) * q.I + i; };
+    auto b_at = [&](int64_t e, int64_t r, int64_t o) { return (e * q.R + r) * q.O + o; };
+    std::vector<double> logit(q.E), gate(q.E), u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
+    for (int64_t e = 0; e < q.E; ++e) {
+        if (q.outside) logit[e] = q.logits_in.get(t * q.E + e);
+        for (int64_t i = 0; i < q.I && !q.outside; ++i)
+            logit[e] += q.x.get(t * q.x_stride + i) * q.gate_weight.get(e * q.I + i);
+    }
+    double sum = 0;
+    for (int64_t e = 0; e < q.E; ++e) {
+        int64_t before = 0;
+        for (int64_t f = 0; f < q.E; ++f) before += logit[f] > logit[e] || (logit[f] == logit[e] && f < e);
+        sum += gate[e] = before < q.top_k ? std::exp(logit[e]) : 0;
+    }
+    for (int64_t e = 0; e < q.E; ++e) {
+        gate[e] /= sum;
+        for (int64_t r = 0; r < q.R; ++r) {
+            for (int64_t i = 0; i < q.I; ++i) u[e * q.R + r] += q.a.get(a_at(e, r, i)) * q.x.get(t * q.x_stride + i);
+            for (int64_t o = 0; o < q.O; ++o) dv[e * q.R + r] += q.scaling * q.b.get(b_at(e, r, o)) * q.dy.get(t * q.O + o);
+            h[r] += gate[e] * u[e * q.R + r];
+            dh[r] += gate[e] * dv[e * q.R + r];
+        }
+    }
+    double mean = 0;
+    for (int64_t e = 0; e < q.E; ++e) {
+        for (int64_t r = 0; r < q.R; ++r) {
+            const double ur = u[e * q.R + r], dvr = dv[e * q.R + r];
+            dg[e] += q.factors ? dvr * h[r] + dh[r] * ur : dvr * ur;
+            const double v = gate[e] * (q.factors ? h[r] : ur), du = gate[e] * (q.factors ? dh[r] : dvr);
+            for (int64_t o = 0; o < q.O; ++o) {
+                out.y[t * q.O + o] += q.scaling * v * q.b.get(b_at(e, r, o));
+                out.db[b_at(e, r, o)] += q.scaling * v * q.dy.get(t * q.O + o);
+            }
+            for (int64_t i = 0; i < q.I; ++i) {
+                out.dx[t * q.I + i] += du * q.a.get(a_at(e, r, i));
+                out.da[a_at(e, r, i)] += du * q.x.get(t * q.x_stride + i);
+            }
+        }
+        mean += gate[e] * dg[e];
+    }
+    for (int64_t o = 0; o < q.O && q.has_base; ++o) out.y[t * q.O + o] += q.base.get(o);
+    for (int64_t e = 0; e < q.E; ++e) {
+        const double dlogit = gate[e] * (dg[e] - mean);
+        if (q.outside) out.dgate[t * q.E + e] = dlogit;
+        for (int64_t i = 0; i < q.I && !q.outside; ++i) {
+            out.dgate[e * q.I + i] += dlogit * q.x.get(t * q.x_stride + i);
+            out.dx[t * q.I + i] += dlogit * q.gate_weight.get(e * q.I + i);
+        }
+    }
+}
+
+bool close(const char* name, const Tensor& ours, const std::vector<double>& truth, Dtype dtype) {
+    const double share = dtype == Dtype::fp32 ? 1e-4 : dtype == Dtype::fp16 ? 2e-2 : 1e-1;
+    double largest = 0, worst = 0;
+    for (double value : truth) largest = std::max(largest, std::fabs(value));
+    for (int64_t i = 0; i < ours.count; ++i)
+        worst = std::max(worst, std::isfinite(ours.get(i)) ? std::fabs(ours.get(i) - truth[i]) : INFINITY);
+    if (worst <= share * largest + 1e-3) return true;
+    printf("  %s is off by %g, its largest value is %g\n", name, worst, largest);
+    return false;
+}
+
+bool same(const char* name, const Tensor& first, const Tensor& second) {
+    if (first.count == 0 || memcmp(first.data(), second.data(), first.count * first.size()) == 0) return true;
+    printf("  %s depends on the schedule\n", name);
+    return false;
+}
+
+bool check(uint64_t seed) {
+    const Problem q(seed);
+    emu::options.seed = 2 * seed;
+    emu::options.early_copies = false;
+    const Results first = run(q);
+    emu::options.seed = 2 * seed + 1;  // and the one-launch forward on other tiles
+    emu::options.early_copies = true;
+    const Results second = run(q);
+    Truth truth{std::vector<double>(q.T * q.O), std::vector<double>(q.T * q.I), std::vector<double>(q.a.count),
+                std::vector<double>(q.b.count), std::vector<double>(first.dgate.count)};
+    for (int64_t t = 0; t < q.T; ++t) add_token(q, t, truth);
+    bool good = close("y", first.y, truth.y, q.dtype) & close("dx", first.dx, truth.dx, q.dtype);
+    good = good & close("dlora_a", first.da, truth.da, q.dtype) & close("dlora_b", first.db, truth.db, q.dtype);
+    good = good & close("dgate", first.dgate, truth.dgate, q.dtype);
+    good = good & same("y", first.y, second.y) & same("u", first.u, second.u) & same("logits", first.logits, second.logits);
+    good =
+        good & same("dx", first.dx, second.dx) & same("dlora_a", first.da, second.da) & same("dlora_b", first.db, second.db);
+    return good & same("dgate", first.dgate, second.dgate);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const uint64_t first = std::strtoull(arguments[1], nullptr, 10), problems = std::strtoull(arguments[2], nullptr, 10);
+    emu::options.stack_bytes = 256 << 10;  // sanitizers fill frames with red zones
+    uint64_t bad = 0;
+    for (uint64_t seed = first; seed < first + problems; ++seed) {
+        std::string error;
+        bool good = false;
+        try {
+            good = check(seed);
+        } catch (const std::exception& e) {
+            error = e.what();
+        }
+        if (!good) {
+            ++bad;
+            printf("problem %llu fails %s\n", static_cast<unsigned long long>(seed), error.c_str());
+        }
+    }
+    printf("%llu of %llu problems fail\n", static_cast<unsigned long long>(bad), static_cast<unsigned long long>(problems));
+    return bad != 0;
+}

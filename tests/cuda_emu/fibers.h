@@ -1,0 +1,137 @@
+// Fibers: what a CUDA thread becomes on the CPU. One stack each, switched by hand; ThreadSanitizer and AddressSanitizer are
+// told of every switch. ThreadSanitizer is told that a switch orders nothing, so that a missing barrier is a data race
+// whatever the order of the threads was.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <stdexcept>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+extern "C" {
+void __tsan_read_range(void*, unsigned long);
+void __tsan_write_range(void*, unsigned long);
+void AnnotateIgnoreReadsBegin(const char*, int);
+void AnnotateIgnoreReadsEnd(const char*, int);
+void AnnotateIgnoreWritesBegin(const char*, int);
+void AnnotateIgnoreWritesEnd(const char*, int);
+}
+#define EMU_TSAN(...) __VA_ARGS__
+#define EMU_OUTLINE __attribute__((noinline))  // a frame of its own, so that `Quiet` covers it
+#else
+#define EMU_TSAN(...)
+#define EMU_OUTLINE
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define EMU_ASAN(...) __VA_ARGS__
+#else
+#define EMU_ASAN(...)
+#endif
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emu {
+
+// While one of these lives ThreadSanitizer does not look: the emulator's own memory is not the kernel's.
+struct Quiet {
+    Quiet() { EMU_TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);) }
+    ~Quiet() { EMU_TSAN(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);) }
+};
+
+struct Context {
+    void* stack_pointer = nullptr;
+    char* stack = nullptr;
+    size_t stack_bytes = 0;
+    bool done = false;
+    void* tsan = nullptr;
+    void* fake_stack = nullptr;  // AddressSanitizer's
+#if !defined(__x86_64__)
+    ucontext_t machine;
+#endif
+};
+
+#if defined(__x86_64__)
+extern "C" void emu_switch(void** save, void* to);
+asm(R"(
+.section .text.emu_switch,"axG",@progbits,emu_switch,comdat
+.weak emu_switch
+emu_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp,(%rdi)
+    movq %rsi,%rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.text
+)");
+#endif
+
+// Make `context` start in `entry` when it is first switched to.
+inline void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
+    context.stack = stack;
+    context.stack_bytes = bytes;
+    EMU_TSAN(context.tsan = __tsan_create_fiber(0);)
+#if defined(__x86_64__)
+    void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // 16-byte aligned at the entry, as after a call
+    *top = reinterpret_cast<void*>(entry);
+    context.stack_pointer = top - 6;  // the six registers that emu_switch restores
+#else
+    getcontext(&context.machine);
+    context.machine.uc_stack.ss_sp = stack;
+    context.machine.uc_stack.ss_size = bytes;
+    makecontext(&context.machine, entry, 0);
+#endif
+}
+
+// Leave `from`, continue `to`.
+EMU_OUTLINE inline void switch_context(Context& from, Context& to) {
+    EMU_ASAN(__sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);)
+#if defined(__x86_64__)
+    void** save = &from.stack_pointer;
+    void* next = to.stack_pointer;
+#endif
+    EMU_TSAN(__tsan_switch_to_fiber(to.tsan, 1 /* orders nothing */);)
+#if defined(__x86_64__)
+    emu_switch(save, next);
+#else
+    swapcontext(&from.machine, &to.machine);
+#endif
+    EMU_ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
+}
+
+// Memory for stacks and shared memory, unmapped when it goes.
+class Mapping {
+public:
+    explicit Mapping(size_t bytes) : bytes_(bytes) {
+        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (data_ == MAP_FAILED) throw std::runtime_error("cuda_emu: out of memory for stacks");
+        EMU_ASAN(__asan_unpoison_memory_region(data_, bytes);)
+    }
+    ~Mapping() { munmap(data_, bytes_); }
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+    char* data() const { return static_cast<char*>(data_); }
+
+private:
+    void* data_;
+    size_t bytes_;
+};
+
+}  // namespace emu

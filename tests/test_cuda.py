@@ -1,0 +1,183 @@
+"""What is the cuda backend's own: its plans, its two forwards, split sums, refusals; its kernels run on the emulator."""
+
+import json
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from lmoe_kernels import dispatch, info, lmoe, reference
+from lmoe_kernels.backends.cuda import backward as backward_module
+from lmoe_kernels.backends.cuda import configs, extension
+from lmoe_kernels.backends.cuda import forward as forward_module
+from tests.problems import CASES, Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("case", [*CASES[:3], *CASES[5:9], Case(T=65, I=24, O=136, E=9, R=16)], ids=str)
+def test_general_forward_of_few_tokens(case: Case, dtype: torch.dtype, emulated_cuda, monkeypatch, watch) -> None:
+    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: None)
+    problem = make_problem(case, dtype)
+    y, logits = problem.call("cuda")
+    true_y, true_logits, _ = truth(problem)
+    plain_y, plain_logits = eager(problem, problem.tensors)
+    assert_no_worse("y", y, plain_y, true_y)
+    assert_no_worse("router_logits", logits, plain_logits, true_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("splits", [2, 7])
+def test_weight_gradients_summed_in_parts(splits: int, dtype: torch.dtype, emulated_cuda, monkeypatch, watch) -> None:
+    monkeypatch.setattr(_module(backward_module), "wgrad_splits", lambda *sizes: splits)
+    problem = make_problem(Case(T=100, I=24, O=40, E=3, R=8), dtype)
+    leaves, plain = leaves_of(problem.tensors), leaves_of(problem.tensors)
+    ours = gradients(problem, problem.call("cuda", **leaves), leaves)
+    expected = gradients(problem, eager(problem, plain), plain)
+    true = truth(problem)[2]
+    for name, gradient in ours.items():
+        assert_no_worse(f"gradient of {name}", gradient, expected[name], true[name])
+
+
+def test_rows_that_start_anywhere(emulated_cuda, watch) -> None:
+    case = Case(T=9, I=40, O=48, E=4, R=8)
+    t = make_problem(case, torch.bfloat16).tensors
+    wide = torch.randn(9, 61).bfloat16()
+    for start in (0, 1, 3, 8):
+        x = wide[:, start : start + 40]
+        y = lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="cuda")
+        dense = lmoe(x.clone(), t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="cuda")
+        assert torch.equal(y, dense)
+
+
+def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, monkeypatch, watch) -> None:
+    problem = make_problem(Case(T=5, I=520, O=70, E=4, R=8), torch.bfloat16)
+    results = []
+    for processors in (1, 2, 5):
+        plan = configs.decode_plan(5, 520, 70, 4, 4, 8, True, 2, processors)
+        assert plan is not None
+        assert plan.blocks <= processors
+        same_sums = configs.DecodePlan(plan.blocks, 256, 3, plan.column_tile, plan.smem)
+        monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes, p=same_sums: p)
+        results.append(problem.call("cuda")[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("processors", [1, 108, 132])
+def test_decode_plans_cover_the_problem_and_fit(processors: int) -> None:
+    taken = 0
+    for tokens in (1, 16, 64):
+        for sizes in ((4096, 4096), (11008, 4096), (4096, 14336), (1, 1), (0, 8)):
+            for experts, rank in ((8, 16), (1, 1), (64, 16), (8, 256)):
+                plan = configs.decode_plan(tokens, *sizes, experts, experts, rank, True, 2, processors)
+                if plan is None:
+                    continue
+                taken += 1
+                assert plan.smem <= configs.DECODE_SMEM
+                assert 1 <= plan.blocks <= processors
+                assert plan.chunk % configs.WARP_FEATURES == 0
+                assert plan.column_tile % 8 == 0
+                assert plan.chunk * plan.chunks >= sizes[0] > plan.chunk * (plan.chunks - 1) - 1
+    assert taken > 30
+    assert configs.decode_plan(65, 64, 64, 1, 1, 1, True, 2, processors) is None
+
+
+def test_an_address_off_by_a_byte_is_refused(emulated_cuda: ModuleType) -> None:
+    params, bf16 = emulated_cuda.ForwardParams(), extension.DTYPES[torch.bfloat16]
+    x = 4097
+    params.set_problem(bf16, *[1] * 7, 1.0, True, x, 1, 0, False, 0, False, 0, False, 0, True, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="x must lie on a multiple of its element's size, got address 4097"):
+        emulated_cuda.forward(params, 0, 0)
+
+
+def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypatch) -> None:
+    plan = configs.DecodePlan(1, 256, 1, 48, 4096)
+    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: plan)
+    with pytest.raises(RuntimeError, match="count shared memory differently"):
+        make_problem(Case(), torch.bfloat16).call("cuda")
+
+
+def test_the_reason_of_a_missing_extension_is_told(monkeypatch, tmp_path) -> None:
+    path = tmp_path / "_build_info.json"
+    path.write_text(json.dumps({"cuda": "no nvcc in PATH or CUDA_HOME"}))
+    monkeypatch.setattr(extension, "BUILD_INFO", path)
+
+    def no_module(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(extension, "import_module", no_module)
+    extension._load.cache_clear()
+    try:
+        x, factor = torch.randn(2, 4), torch.randn(1, 1, 4)
+        with pytest.raises(ValueError, match="got 'cuda': the extension was not built: no nvcc in PATH or CUDA_HOME"):
+            lmoe(x, factor, factor, gate_weight=torch.randn(1, 4), backend="cuda")
+        with pytest.raises(ImportError, match="lmoe: the extension was not built: no nvcc"):
+            extension.library()
+    finally:
+        extension._load.cache_clear()
+
+
+def test_info_tells_what_became_of_the_extension(emulated_cuda, monkeypatch, tmp_path) -> None:
+    for record, told in (
+        ({"cuda": "built", "nvcc": "13.0", "archs": "80 90+PTX"}, "CUDA extension: nvcc 13.0 for 80 90+PTX"),
+        ({"cuda": "setup.py has not run here"}, "CUDA extension: loads; setup.py left no record of its build"),
+    ):
+        path = tmp_path / "_build_info.json"
+        path.write_text(json.dumps(record))
+        monkeypatch.setattr(extension, "BUILD_INFO", path)
+        assert told in info.report().splitlines()
+
+    def missing() -> None:
+        raise ImportError("lmoe: the extension was not built: no nvcc in PATH or CUDA_HOME")
+
+    monkeypatch.setattr(extension, "library", missing)
+    assert "CUDA extension: the extension was not built: no nvcc in PATH or CUDA_HOME" in info.report().splitlines()
+
+
+def test_a_gpu_that_cannot_run_the_kernels_is_told(monkeypatch) -> None:
+    """A driver too old, an architecture left out of the build, a GPU before Ampere: the answers of torch are made up."""
+    gpu = torch.device("cuda", 7)
+
+    def too_old(index: int) -> int:
+        raise RuntimeError("lmoe: CUDA kernels: CUDA driver version is insufficient for CUDA runtime version")
+
+    monkeypatch.setattr(extension, "_load", lambda: (sys, None))
+    monkeypatch.setattr(extension, "processors", too_old)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
+    for capability, reason in (((9, 0), "driver version is insufficient"), ((7, 5), "needs compute capability 8.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        extension._why_not_device.cache_clear()
+        problem = dispatch.Problem(gpu, torch.bfloat16, 1, 64, 64, 2, 4)
+        assert reason in (dispatch.BACKENDS["cuda"].why_not(problem) or "")
+        assert dispatch.choose("lmoe", problem, None) == "torch"
+    extension._why_not_device.cache_clear()
+
+
+def test_cpu_and_fp64_are_refused_and_not_chosen() -> None:
+    cpu = dispatch.Problem(torch.device("cpu"), torch.bfloat16, 1, 64, 64, 2, 4)
+    assert dispatch.choose("lmoe", cpu, None) == "torch"
+    x, factor = torch.zeros(1, 4).double(), torch.zeros(1, 1, 4).double()
+    with pytest.raises(ValueError, match=r"got 'cuda': it computes in fp32, bf16 and fp16, not in torch\.float64"):
+        lmoe(x, factor, factor, gate_weight=x, backend="cuda")
+
+
+def test_the_automatic_choice_takes_it_for_few_tokens(emulated_cuda) -> None:
+    few, many = (dispatch.Problem(torch.device("cpu"), torch.bfloat16, tokens, 64, 64, 2, 4) for tokens in (64, 65))
+    assert dispatch.choose("lmoe", few, None) == "cuda"
+    assert dispatch.choose("lmoe", many, None) == "torch"
+    assert "expected to win at T <= 64" in dispatch.explain_choice("lmoe", many, None)
+
+
+def test_saved_u_is_the_reference_s(emulated_cuda, watch) -> None:
+    t = make_problem(Case(T=3), torch.float32).tensors
+    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 0.5, "factors", None, True)
+    for ours, theirs in zip(dispatch.load("cuda").forward(*args), reference.forward(*args), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _module(function) -> ModuleType:
+    """The module a backend's function is defined in: the package's name for it is the function's."""
+    return sys.modules[function.__module__]

@@ -1,0 +1,90 @@
+"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, 16-byte loads."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[1] / "csrc"
+NVCC = shutil.which("nvcc")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+PRODUCTS = ("shrink_fwd", "expand", "shrink_bwd", "wgrad_bwd")
+KERNELS = (*PRODUCTS, "wgrad_sum_bwd", "decode_fwd")
+DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
+
+
+def _tool(name: str) -> str | None:
+    """A tool of CUDA's: of the toolkit, or of Triton, which brings its own."""
+    triton = find_spec("triton")
+    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
+    return shutil.which(name) or next((str(place / name) for place in places if (place / name).exists()), None)
+
+
+pytestmark = pytest.mark.skipif(
+    NVCC is None or _tool("cuobjdump") is None or _tool("nvdisasm") is None, reason="no nvcc, or no cuobjdump and nvdisasm"
+)
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The cubins of each target."""
+    folder = tmp_path_factory.mktemp("cubins")
+    pairs = [(source, target) for target in TARGETS for source in sorted(CSRC.glob("cuda/*.cu"))]
+    paths = [folder / f"{source.stem}.{target}.cubin" for source, target in pairs]
+
+    def compile_one(source: Path, target: str, to: Path) -> None:
+        command = [str(NVCC), "-cubin", f"-arch={target}", "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(to)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, *zip(*pairs, strict=True), paths))
+    return {target: [path for path in paths if target in path.name] for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills_or_uses_a_stack(target: str, cubins: dict[str, list[Path]]) -> None:
+    usage = {}
+    for cubin in cubins[target]:
+        text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        for symbol, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text):
+            usage[_kernel(symbol)] = (int(stack), int(local))
+    assert set(usage) == {(kernel, dtype) for kernel in KERNELS for dtype in DTYPES.values()}
+    assert not {kernel: used for kernel, used in usage.items() if used != (0, 0)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
+    seen = {}
+    for cubin in cubins[target]:
+        text = _run("nvdisasm", "-c", str(cubin))
+        for symbol, code in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", text, re.S):
+            seen[_kernel(symbol)] = code
+    for (kernel, dtype), code in seen.items():
+        name = f"{kernel} {dtype} {target}"
+        assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
+        if kernel in PRODUCTS:
+            assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
+            assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
+        if kernel != "wgrad_sum_bwd":
+            assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
+        if kernel == "expand":
+            assert re.search(r"STG\S*\.128", code), f"{name}: 16-byte stores"
+        if kernel == "decode_fwd":
+            assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
+    assert len(seen) == len(KERNELS) * len(DTYPES)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_tool(tool)), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _kernel(symbol: str) -> tuple[str, str]:
+    """Name and dtype of a kernel, from its symbol."""
+    found = re.search(r"lmoe\d+(\w+?)_kernelI(\w+?)EEv", symbol)
+    assert found, symbol
+    return found[1], DTYPES[found[2]]
