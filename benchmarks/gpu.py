@@ -71,7 +71,8 @@ def tune(shape: Shape) -> Iterator[Row]:
             continue
         for tile in _around(chosen):
             with mock.patch.object(configs, name, return_value=replace(plans[name], **{stage: tile})):
-                yield _timed(shape, f"{name}.{stage}", tile, tile == chosen, calls[name])
+                row = _timed(shape, f"{name}.{stage}", tile, tile == chosen, calls[name])
+            yield row
     chosen = configs.wgrad_plan(shape.T, shape.O, [E * R], x.dtype, chip)
     v = torch.randn(shape.T, E, R, device="cuda", dtype=x.dtype)
     for tile, splits in product(_around(chosen.tile), (1, 2, 4, 8)):
@@ -111,7 +112,8 @@ def layer(shape: Shape) -> Iterator[Row]:
         wanted = leaves[:1] if name == "frozen linear" else leaves
         both = median_us(lambda call=call, wanted=wanted: torch.autograd.grad(call(), wanted, dy))
         with torch.no_grad():
-            yield {"layer": name} | asdict(shape) | {"forward_us": median_us(call), "forward_backward_us": both}
+            alone = median_us(call)
+        yield {"layer": name} | asdict(shape) | {"forward_us": alone, "forward_backward_us": both}
 
 
 def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor]:

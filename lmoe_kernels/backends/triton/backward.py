@@ -4,6 +4,7 @@
     _expand_fwd_kernel        [du | dlogits], [A | gate_weight] -> dx
     _wgrad_bwd_kernel         [du | dlogits], x -> dA, dgate_weight;  v, dy -> dB
     _reduce_bwd_kernel        the parts of a weight gradient, in their order
+    in groups                 see `grouped`: top_k of so many experts that it pays
 
 dy is read twice, by the shrink and by dB's wgrad, x once. Reading dy once would take chunks of T that stay in the L2 between
 the two: at O = 4096 in bf16 some 2048 tokens, 16 MB, which are 16 to 32 tiles for 132 processors. A second reading of dy, at

@@ -208,7 +208,7 @@ def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
     if chip.arch == "interpreter":
         return replace(tile, T=32, F=64)
     if dtype.itemsize > 2:
-        tile = replace(tile, F=64, ER=min(tile.ER, 32), E=min(tile.E, 32))
+        tile = replace(tile, F=64, ER=min(tile.ER, 32), E=16)
     elif sizes.T > 64:
         tile = replace(tile, T=128)
     return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)

@@ -1,8 +1,9 @@
 """Forward of the `triton` backend: in one pass over the tokens, or in stages where that would leave most of the chip idle.
 
 one pass    _one_pass_fwd_kernel                                          E * R fits one tile and T fills the chip
-two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger E * R
+two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger E * R, or half the chip
 three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens: the sum over I is split
+in groups   see `grouped`                                                 top_k of so many experts that it pays
 """
 
 # pyright: reportGeneralTypeIssues=false
