@@ -89,14 +89,20 @@ class _InPlaceLora(torch.autograd.Function):
 
 
 def loop(inputs: Inputs, scope: str) -> Step:
-    """Every expert in turn, its output scaled by its gate and added: what LoRAMoE, HydraLoRA and MoLE share."""
-    leaves = tuple(leaf(inputs, name) for name in ("x", "lora_a", "lora_b", "gate_weight"))
-    x, lora_a, lora_b, gate_weight = (tensor for tensor, *_ in leaves)
+    """Every expert in turn, its output scaled by its gate and added: what LoRAMoE, HydraLoRA and MoLE share.
+
+    The experts' factors are parameters of their own, as there.
+    """
+    experts = range(inputs.shape.num_experts)
+    factors = [leaf(inputs, name, e) for name in ("lora_a", "lora_b") for e in experts]
+    leaves = leaf(inputs, "x"), leaf(inputs, "gate_weight"), *factors
+    x, gate_weight, *tensors = (tensor for tensor, *_ in leaves)
+    lora_a, lora_b = tensors[: len(experts)], tensors[len(experts) :]
 
     def forward() -> Tensor:
         gates = F.linear(x, gate_weight).softmax(dim=-1, dtype=torch.float32).to(x.dtype)
         y = F.linear(x, inputs.weight)
-        for e in range(len(lora_a)):
+        for e in experts:
             y = y + (F.linear(x, lora_a[e]) @ lora_b[e]) * SCALING * gates[:, e : e + 1]
         return y
 
@@ -152,10 +158,6 @@ def _compile(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def _needs_a_compiler(shape: Shape, device: torch.device) -> str | None:
-    return None if torch.compiler.is_dynamo_supported() else "torch.compile does not support this Python"
-
-
 def _peer(name: str) -> Callable[[Inputs, str], Step]:
     """A row of `peers.py`, which imports PEFT when it is built and not before."""
 
@@ -177,6 +179,12 @@ def _one_alone(shape: Shape, device: torch.device) -> str | None:
     return "the same as peft with one adapter" if shape.num_experts == 1 else None
 
 
+def _large_factors(shape: Shape, device: torch.device) -> str | None:
+    size = 4 * shape.tokens * shape.rank * (shape.in_features + shape.out_features)
+    largest = 128
+    return f"its factors A(t), B(t) take {size / 2**20:.0f} MiB, {largest} at most are run" if size > largest * 2**20 else None
+
+
 def _backend_row(backend: Backend) -> Row:
     says = f"ours, backend {backend.name}"
     both = ("layer", "delta")
@@ -194,16 +202,16 @@ def rows() -> Mapping[str, Row]:
         Row("frozen", "the frozen linear", "frozen", frozen, wide_tokens=2),
         Row("peft", "PEFT, one LoRA", "one", _peer("one")),
         Row("peft-fp32", "PEFT, one LoRA in fp32 (its default)", "one", _peer("one_fp32"), why_not=_same_in_fp32, wide_tokens=8),
-        Row("peft-compiled", "PEFT, one LoRA, torch.compile", "one", _peer("one_compiled"), why_not=_needs_a_compiler, compiled=True),
+        Row("peft-compiled", "PEFT, one LoRA, torch.compile", "one", _peer("one_compiled"), compiled=True),
         Row("unsloth", "one LoRA in unsloth's order", "one", unsloth),
         Row("peft-all", "PEFT, E active LoRAs", "sum", _peer("all_active"), why_not=_one_alone, wide_tokens=24),
         Row("xlora", "X-LoRA's layer (PEFT), E LoRAs", "scaled", _peer("xlora"), wide_tokens=40),
         Row("loop", "LoRAMoE, HydraLoRA, MoLE: loop over E", "outputs", loop, wide_tokens=40),
-        Row("literal", "L-MoE by its definition", "factors", literal, both),
+        Row("literal", "L-MoE by its definition", "factors", literal, both, _large_factors),
         Row("eager", "L-MoE, factored, eager PyTorch", "factors", eager, both, wide_tokens=6),
         Row(
             "eager-compiled", "L-MoE, factored, torch.compile", "factors", partial(eager, compiled=True), both,
-            _needs_a_compiler, 6, compiled=True,
+            wide_tokens=6, compiled=True,
         ),
     ]  # fmt: skip
     table += [_backend_row(backend) for backend in BACKENDS.values() if backend.automatic]

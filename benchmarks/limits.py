@@ -55,19 +55,19 @@ def cache_bytes(device: torch.device) -> int:
         return 32 * 2**20
 
 
-def floor_seconds(definition: str, shape: Shape, scope: str, which: str, limits: Limits) -> float:
-    """The roofline of a definition: the least time for one pass of it."""
+def floor_seconds(definition: str, shape: Shape, scope: str, phase: str, limits: Limits) -> float:
+    """The roofline of a definition: the least time for one phase of it."""
     rate = limits.gemm_flops_per_s[shape.dtype]
-    passes = which.split("+")
-    training = "backward" in passes
-    stages = [stage for one in passes for stage in _stages(definition, shape, scope, one, training)]
+    directions = phase.split("+")
+    training = "backward" in directions
+    stages = [stage for one in directions for stage in _stages(definition, shape, scope, one, training)]
     return sum(max(moved / limits.copy_bytes_per_s, flops / rate) for moved, flops in stages)
 
 
-def _stages(definition: str, s: Shape, scope: str, which: str, training: bool) -> list[tuple[float, float]]:
+def _stages(definition: str, s: Shape, scope: str, direction: str, training: bool) -> list[tuple[float, float]]:
     """(bytes, FLOPs) of the delta and of the frozen GEMM, each a pass of its own."""
     tokens, ins, outs, size = s.tokens, s.in_features, s.out_features, s.itemsize
-    read, written = (ins, outs) if which == "forward" else (outs, ins)
+    read, written = (ins, outs) if direction == "forward" else (outs, ins)
     gemm_flops = 2 * tokens * ins * outs
     if definition == "frozen":
         return [((tokens * (read + written) + ins * outs) * size, gemm_flops)]
@@ -77,7 +77,7 @@ def _stages(definition: str, s: Shape, scope: str, which: str, training: bool) -
     parameters = (ranks * (ins + outs) + gates * ins) * size
     saved = tokens * (ranks * size + 4 * gates) if training else 0
     flops = 2 * tokens * (ranks * (ins + outs) + gates * ins)
-    if which == "forward":
+    if direction == "forward":
         moved = tokens * (ins + outs) * size + parameters + saved
     else:
         trained = definition != "scaled"  # X-LoRA's adapters are frozen: neither x nor a weight gradient is touched

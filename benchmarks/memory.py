@@ -59,7 +59,7 @@ def saved_bytes(step: Step, inputs: dict[str, Tensor]) -> int:
     return sum(kept.values())
 
 
-class Traffic(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):
     """Counts what ATen operations read, write and multiply, as if no cache kept anything between two of them.
 
     Views cost nothing. Operations of compiled code and kernels of our own are not seen: their rows have no count.

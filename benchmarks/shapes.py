@@ -11,7 +11,7 @@ from lmoe_kernels.dispatch import Problem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("layer", "delta")
-PASSES = ("forward", "backward", "forward+backward")
+PHASES = ("forward", "backward", "forward+backward")
 SCALING = 2.0  # alpha = 2 R, the usual choice: a scaling of one would hide a row that forgets it
 
 
@@ -101,16 +101,16 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
 
 @dataclass(frozen=True)
 class Grid:
-    """A list of shapes, with what is measured of each. `rows` None: every row; `sweep` names a grid that a plot draws."""
+    """Shapes, and what is measured of each. `rows` None: every row."""
 
     shapes: tuple[Shape, ...]
     scopes: tuple[str, ...] = ("layer",)
-    passes: tuple[str, ...] = ("forward", "forward+backward")
+    phases: tuple[str, ...] = ("forward", "forward+backward")
     rows: tuple[str, ...] | None = None
 
-    def groups(self) -> Iterator[tuple[Shape, str, str]]:
-        """Shape, scope and pass of every group of rows that are measured side by side."""
-        return iter(product(self.shapes, self.scopes, self.passes))
+    def groups(self) -> Iterator[tuple[Shape, str]]:
+        """Shape and scope of every group of rows that are measured side by side."""
+        return iter(product(self.shapes, self.scopes))
 
 
 def cross(
@@ -131,26 +131,26 @@ def grids(device: torch.device, quick: bool) -> list[Grid]:
         return [
             Grid(main),
             Grid(cross(square, [512], eight, sixteen, ["float32"]), scopes=("delta",)),
-            Grid(cross(square, [256], [1, 4, 16], sixteen, ["float32"]), passes=PASSES[2:], rows=few),
+            Grid(cross(square, [256], [1, 4, 16], sixteen, ["float32"]), phases=PHASES[2:], rows=few),
         ]
     if device.type == "cpu":
         square = [(2048, 2048)]
         main = cross(square, [1, 1024], eight, sixteen, ["float32", "bfloat16"])
         return [
-            Grid(main, passes=PASSES),
-            Grid(cross(square, [1024], eight, sixteen, ["float32", "bfloat16"]), scopes=("delta",), passes=PASSES),
+            Grid(main, phases=PHASES),
+            Grid(cross(square, [1024], eight, sixteen, ["float32", "bfloat16"]), scopes=("delta",), phases=PHASES),
             Grid(cross(square, [4, 16, 64, 256], eight, sixteen, ["float32"]), rows=(*few, "loop")),
-            Grid(cross(square, [256], [1, 2, 4, 16, 32, 64], sixteen, ["float32"]), passes=PASSES[2:], rows=(*few, "loop")),
-            Grid(cross(square, [256], eight, [4, 64], ["float32"]), passes=PASSES[2:], rows=few),
-            Grid(cross([(1024, 4096), (4096, 1024)], [256], eight, sixteen, ["float32"]), passes=PASSES[2:], rows=few),
+            Grid(cross(square, [256], [1, 2, 4, 16, 32, 64], sixteen, ["float32"]), phases=PHASES[2:], rows=(*few, "loop")),
+            Grid(cross(square, [256], eight, [4, 64], ["float32"]), phases=PHASES[2:], rows=few),
+            Grid(cross([(1024, 4096), (4096, 1024)], [256], eight, sixteen, ["float32"]), phases=PHASES[2:], rows=few),
         ]
     squares = [(2048, 2048), (4096, 4096), (8192, 8192)]
     oblong = [(4096, 14336), (14336, 4096)]
     tokens = [1, 4, 16, 64, 256, 512, 1024, 4096, 8192, 16384]
     return [
-        Grid(cross(squares, tokens, eight, sixteen, ["bfloat16"]), scopes=SCOPES, passes=PASSES),
-        Grid(cross(oblong, [1, 16, 512, 8192], eight, sixteen, ["bfloat16"]), scopes=SCOPES, passes=PASSES),
-        Grid(cross([(4096, 4096)], [8192], eight, sixteen, ["float16", "float32"]), passes=PASSES),
+        Grid(cross(squares, tokens, eight, sixteen, ["bfloat16"]), scopes=SCOPES, phases=PHASES),
+        Grid(cross(oblong, [1, 16, 512, 8192], eight, sixteen, ["bfloat16"]), scopes=SCOPES, phases=PHASES),
+        Grid(cross([(4096, 4096)], [8192], eight, sixteen, ["float16", "float32"]), phases=PHASES),
         Grid(cross([(4096, 4096)], [8192], [1, 2, 4, 16, 32, 64], sixteen, ["bfloat16"]), rows=(*few, "loop")),
         Grid(cross([(4096, 4096)], [8192], eight, [4, 8, 32, 64], ["bfloat16"]), rows=few),
     ]
