@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import model, report
+from benchmarks import model, plots, report
 from benchmarks.baselines import Row, rows
 from benchmarks.environment import describe
 from benchmarks.limits import measure_limits
@@ -50,16 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
     for grid, shape, scope in groups:
         progress.step(f"{shape}: {scope}")
         picked = _pick(known, options.rows, grid, options.quick)
-        group = Group(shape, scope, picked, device, limits)
+        group = Group(shape, scope, picked, device, limits, effort)
         for phase in grid.phases:
             for launch in ("eager", "graph") if device.type == "cuda" else ("eager",):
-                records += group.records(phase, effort, launch)
+                records += group.records(phase, launch)
     progress.step("whole model" if not named else "done with the layers")
     plan = model.plan_for(device, options.quick)
     models = [] if named else list(model.measure_models(plan, device, effort))
     progress.end()
 
-    method = f"{effort.min_rounds} to {effort.max_rounds} rounds, rows in another order each, inputs rotated past the last cache"
+    method = (
+        f"{effort.min_rounds} to {effort.max_rounds} rounds, rows in another order each, inputs rotated past the last cache"
+    )
     results = report.make_results(environment, limits, method, records, models, plan.says)
     print(report.terminal(results))
     _write(results, options.out)
@@ -72,11 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _write(results: report.Results, folder: Path) -> None:
     paths = report.write(results, folder)
     try:
-        from benchmarks import plots
-    except ImportError:
-        print("no pictures: matplotlib is not installed (pip install matplotlib)")
-    else:
         paths += plots.draw(results, folder)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("\nno pictures: matplotlib is not installed (pip install matplotlib)")
     print("\nwritten: " + ", ".join(str(path) for path in paths))
 
 
@@ -109,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no torch.compile")
-    parser.add_argument("--shapes", type=_features, metavar="IxO,...", help="in_features x out_features: 2048x2048,4096x14336")
+    parser.add_argument(
+        "--shapes", type=_features, metavar="IxO,...", help="in_features x out_features: 2048x2048,4096x14336"
+    )
     parser.add_argument("--tokens", type=_integers, metavar="T,...", help="numbers of tokens: 1,1024")
     parser.add_argument("--experts", type=_integers, metavar="E,...", help="numbers of experts: 1,8,64")
     parser.add_argument("--rank", type=_integers, metavar="R,...", help="ranks of one expert: 4,16")

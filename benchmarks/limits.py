@@ -5,12 +5,11 @@ the frozen GEMM adds to it. A floor is the sum over the passes that cannot overl
 """
 
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
 from benchmarks.shapes import DTYPES, Shape
-from benchmarks.timing import clock_for
+from benchmarks.timing import Call, clock_for
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,15 @@ class Limits:
 def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limits:
     """Time copies and square GEMMs; these also warm the clocks."""
     clock, cache = clock_for(device), cache_bytes(device)
-    repeats = 5 if quick else 15
-    source = torch.zeros(max(4 * cache, 2**27) // 4, device=device)
-    target = torch.empty_like(source)
+    repeats = 10 if quick else 30
+    elements = max(4 * cache, 2**27) // 4
 
-    def seconds(call) -> float:
+    def seconds(call: Call) -> float:
         clock.sample([call], 0, 2)
-        return median(clock.sample([call], 0, 1) for _ in range(repeats))
+        return min(clock.sample([call], 0, 1) for _ in range(repeats))  # a limit is what comes out undisturbed
 
+    source, target = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
     copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    del source, target
     size = 8192 if device.type != "cpu" else 1024 if quick else 2048
     rates = {}
     for name in dtypes:

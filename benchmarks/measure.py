@@ -1,9 +1,10 @@
 """Measure the rows of a group side by side: check each, then time them interleaved, then weigh their memory."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from benchmarks.baselines import NotRun, Row, Step, bytes_needed
 from benchmarks.checks import Checker
@@ -12,7 +13,7 @@ from benchmarks.memory import OpCounter, available_bytes, peak_bytes, saved_byte
 from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
 
-MOST_COPIES = 8  # of the inputs, to rotate past the cache
+MOST_COPIES = 16  # of the inputs, to rotate past the cache
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,10 @@ class Record:
 class Group:
     """The rows of one shape and scope, built on the same inputs."""
 
-    def __init__(self, shape: Shape, scope: str, rows: Iterable[Row], device: torch.device, limits: Limits) -> None:
-        self.shape, self.scope, self.device, self.limits = shape, scope, device, limits
+    def __init__(
+        self, shape: Shape, scope: str, rows: Iterable[Row], device: torch.device, limits: Limits, effort: Effort
+    ) -> None:
+        self.shape, self.scope, self.device, self.limits, self.effort = shape, scope, device, limits, effort
         self.rows = [row for row in rows if scope in row.scopes]
         self.reasons: dict[str, str] = {}  # of the rows that are not timed
         self.steps: dict[str, list[Step]] = {}  # of the others: one for each copy of the inputs
@@ -60,7 +63,7 @@ class Group:
     def _build(self, row: Row) -> None:
         """Check a row, and build it on every copy of the inputs; else keep the reason why not."""
         if not hasattr(self, "checker"):
-            self.checker = Checker(self.inputs[0])
+            self.checker = Checker(self.inputs[0], self.effort.cpu_products)
         try:
             complaint = self.checker.complaint(row, self.scope)
             if complaint is None:
@@ -75,14 +78,16 @@ class Group:
             what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
             self.reasons[row.name] = f"not run: torch.compile: {what}" if row.compiled else f"failed: {what}"
 
-    def records(self, phase: str, effort: Effort, launch: str = "eager") -> Iterator[Record]:
+    def records(self, phase: str, launch: str = "eager") -> Iterator[Record]:
         """Time all rows in one phase."""
-        calls = {name: [self._call(step, i, phase) for i, step in enumerate(steps)] for name, steps in self.steps.items()}
-        if launch == "graph":
-            timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
-        else:
-            timed = calls
-        samples = interleave(timed, clock_for(self.device), effort)
+        gradients = [inputs.dy for inputs in self.inputs]
+        calls = {
+            name: [call_of(*pair, phase) for pair in zip(steps, gradients, strict=True)]
+            for name, steps in self.steps.items()
+        }
+        launched = capture if launch == "graph" else lambda call: call
+        timed = {name: [launched(call) for call in copies] for name, copies in calls.items()}
+        samples = interleave(timed, clock_for(self.device), self.effort)
         weights = {name: self._weigh(name, copies[0], phase) for name, copies in calls.items()}
         for row in self.rows:
             common = row.name, row.says, self.scope, phase, launch, self.shape
@@ -103,16 +108,6 @@ class Group:
                 counted_over_frozen=self._expected(weights, row.name, phase),
             )
 
-    def _call(self, step: Step, copy: int, phase: str) -> Call:
-        """What is timed: under no_grad for the forward alone, as inference runs it."""
-        tensors, dy = [leaf.tensor for leaf in step.leaves], self.inputs[copy].dy
-        if phase == "forward":
-            return torch.no_grad()(step.forward)
-        if phase == "backward":
-            y = step.forward()
-            return lambda: torch.autograd.grad(y, tensors, dy, retain_graph=True)
-        return lambda: torch.autograd.grad(step.forward(), tensors, dy)
-
     def _weigh(self, name: str, call: Call, phase: str) -> dict[str, int]:
         """The bytes of one call, and what its operations move; the latter is not to be seen in compiled code."""
         weights = {"peak_bytes": peak_bytes(call, self.device)}
@@ -131,10 +126,19 @@ class Group:
             return None
         extra_bytes = weights[name]["counted_bytes"] - weights["frozen"]["counted_bytes"]
         extra_flops = weights[name]["counted_flops"] - weights["frozen"]["counted_flops"]
-        extra = max(
-            extra_bytes / self.limits.copy_bytes_per_s, extra_flops / self.limits.gemm_flops_per_s[self.shape.dtype]
-        )
+        extra = max(extra_bytes / self.limits.copy_bytes_per_s, extra_flops / self.limits.gemm_flops_per_s[self.shape.dtype])
         return 1 + extra / floor_seconds("frozen", self.shape, self.scope, phase, self.limits)
+
+
+def call_of(step: Step, dy: Tensor, phase: str) -> Call:
+    """What is timed of a row: the forward alone under no_grad, as inference runs it."""
+    tensors = [leaf.tensor for leaf in step.leaves]
+    if phase == "forward":
+        return torch.no_grad()(step.forward)
+    if phase == "backward":
+        y = step.forward()
+        return lambda: torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    return lambda: torch.autograd.grad(step.forward(), tensors, dy)
 
 
 def _too_large(row: Row, shape: Shape, copies: int, device: torch.device) -> str | None:

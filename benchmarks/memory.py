@@ -45,11 +45,12 @@ def peak_bytes(call: Call, device: torch.device) -> int:
 
 
 def saved_bytes(step: Step, inputs: dict[str, Tensor]) -> int:
-    """What the graph of one forward keeps alive, beyond the inputs and the leaves themselves."""
+    """What the graph of one forward keeps alive, beyond the inputs, the leaves and the parameters themselves."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        if not isinstance(t if t._base is None else t._base, torch.nn.Parameter):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -36,7 +36,7 @@ class ModelRecord:
 class Plan:
     """The model's size and what it is given to do."""
 
-    config: dict[str, int]
+    config: dict[str, Any]
     dtype: torch.dtype
     batch: int
     sequence: int
@@ -55,12 +55,21 @@ class Plan:
 
 def plan_for(device: torch.device, quick: bool) -> Plan:
     """About 1.1 billion parameters on a GPU, 3.4 million on a CPU."""
+    names: tuple[str, ...] = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    )  # fmt: skip
     if device.type == "cpu":
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        config = dict(zip(names, (512, 256, 704, 4, 8), strict=True))
+        config = dict(zip(names, (512, 256, 704, 4, 8, 8), strict=True))
         return Plan(config, torch.float32, 2, 64 if quick else 256, 16, 16 if quick else 48)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    config: dict[str, int] = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
     return Plan(config, torch.bfloat16, 4, 2048, 128, 64 if quick else 256)
 
 
@@ -97,19 +106,19 @@ def measure_models(plan: Plan, device: torch.device, effort: Effort) -> Iterator
             )  # fmt: skip
 
 
-def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, nn.Module]]:
+def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
     """The same weights three times: alone, with PEFT, and with L-MoE for each backend that can."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     longest = max(plan.sequence, plan.prompt + plan.new_tokens)
-    config = LlamaConfig(**plan.config, max_position_embeddings=longest, pad_token_id=0)  # pyright: ignore[reportArgumentType]
-    frozen = LlamaForCausalLM(config).to(device=device, dtype=plan.dtype).requires_grad_(False).eval()  # pyright: ignore[reportArgumentType]
+    config = LlamaConfig(**plan.config, max_position_embeddings=longest, pad_token_id=0)
+    frozen = LlamaForCausalLM(config).to(device=device, dtype=plan.dtype).requires_grad_(False).eval()
     variants: dict[str, tuple[str, nn.Module]] = {"frozen": ("the frozen model", frozen)}
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")
-    peft: nn.Module = inject_adapter_in_model(lora, deepcopy(frozen))
+    peft: Any = inject_adapter_in_model(lora, deepcopy(frozen))
     for name, parameter in peft.named_parameters():
         parameter.requires_grad_("lora_" in name)
     variants["peft"] = ("PEFT, one LoRA", peft.to(plan.dtype))
@@ -125,7 +134,7 @@ def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, nn.Modul
     return variants
 
 
-def _complaint(name: str, model: nn.Module, ids: Tensor) -> str | None:
+def _complaint(name: str, model: Any, ids: Tensor) -> str | None:
     """Compare the logits with those of the same model in float64; L-MoE's by the literal reference."""
     with torch.no_grad():
         ours = _with_backend(name, lambda: model(ids).logits)()
@@ -145,11 +154,11 @@ def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return with_backend
 
 
-def _training_step(name: str, model: nn.Module, plan: Plan, ids: Tensor) -> Call:
+def _training_step(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
     """Forward, backward and AdamW. The frozen model trains nothing: its backward goes down to the embedded tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()  # pyright: ignore[reportCallIssue]
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         return lambda: torch.autograd.grad(model(inputs_embeds=embedded, labels=ids).loss, embedded)
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
 
@@ -161,8 +170,8 @@ def _training_step(name: str, model: nn.Module, plan: Plan, ids: Tensor) -> Call
     return step
 
 
-def _decoding(name: str, model: nn.Module, plan: Plan, ids: Tensor) -> Call:
+def _decoding(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
     """One sequence, its keys and values cached, the most likely token taken each time."""
     prompt, count = ids[:1, : plan.prompt], plan.new_tokens
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)  # pyright: ignore[reportCallIssue]
+    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

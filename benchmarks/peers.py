@@ -1,12 +1,14 @@
 """PEFT's own layers as rows. Importing this file imports PEFT."""
 
 import warnings
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from peft import LoraConfig, XLoraConfig, inject_adapter_in_model
 from peft.tuners.xlora.layer import XLoraLinearLayer
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.baselines import Leaf, Step, _compile, leaf
 from benchmarks.shapes import SCALING, Inputs
@@ -38,19 +40,20 @@ def xlora(inputs: Inputs) -> Step:
     layer, _ = _layer(inputs, inputs.shape.num_experts, inputs.x.dtype)
     layer.requires_grad_(False)
     config = XLoraConfig(hidden_size=inputs.shape.in_features, adapters={})
-    mixed = XLoraLinearLayer(SimpleNamespace(disabled=False), layer, layer.forward, 0, config)  # pyright: ignore[reportArgumentType]
+    model: Any = SimpleNamespace(disabled=False)  # all that the layer asks of its model
+    mixed = XLoraLinearLayer(model, layer, layer.forward, 0, config)
     leaves = leaf(inputs, "x"), leaf(inputs, "gates")
     x, gates = (tensor for tensor, *_ in leaves)
     # its shapes are (batch, sequence, features) and (batch, sequence, layers, experts)
     return Step(lambda: mixed.forward(x[None], scalings=gates[None, :, None])[0], leaves)
 
 
-def _call(layer: nn.Module, leaves: tuple[Leaf, ...], inputs: Inputs) -> Step:
+def _call(layer: Callable[[Tensor], Tensor], leaves: tuple[Leaf, ...], inputs: Inputs) -> Step:
     x = leaf(inputs, "x")
     return Step(lambda: layer(x.tensor), (x, *leaves))
 
 
-def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[Leaf, ...]]:
+def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[Any, tuple[Leaf, ...]]:
     """PEFT's LoRA layer around the frozen weight, with the first experts of the inputs as its adapters."""
     shape = inputs.shape
     linear = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
@@ -61,11 +64,11 @@ def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[nn.Module
         warnings.simplefilter("ignore")  # that there is a second adapter is meant
         for name in names:
             inject_adapter_in_model(config, holder, adapter_name=name)
-    layer = holder[0]
-    layer.set_adapter(names)  # pyright: ignore[reportCallIssue]
+    layer: Any = holder[0]
+    layer.set_adapter(names)
     leaves = []
     for e, name in enumerate(names):
-        a, b = layer.lora_A[name], layer.lora_B[name]  # pyright: ignore[reportIndexIssue]
+        a, b = layer.lora_A[name], layer.lora_B[name]
         a.weight = nn.Parameter(inputs.lora_a[e].to(dtype))
         b.weight = nn.Parameter(inputs.lora_b[e].t().contiguous().to(dtype))
         leaves += [Leaf(a.weight, "lora_a", e), Leaf(b.weight, "lora_b", e, transposed=True)]

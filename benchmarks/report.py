@@ -20,10 +20,10 @@ Results = dict[str, Any]
 
 READING = """\
 - **ms**: median over the rounds, with the 20th and 80th percentiles. All rows of a table are interleaved in one process.
-- **x frozen, x PEFT**: times the frozen linear's time, and that of PEFT's one LoRA, in the same round; the median over rounds.
+- **x frozen, x PEFT**: times the frozen linear's time, and that of PEFT's one LoRA, in the same round; median over rounds.
 - **counted**: the same ratio as the bytes and FLOPs of the row's operations let expect, no cache between two of them.
-- **roofline**: the least time for what the row computes (bytes at the copy's bandwidth, FLOPs at the GEMM's rate), as a share
-  of the time it took. A copy reads and writes; what mostly reads can come out above 100 %.
+- **roofline**: the least time for what the row computes (bytes at the copy's bandwidth, FLOPs at the GEMM's rate), as a
+  share of the time it took. A copy reads and writes; what mostly reads can come out above 100 %.
 - **peak**: allocated at most beyond the inputs, in one call. **saved**: kept for the backward beyond the inputs.
 - *forward* runs under no_grad. The backward computes the gradients of x, experts and gate; of x and the adapters for LoRA
   rows; of x and the gates for X-LoRA, whose adapters are frozen; of x for the frozen linear.
@@ -95,8 +95,9 @@ def heading(results: Results) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     rates = ", ".join(f"{name} GEMM {_rate(rate)}" for name, rate in limits["gemm_flops_per_s"].items())
     load = "" if environment["load"] is None else f", load {environment['load']} at the start"
+    run = f"{environment['date']}, commit {environment['commit']}"
     return (
-        f"{environment['device']}, {environment['threads']} threads{load}; {environment['date']}, commit {environment['commit']}\n"
+        f"{environment['device']}, {environment['threads']} threads{load}; {run}\n"
         f"{environment['system']}, {packages}\n"
         f"measured limits: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, {rates}; {results['method']}"
     )

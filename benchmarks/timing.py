@@ -1,4 +1,4 @@
-"""How times are taken: rows interleaved in one process, in another order every round, each row over several copies of its inputs.
+"""How times are taken: rows interleaved in one process, in another order every round, over several copies of the inputs.
 
 What disturbs the machine for a second disturbs all rows alike: ratios are taken within a round, and medians over the rounds.
 """
@@ -17,16 +17,17 @@ REPLAY_ONLY = 100e-6  # seconds below which an eager launch on a GPU measures th
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a group of rows is measured."""
+    """How long the rows of a table are measured, and how much of them is checked."""
 
-    seconds: float
+    seconds: float  # after which no further round begins
     min_rounds: int
     max_rounds: int
     sample_seconds: float  # a sample repeats its call until it is about this long
+    cpu_products: int  # T I O up to which a CPU checks every token; of larger problems the first ones
 
 
-QUICK = Effort(seconds=2.5, min_rounds=5, max_rounds=15, sample_seconds=1e-3)
-FULL = Effort(seconds=20.0, min_rounds=9, max_rounds=41, sample_seconds=5e-3)
+QUICK = Effort(seconds=2.0, min_rounds=3, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
+FULL = Effort(seconds=20.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ def interleave(
     """
     counts = {}
     for name, calls in rows.items():
-        clock.sample(calls, 0, len(calls))  # every copy once: allocations, lazy initialisation
+        warm = time.perf_counter() + effort.seconds / 10
+        for i in range(len(calls)):  # what is done on first use; slow rows are warm after a copy or two
+            clock.sample(calls, i, 1)
+            if time.perf_counter() > warm:
+                break
         counts[name] = max(1, min(1000, int(effort.sample_seconds / max(1e-7, clock.sample(calls, 0, 1)))))
     samples: dict[str, list[float]] = {name: [] for name in rows}
     order, shuffle = list(rows), random.Random(seed).shuffle
