@@ -117,10 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=_integers, metavar="T,...", help="numbers of tokens: 1,1024")
     parser.add_argument("--experts", type=_integers, metavar="E,...", help="numbers of experts: 1,8,64")
     parser.add_argument("--rank", type=_integers, metavar="R,...", help="ranks of one expert: 4,16")
-    parser.add_argument("--dtype", type=_names("--dtype", DTYPES), metavar="NAME,...", help=", ".join(DTYPES))
-    parser.add_argument("--rows", type=_names("--rows", rows()), metavar="NAME,...", help=", ".join(rows()))
+    parser.add_argument("--dtype", type=_names(DTYPES), metavar="NAME,...", help=", ".join(DTYPES))
+    parser.add_argument("--rows", type=_names(rows()), metavar="NAME,...", help=", ".join(rows()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help=f"default here: {default_device}")
-    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU's operations (default 2)")
+    parser.add_argument("--threads", type=_count, default=2, help="threads of the CPU's operations (default 2)")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), metavar="DIR", help="default build/benchmarks")
     return parser
 
@@ -139,7 +139,13 @@ def _integers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _names(option: str, known: Any):
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _names(known: Any):
     def parse(text: str) -> list[str]:
         names = text.split(",")
         for name in names:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
 from benchmarks.shapes import DTYPES, SCALING, Inputs, Shape
 from lmoe_kernels import lmoe, lmoe_linear
@@ -152,14 +153,17 @@ def ours(backend: str, inputs: Inputs, scope: str) -> Step:
     leaves = tuple(leaf(inputs, name) for name in ("x", "lora_a", "lora_b", "gate_weight"))
     x, lora_a, lora_b, gate_weight = (tensor for tensor, *_ in leaves)
     options: dict[str, Any] = {"gate_weight": gate_weight, "scaling": SCALING, "backend": backend}
-    if scope == "delta":
-        return Step(lambda: lmoe(x, lora_a, lora_b, **options), leaves)  # pyright: ignore[reportReturnType]
-    return Step(lambda: lmoe_linear(x, inputs.weight, None, lora_a, lora_b, **options), leaves)  # pyright: ignore[reportReturnType]
+    call: Any = (
+        partial(lmoe, x, lora_a, lora_b, **options)
+        if scope == "delta"
+        else partial(lmoe_linear, x, inputs.weight, None, lora_a, lora_b, **options)
+    )
+    return Step(call, leaves)
 
 
 def _compile(function: Callable) -> Callable:
     """torch.compile with fixed shapes; a retained graph must stay usable, so no buffer is donated to the backward."""
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 

@@ -62,7 +62,7 @@ def floor_seconds(definition: str, shape: Shape, scope: str, phase: str, limits:
     return sum(max(moved / limits.copy_bytes_per_s, flops / rate) for moved, flops in stages)
 
 
-def _stages(definition: str, s: Shape, scope: str, direction: str, training: bool) -> list[tuple[float, float]]:
+def _stages(definition: str, s: Shape, scope: str, direction: str, training: bool) -> list[tuple[int, int]]:
     """(bytes, FLOPs) of the delta and of the frozen GEMM, each a pass of its own."""
     tokens, ins, outs, size = s.tokens, s.in_features, s.out_features, s.itemsize
     read, written = (ins, outs) if direction == "forward" else (outs, ins)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,10 +86,11 @@ class Group:
             name: [call_of(*pair, phase) for pair in zip(steps, gradients, strict=True)]
             for name, steps in self.steps.items()
         }
-        launched = capture if launch == "graph" else lambda call: call
-        timed = {name: [launched(call) for call in copies] for name, copies in calls.items()}
+        timed = calls
+        if launch == "graph":
+            timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
         samples = interleave(timed, clock_for(self.device), self.effort)
-        weights = {name: self._weigh(name, copies[0], phase) for name, copies in calls.items()}
+        weights: dict[str, dict[str, Any]] = {name: self._weigh(name, copies[0], phase) for name, copies in calls.items()}
         for row in self.rows:
             common = row.name, row.says, self.scope, phase, launch, self.shape
             if row.name in self.reasons:
@@ -120,7 +122,7 @@ class Group:
             weights |= {"counted_bytes": counter.bytes, "counted_flops": counter.flops}
         return weights
 
-    def _expected(self, weights: dict[str, dict[str, int]], name: str, phase: str) -> float | None:
+    def _expected(self, weights: dict[str, dict[str, Any]], name: str, phase: str) -> float | None:
         """The frozen roofline and the extra bytes and FLOPs of the row's operations, over the frozen roofline."""
         if "frozen" not in weights or "counted_bytes" not in weights[name] or self.scope != "layer":
             return None

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines import Step
 from benchmarks.timing import Call
@@ -35,7 +36,7 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler would announce itself on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
-    results = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    results: Any = profile.profiler and profile.profiler.kineto_results
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     peak = held = 0
     for _, allocated in events:
@@ -84,8 +85,8 @@ class OpCounter(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name = func._schema.name.removeprefix("aten::")
-        writes = [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
-        reads = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+        writes = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        reads = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
         if not reads or not writes or name.startswith(("empty", "new_empty")):
             return
         in_place = func._schema.is_mutable

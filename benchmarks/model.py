@@ -114,7 +114,8 @@ def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
     torch.manual_seed(0)
     longest = max(plan.sequence, plan.prompt + plan.new_tokens)
     config = LlamaConfig(**plan.config, max_position_embeddings=longest, pad_token_id=0)
-    frozen = LlamaForCausalLM(config).to(device=device, dtype=plan.dtype).requires_grad_(False).eval()
+    frozen: Any = LlamaForCausalLM(config)
+    frozen = frozen.to(device=device, dtype=plan.dtype).requires_grad_(False).eval()
     variants: dict[str, tuple[str, nn.Module]] = {"frozen": ("the frozen model", frozen)}
 
     lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")

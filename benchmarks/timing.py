@@ -5,7 +5,7 @@ What disturbs the machine for a second disturbs all rows alike: ratios are taken
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
@@ -78,7 +78,7 @@ def clock_for(device: torch.device) -> HostClock | DeviceClock:
 
 
 def interleave(
-    rows: dict[str, Sequence[Call]], clock: HostClock | DeviceClock, effort: Effort, seed: int = 0
+    rows: Mapping[str, Sequence[Call]], clock: HostClock | DeviceClock, effort: Effort, seed: int = 0
 ) -> dict[str, list[float]]:
     """Seconds a call of every row, one sample a round.
 
