@@ -164,7 +164,7 @@ def _bars(axis: Any, records: list[Record], value: Callable[[Record], dict[str, 
         text = form.format(v["median"]) + (" (bar cut)" if v["median"] > end else "")
         at = min(max(v["high"], v["median"]), end)
         axis.annotate(text, (at, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.set_xlim(0, 1.2 * end)
+    axis.set_xlim(0, 1.2 * end or 1)
     axis.spines["bottom"].set_visible(False)  # every bar has its number
     axis.tick_params(axis="both", length=0, labelbottom=False)
 

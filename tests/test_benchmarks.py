@@ -8,8 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import compare, environment, memory, report
 from benchmarks import __main__ as cli
+from benchmarks import compare, environment, memory, report
 from benchmarks.baselines import per_token, rows
 from benchmarks.checks import Checker
 from benchmarks.limits import Limits, floor_seconds
@@ -157,8 +157,9 @@ def test_bad_input_is_told_with_what_is_known(arguments: list[str], message: str
     assert message in capsys.readouterr().err
 
 
-def test_a_run_writes_table_json_markdown_and_pictures(tmp_path, capsys) -> None:
+def test_a_run_writes_table_json_markdown_and_pictures(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cli, "QUICK", BRIEF)
     sizes = ["--shapes", "24x40", "--tokens", "1,6", "--experts", "1,3", "--rank", "2", "--dtype", "float32,bfloat16"]
     assert cli.main([*sizes, "--quick", "--rows", "frozen,eager,loop,torch", "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
@@ -309,7 +310,7 @@ def test_peak_is_what_is_held_at_one_time() -> None:
 
 
 def test_the_floors_are_those_of_the_design() -> None:
-    """T=1000, 100 -> 200, E R = 32, fp32, and a machine that copies at 1 byte and multiplies at infinitely many FLOPs a second."""
+    """T=1000, 100 -> 200, E R = 32, fp32, on a machine that copies one byte a second and multiplies at no cost."""
     limits = Limits(1.0, {"float32": float("inf")}, 1)
     shape = Shape(1000, 100, 200, 4, 8)
     x, y, weight = 100 * 4000, 200 * 4000, 100 * 200 * 4
