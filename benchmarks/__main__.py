@@ -42,21 +42,26 @@ def main(arguments: list[str] | None = None) -> int:
     effort = QUICK if options.quick else FULL
 
     groups = [(grid, shape, scope) for grid in chosen for shape, scope in grid.groups()]
-    progress = Progress(len(groups) + 2)
+    progress = Progress(len(groups) + (1 if named else 2))
     environment = describe(device)
     progress.step("the machine's limits")
     limits = measure_limits(device, sorted({shape.dtype for _, shape, _ in groups}), options.quick)
     records: list[Record] = []
-    for grid, shape, scope in groups:
-        progress.step(f"{shape}: {scope}")
-        picked = _pick(known, options.rows, grid, options.quick)
-        group = Group(shape, scope, picked, device, limits, effort)
-        for phase in grid.phases:
-            for launch in ("eager", "graph") if device.type == "cuda" else ("eager",):
-                records += group.records(phase, launch)
-    progress.step("whole model" if not named else "done with the layers")
+    models: list[model.ModelRecord] = []
     plan = model.plan_for(device, options.quick)
-    models = [] if named else list(model.measure_models(plan, device, effort))
+    try:
+        for grid, shape, scope in groups:
+            progress.step(f"{shape}: {scope}")
+            picked = _pick(known, options.rows, grid, options.quick)
+            group = Group(shape, scope, picked, device, limits, effort)
+            for phase in grid.phases:
+                for launch in ("eager", "graph") if device.type == "cuda" else ("eager",):
+                    records += group.records(phase, launch)
+        if not named:
+            progress.step("a whole model")
+            models += model.measure_models(plan, device, effort)
+    except KeyboardInterrupt:
+        environment["stopped"] = f"after {len(records)} rows, by the user"
     progress.end()
 
     method = (

@@ -96,6 +96,7 @@ def heading(results: Results) -> str:
     rates = ", ".join(f"{name} GEMM {_rate(rate)}" for name, rate in limits["gemm_flops_per_s"].items())
     load = "" if environment["load"] is None else f", load {environment['load']} at the start"
     run = f"{environment['date']}, commit {environment['commit']}"
+    run += f", stopped {environment['stopped']}" if "stopped" in environment else ""
     return (
         f"{environment['device']}, {environment['threads']} threads{load}; {run}\n"
         f"{environment['system']}, {packages}\n"

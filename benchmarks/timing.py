@@ -27,7 +27,7 @@ class Effort:
 
 
 QUICK = Effort(seconds=2.0, min_rounds=3, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
-FULL = Effort(seconds=20.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
+FULL = Effort(seconds=10.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
 
 
 @dataclass(frozen=True)
