@@ -230,9 +230,10 @@ def rows() -> Mapping[str, Row]:
 
 
 def bytes_needed(row: Row, shape: Shape) -> int:
-    """About what a row takes at its peak, inputs and their check in float64 included."""
-    features = shape.in_features + shape.out_features
+    """About what a row holds at its peak beyond the inputs, its adapters and their gradients included."""
+    features, experts = shape.in_features + shape.out_features, shape.num_experts
     wide = row.wide_tokens * shape.tokens * features * shape.itemsize
+    adapters = 2 * experts * (shape.rank * features + shape.in_features) * 4
     if row.name == "literal":  # A(t) and B(t) in fp32, with their gradients
         wide += 4 * shape.tokens * shape.rank * features * 4
-    return 6 * shape.bytes + wide
+    return wide + adapters

@@ -15,6 +15,7 @@ from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
 
 MOST_COPIES = 16  # of the inputs, to rotate past the cache
+CHECKED = 12  # further copies, in bytes, that the check in float64 takes with its gradients
 
 
 @dataclass(frozen=True)
@@ -49,24 +50,32 @@ class Group:
         self.rows = [row for row in rows if scope in row.scopes]
         self.reasons: dict[str, str] = {}  # of the rows that are not timed
         self.steps: dict[str, list[Step]] = {}  # of the others: one for each copy of the inputs
+        self.inputs: list[Inputs] = []
         if any(row.compiled for row in self.rows):
             torch._dynamo.reset()  # its limit of recompilations would count the shapes of earlier groups
+
         copies = max(1, min(MOST_COPIES, -(-2 * limits.cache_bytes // shape.bytes)))
+        free, needed = available_bytes(device), (copies + CHECKED) * shape.bytes
+        todo = []
         for row in self.rows:
-            reason = row.why_not(shape, device) or _too_large(row, shape, copies, device)
+            reason, more = row.why_not(shape, device), bytes_needed(row, shape)
+            if reason is None and needed + more > free:
+                reason = f"needs about {(needed + more) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             if reason is not None:
                 self.reasons[row.name] = f"not run: {reason}"
-        todo = [row for row in self.rows if row.name not in self.reasons]
-        self.inputs: list[Inputs] = [make_inputs(shape, device, seed) for seed in range(copies)] if todo else []
-        for row in todo:
-            self._build(row)
+            else:
+                needed += more  # rows are held side by side
+                todo.append(row)
+        if todo:
+            self.inputs = [make_inputs(shape, device, seed) for seed in range(copies)]
+            checker = Checker(self.inputs[0], effort.cpu_products)
+            for row in todo:
+                self._build(row, checker)
 
-    def _build(self, row: Row) -> None:
+    def _build(self, row: Row, checker: Checker) -> None:
         """Check a row, and build it on every copy of the inputs; else keep the reason why not."""
-        if not hasattr(self, "checker"):
-            self.checker = Checker(self.inputs[0], self.effort.cpu_products)
         try:
-            complaint = self.checker.complaint(row, self.scope)
+            complaint = checker.complaint(row, self.scope)
             if complaint is None:
                 self.steps[row.name] = [row.build(inputs, self.scope) for inputs in self.inputs]
             else:
@@ -141,11 +150,6 @@ def call_of(step: Step, dy: Tensor, phase: str) -> Call:
         y = step.forward()
         return lambda: torch.autograd.grad(y, tensors, dy, retain_graph=True)
     return lambda: torch.autograd.grad(step.forward(), tensors, dy)
-
-
-def _too_large(row: Row, shape: Shape, copies: int, device: torch.device) -> str | None:
-    needed, free = bytes_needed(row, shape) + (copies - 1) * shape.bytes, available_bytes(device)
-    return f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needed > free else None
 
 
 def _ratio(samples: dict[str, list[float]], name: str, other: str) -> Spread | None:
