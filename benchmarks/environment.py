@@ -17,6 +17,7 @@ def describe(device: torch.device) -> dict[str, object]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "").lower() or None,  # idle threads of OpenMP: spin or sleep
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),

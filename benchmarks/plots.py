@@ -53,7 +53,7 @@ def _launch(results: Results) -> str:
 
 def _tokens(records: list[Record], device: str) -> Any:
     """Time a token over T, with the roofline, and the same over the frozen linear's time."""
-    layer = [r for r in records if r["scope"] == "layer" and r["row"] in COLOURS]
+    layer = [r for r in records if r["over_frozen"] is not None and r["row"] in COLOURS]
     phase = "forward+backward"
     series = _longest(layer, "tokens", phase)
     if series is None:
@@ -66,7 +66,7 @@ def _tokens(records: list[Record], device: str) -> Any:
     ends = [("roofline of L-MoE", LIMIT, floor[-1])] if floor else []
     ends += _lines(left, series, "tokens", lambda r, key: 1e6 * r["seconds"][key] / r["shape"]["tokens"])
     left.set(xscale="log", yscale="log", xlabel="tokens T", title="microseconds a token")
-    _name_ends(left, ends, log=True)
+    _name_ends(left, ends)
     ends = _lines(right, series, "tokens", lambda r, key: r["over_frozen"][key])
     right.set(xscale="log", xlabel="tokens T", title="times the frozen linear's time")
     right.set_ylim(0, 1.3 * max(r["over_frozen"]["median"] for r in series))
@@ -82,7 +82,7 @@ def _tokens(records: list[Record], device: str) -> Any:
 
 def _experts(records: list[Record], device: str) -> Any:
     """The ratio to the frozen linear over E, with what the roofline allows."""
-    layer = [r for r in records if r["scope"] == "layer" and r["row"] in COLOURS and r["row"] != "frozen"]
+    layer = [r for r in records if r["over_frozen"] is not None and r["row"] in COLOURS and r["row"] != "frozen"]
     series = _longest(layer, "num_experts", "forward+backward")
     if series is None:
         return None
@@ -103,7 +103,7 @@ def _experts(records: list[Record], device: str) -> Any:
     axis.set_xticks(ticks, [str(t) for t in ticks])
     _plain_log_ticks(axis.yaxis)
     axis.xaxis.minorticks_off()
-    _name_ends(axis, ends, log=True)
+    _name_ends(axis, ends)
     figure.suptitle(f"{_sizes(series[0], 'num_experts')} · {device}", x=0.01, ha="left", fontsize=11)
     return figure
 
@@ -185,7 +185,7 @@ def _lines(
     return ends
 
 
-def _name_ends(axis: Any, ends: Iterable[tuple[str, str, tuple[float, float]]], log: bool = False) -> None:
+def _name_ends(axis: Any, ends: Iterable[tuple[str, str, tuple[float, float]]]) -> None:
     """Write each line's name behind its end, pushed apart where they would overlap."""
     axis.figure.canvas.draw()
     height, taken = 14.0, float("-inf")

@@ -95,6 +95,7 @@ def heading(results: Results) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     rates = ", ".join(f"{name} GEMM {_rate(rate)}" for name, rate in limits["gemm_flops_per_s"].items())
     load = "" if environment["load"] is None else f", load {environment['load']} at the start"
+    load += f", OpenMP threads wait {environment['waiting']}" if environment["waiting"] else ""
     run = f"{environment['date']}, commit {environment['commit']}"
     run += f", stopped {environment['stopped']}" if "stopped" in environment else ""
     return (

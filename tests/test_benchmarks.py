@@ -184,6 +184,24 @@ def test_without_matplotlib_all_but_the_pictures_is_written(tmp_path, capsys, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json", "results.md"]
 
 
+def test_rows_without_the_frozen_linear_have_no_ratio(tmp_path) -> None:
+    sizes = ["--shapes", "8x8", "--tokens", "2,3", "--quick", "--rows", "torch,eager", "--out", str(tmp_path)]
+    assert cli.main(sizes) == 0
+    assert {r["over_frozen"] is None for r in report.load(tmp_path / "results.json")["records"]} == {True}
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.model, "measure_models", interrupted)
+    monkeypatch.setattr(cli, "grids", lambda device, quick: [cli.Grid((SMALL,))])
+    monkeypatch.setattr(cli, "QUICK", BRIEF)
+    assert cli.main(["--quick", "--rows", "frozen", "--out", str(tmp_path)]) == 0
+    assert "stopped after 2 rows, by the user" in capsys.readouterr().out
+    assert len(report.load(tmp_path / "results.json")["records"]) == 2
+
+
 def test_whole_models() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
