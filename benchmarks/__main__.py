@@ -50,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     models: list[model.ModelRecord] = []
     plan = model.plan_for(device, options.quick)
     try:
+        if not named:
+            progress.step("a whole model")
+            models += model.measure_models(plan, device, effort)
         for grid, shape, scope in groups:
             progress.step(f"{shape}: {scope}")
             picked = _pick(known, options.rows, grid, options.quick)
@@ -57,9 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
             for phase in grid.phases:
                 for launch in ("eager", "graph") if device.type == "cuda" else ("eager",):
                     records += group.records(phase, launch)
-        if not named:
-            progress.step("a whole model")
-            models += model.measure_models(plan, device, effort)
     except KeyboardInterrupt:
         environment["stopped"] = f"after {len(records)} rows, by the user"
     progress.end()

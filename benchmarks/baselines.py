@@ -190,7 +190,7 @@ def _one_alone(shape: Shape, device: torch.device) -> str | None:
 
 def _large_factors(shape: Shape, device: torch.device) -> str | None:
     size = 4 * shape.tokens * shape.rank * (shape.in_features + shape.out_features)
-    largest = 256
+    largest = 64
     return (
         f"its factors A(t), B(t) take {size / 2**20:.0f} MiB, {largest} at most are run" if size > largest * 2**20 else None
     )
