@@ -60,7 +60,7 @@ def leaf(inputs: Inputs, name: str, expert: int | None = None) -> Leaf:
 
 
 def frozen(inputs: Inputs, scope: str) -> Step:
-    """The linear layer that all rows stand on. Its backward is dx alone."""
+    """The linear layer that all rows stand on, and the yardstick of the delta alone. Its backward is dx alone."""
     x = leaf(inputs, "x")
     return Step(lambda: F.linear(x.tensor, inputs.weight), (x,))
 
@@ -210,7 +210,7 @@ def rows() -> Mapping[str, Row]:
     """Every row by name: baselines, peers, and the package's backends as they are registered now."""
     both = ("layer", "delta")
     table = [
-        Row("frozen", "the frozen linear", "frozen", frozen, wide_tokens=2),
+        Row("frozen", "the frozen linear", "frozen", frozen, both, wide_tokens=2),
         Row("peft", "PEFT, one LoRA", "one", _peer("one")),
         Row("peft-fp32", "PEFT, one LoRA in fp32 (its default)", "one", _peer("one_fp32"), ("layer",), _same_in_fp32, 8),
         Row("peft-compiled", "PEFT, one LoRA, torch.compile", "one", _peer("one_compiled"), compiled=True),

@@ -57,6 +57,7 @@ def _factored_delta(i: Inputs) -> Tensor:
 # the definition, evaluated in float64, and plain PyTorch's way to the same, evaluated in the inputs' dtype
 DEFINITIONS: dict[tuple[str, str], tuple[Definition, Definition]] = {
     ("frozen", "layer"): (_frozen, _frozen),
+    ("frozen", "delta"): (_frozen, _frozen),
     ("one", "layer"): (_one, _one),
     ("sum", "layer"): (_sum, _sum),
     ("scaled", "layer"): (_scaled, _scaled),

@@ -53,7 +53,7 @@ def _launch(results: Results) -> str:
 
 def _tokens(records: list[Record], device: str) -> Any:
     """Time a token over T, with the roofline, and the same over the frozen linear's time."""
-    layer = [r for r in records if r["over_frozen"] is not None and r["row"] in COLOURS]
+    layer = [r for r in _layers(records) if r["row"] in COLOURS]
     phase = "forward+backward"
     series = _longest(layer, "tokens", phase)
     if series is None:
@@ -82,7 +82,7 @@ def _tokens(records: list[Record], device: str) -> Any:
 
 def _experts(records: list[Record], device: str) -> Any:
     """The ratio to the frozen linear over E, with what the roofline allows."""
-    layer = [r for r in records if r["over_frozen"] is not None and r["row"] in COLOURS and r["row"] != "frozen"]
+    layer = [r for r in _layers(records) if r["row"] in COLOURS and r["row"] != "frozen"]
     series = _longest(layer, "num_experts", "forward+backward")
     if series is None:
         return None
@@ -164,7 +164,7 @@ def _bars(axis: Any, records: list[Record], value: Callable[[Record], dict[str, 
         text = form.format(v["median"]) + (" (bar cut)" if v["median"] > end else "")
         at = min(max(v["high"], v["median"]), end)
         axis.annotate(text, (at, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
-    axis.set_xlim(0, 1.2 * end or 1)
+    axis.set_xlim(0, 1.25 * end or 1)
     axis.spines["bottom"].set_visible(False)  # every bar has its number
     axis.tick_params(axis="both", length=0, labelbottom=False)
 
@@ -216,6 +216,11 @@ def _axes(count: int, size: tuple[float, float], across: int | None = None) -> t
     return figure, axes
 
 
+def _layers(records: list[Record]) -> list[Record]:
+    """The whole layers that stand beside a frozen linear."""
+    return [record for record in records if record["scope"] == "layer" and record["over_frozen"] is not None]
+
+
 def _fixed(record: Record, *but: str) -> tuple:
     """Everything of a record's shape but what varies."""
     sizes = ((key, value) for key, value in record["shape"].items() if key not in but)
@@ -235,8 +240,8 @@ def _longest(records: list[Record], over: str, phase: str) -> list[Record] | Non
 def _widest(records: list[Record], phase: str, which: Callable) -> list[Record]:
     """Of the layer's groups with the most rows, the one with the largest or smallest T."""
     groups: dict[tuple, list[Record]] = {}
-    for record in records:
-        if record["phase"] == phase and record["scope"] == "layer" and record["over_frozen"] is not None:
+    for record in _layers(records):
+        if record["phase"] == phase:
             groups.setdefault(_fixed(record), []).append(record)
     most = max((len(group) for group in groups.values()), default=0)
     candidates = [group for group in groups.values() if len(group) >= most - 2]  # a row or two may not run everywhere

@@ -171,7 +171,7 @@ def test_a_run_writes_table_json_markdown_and_pictures(tmp_path, capsys, monkeyp
     assert cli.main([*sizes, "--quick", "--rows", "frozen,eager,loop,torch", "--out", str(tmp_path)]) == 0
     out, err = capsys.readouterr()
     results = report.load(tmp_path / "results.json")
-    assert len(results["records"]) == 8 * 3 * (4 + 2)  # shapes, phases, rows of the layer and of the delta
+    assert len(results["records"]) == 8 * 3 * (4 + 3)  # shapes, phases, rows of the layer and of the delta
     assert all(r["seconds"]["low"] <= r["seconds"]["median"] <= r["seconds"]["high"] for r in results["records"])
     assert all(r["over_frozen"]["median"] == 1 for r in results["records"] if r["row"] == "frozen")
     title = "24 -> 40, T=6, E=3, R=2, bfloat16: layer, forward+backward"
