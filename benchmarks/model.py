@@ -1,0 +1,178 @@
+"""A whole model: a Llama of random weights, frozen, with one LoRA on every linear, and with L-MoE on every linear."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.checks import compare
+from benchmarks.memory import peak_bytes
+from benchmarks.timing import Call, Effort, Spread, clock_for, interleave
+from lmoe_kernels import apply_lmoe, lmoe_layers, use_backend
+from lmoe_kernels.dispatch import BACKENDS, Problem
+
+TRAINING, DECODING = "training step", "greedy decoding"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """One row of the table of whole models."""
+
+    row: str
+    says: str
+    phase: str
+    status: str = "ok"
+    seconds: Spread | None = None
+    over_frozen: Spread | None = None
+    tokens_per_second: float | None = None
+    peak_bytes: int | None = None
+    trained_parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model's size and what it is given to do."""
+
+    config: dict[str, Any]
+    dtype: torch.dtype
+    batch: int
+    sequence: int
+    prompt: int
+    new_tokens: int
+
+    @property
+    def says(self) -> str:
+        """One line for the report."""
+        sizes = ", ".join(f"{name} {value}" for name, value in self.config.items())
+        return (
+            f"Llama ({sizes}), {str(self.dtype).removeprefix('torch.')}; training on {self.batch} x {self.sequence} tokens, "
+            f"decoding {self.new_tokens} tokens after {self.prompt}; E=8, R=16 on every linear"
+        )
+
+
+def plan_for(device: torch.device, quick: bool) -> Plan:
+    """About 1.1 billion parameters on a GPU, 3.4 million on a CPU."""
+    names: tuple[str, ...] = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    )  # fmt: skip
+    if device.type == "cpu":
+        config = dict(zip(names, (512, 256, 704, 4, 8, 8), strict=True))
+        return Plan(config, torch.float32, 2, 64 if quick else 256, 16, 16 if quick else 48)
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    config: dict[str, int] = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
+    return Plan(config, torch.bfloat16, 4, 2048, 128, 64 if quick else 256)
+
+
+def measure_models(plan: Plan, device: torch.device, effort: Effort) -> Iterator[ModelRecord]:
+    """Training and decoding of every variant, interleaved."""
+    try:
+        variants = _variants(plan, device)
+    except ImportError as error:
+        reason = f"not installed: pip install transformers peft ({error})"
+        yield from (ModelRecord("model", "a whole model", phase, reason) for phase in (TRAINING, DECODING))
+        return
+    ids = torch.randint(0, plan.config["vocab_size"], (plan.batch, plan.sequence), device=device)
+    reasons = {name: _complaint(name, model, ids[:1, :16]) for name, (_, model) in variants.items()}
+    for phase, make, tokens in (
+        (TRAINING, _training_step, ids.numel()),
+        (DECODING, _decoding, plan.new_tokens),
+    ):
+        calls = {
+            name: _with_backend(name, make(name, model, plan, ids))
+            for name, (_, model) in variants.items()
+            if reasons[name] is None
+        }
+        samples = interleave({name: [call] for name, call in calls.items()}, clock_for(device), effort)
+        for name, (says, model) in variants.items():
+            if reasons[name] is not None:
+                yield ModelRecord(name, says, phase, f"wrong result: {reasons[name]}")
+                continue
+            seconds = Spread.of(samples[name])
+            ratios = [ours / base for ours, base in zip(samples[name], samples["frozen"], strict=True)]
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            yield ModelRecord(
+                name, says, phase, "ok", seconds, Spread.of(ratios), tokens / seconds.median,
+                peak_bytes(calls[name], device), trained,
+            )  # fmt: skip
+
+
+def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
+    """The same weights three times: alone, with PEFT, and with L-MoE for each backend that can."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    longest = max(plan.sequence, plan.prompt + plan.new_tokens)
+    config = LlamaConfig(**plan.config, max_position_embeddings=longest, pad_token_id=0)
+    frozen: Any = LlamaForCausalLM(config)
+    frozen = frozen.to(device=device, dtype=plan.dtype).requires_grad_(False).eval()
+    variants: dict[str, tuple[str, nn.Module]] = {"frozen": ("the frozen model", frozen)}
+
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=r".*\.(q|k|v|o|gate|up|down)_proj")
+    peft: Any = inject_adapter_in_model(lora, deepcopy(frozen))
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    variants["peft"] = ("PEFT, one LoRA", peft.to(plan.dtype))
+
+    mixture = deepcopy(frozen)
+    apply_lmoe(mixture, "all-linear", num_experts=8, rank=16, alpha=32)
+    for layer in lmoe_layers(mixture).values():
+        nn.init.normal_(layer.lora_b, std=0.02)  # zero at the start: then a wrong delta would not show
+    sizes = plan.batch * plan.sequence, plan.config["hidden_size"], plan.config["hidden_size"], 8, 16
+    for backend in BACKENDS.values():
+        if backend.automatic and backend.why_not(Problem(device, plan.dtype, *sizes)) is None:
+            variants[backend.name] = (f"L-MoE, E=8, backend {backend.name}", deepcopy(mixture))
+    return variants
+
+
+def _complaint(name: str, model: Any, ids: Tensor) -> str | None:
+    """Compare the logits with those of the same model in float64; L-MoE's by the literal reference."""
+    with torch.no_grad():
+        ours = _with_backend(name, lambda: model(ids).logits)()
+        with use_backend("reference"):
+            plain, true = model(ids).logits, deepcopy(model).double()(ids).logits
+    return compare(ours, plain, true, ours.dtype)
+
+
+def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    if name not in BACKENDS:
+        return call
+
+    def with_backend() -> Any:
+        with use_backend(name):
+            return call()
+
+    return with_backend
+
+
+def _training_step(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
+    """Forward, backward and AdamW. The frozen model trains nothing: its backward goes down to the embedded tokens."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        return lambda: torch.autograd.grad(model(inputs_embeds=embedded, labels=ids).loss, embedded)
+    optimizer = torch.optim.AdamW(trained, lr=1e-5)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _decoding(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
+    """One sequence, its keys and values cached, the most likely token taken each time."""
+    prompt, count = ids[:1, : plan.prompt], plan.new_tokens
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+    return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

@@ -1,0 +1,121 @@
+"""How times are taken: rows interleaved in one process, in another order every round, over several copies of the inputs.
+
+What disturbs the machine for a second disturbs all rows alike: ratios are taken within a round, and medians over the rounds.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+
+Call = Callable[[], object]
+REPLAY_ONLY = 100e-6  # seconds below which an eager launch on a GPU measures the host
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long the rows of a table are measured, and how much of them is checked."""
+
+    seconds: float  # after which no further round begins
+    min_rounds: int
+    max_rounds: int
+    sample_seconds: float  # a sample repeats its call until it is about this long
+    cpu_products: int  # T I O up to which a CPU checks every token; of larger problems the first ones
+
+
+QUICK = Effort(seconds=2.0, min_rounds=3, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
+FULL = Effort(seconds=10.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with the 20th and 80th percentiles around it."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Spread":
+        """Summarise samples, one at least."""
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0])
+        fifths = quantiles(samples, n=5, method="inclusive")
+        return cls(median(samples), fifths[0], fifths[3])
+
+
+class HostClock:
+    """Times on the host: for a CPU."""
+
+    def sample(self, calls: Sequence[Call], first: int, count: int) -> float:
+        """Seconds a call, over `count` calls that walk round `calls` from place `first`."""
+        start = time.perf_counter()
+        for i in range(first, first + count):
+            calls[i % len(calls)]()
+        return (time.perf_counter() - start) / count
+
+
+class DeviceClock:
+    """Times by the GPU's own events, read after it is done."""
+
+    def sample(self, calls: Sequence[Call], first: int, count: int) -> float:
+        """Seconds a call, over `count` calls that walk round `calls` from place `first`."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for i in range(first, first + count):
+            calls[i % len(calls)]()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / count
+
+
+def clock_for(device: torch.device) -> HostClock | DeviceClock:
+    """The clock that tells when work on a device is done."""
+    return DeviceClock() if device.type == "cuda" else HostClock()
+
+
+def interleave(
+    rows: Mapping[str, Sequence[Call]], clock: HostClock | DeviceClock, effort: Effort, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds a call of every row, one sample a round.
+
+    Args:
+        rows: for each name the same work on several copies of its inputs, walked round so that caches stay cold.
+    Returns:
+        for each name as many samples as there were rounds; sample i of all rows is of one round.
+    """
+    counts = {}
+    for name, calls in rows.items():
+        warm = time.perf_counter() + effort.seconds / 10
+        for i in range(len(calls)):  # what is done on first use; slow rows are warm after a copy or two
+            clock.sample(calls, i, 1)
+            if time.perf_counter() > warm:
+                break
+        counts[name] = max(1, min(1000, int(effort.sample_seconds / max(1e-7, clock.sample(calls, 0, 1)))))
+    samples: dict[str, list[float]] = {name: [] for name in rows}
+    order, shuffle = list(rows), random.Random(seed).shuffle
+    end = time.perf_counter() + effort.seconds
+    for i in range(effort.max_rounds):
+        if i >= effort.min_rounds and time.perf_counter() > end:
+            break
+        shuffle(order)
+        for name in order:
+            samples[name].append(clock.sample(rows[name], i * counts[name], counts[name]))
+    return samples
+
+
+def capture(call: Call) -> Call:
+    """The call as a CUDA graph's replay: what the GPU takes where the host does not hold it up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
