@@ -37,6 +37,10 @@ class Problem:
         return f"{sizes}, {self.dtype} on {self.device}"
 
 
+def _anything(problem: Problem) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Backend:
     """One row of the table."""
@@ -44,11 +48,7 @@ class Backend:
     name: str
     module: str
     why_not: Callable[[Problem], str | None]
-    why_not_unasked: Callable[[Problem], str | None]
-
-
-def _anything(problem: Problem) -> None:
-    return None
+    why_not_unasked: Callable[[Problem], str | None] = _anything
 
 
 def _why_not_triton(problem: Problem) -> str | None:
@@ -95,7 +95,7 @@ BACKENDS = {
     for backend in (
         Backend("cuda", "lmoe_kernels.backends.cuda", _why_not_cuda, _why_not_cuda_unasked),
         Backend("triton", "lmoe_kernels.backends.triton", _why_not_triton, _why_not_triton_unasked),
-        Backend("torch", "lmoe_kernels.backends.torch", _anything, _anything),
+        Backend("torch", "lmoe_kernels.backends.torch", _anything),
         Backend("reference", "lmoe_kernels.reference", _anything, _only_by_name),
     )
 }

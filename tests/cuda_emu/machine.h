@@ -277,7 +277,8 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
     if (!options.running) return;
     EMU_TSAN(__tsan_release(&options);)
     Quiet quiet;
-    Grid g;
+    const auto owner = std::make_unique<Grid>();  // fibers read it: on the host's stack its place would be used again
+    Grid& g = *owner;
     grid = &g;
     g.grid = grid_size;
     g.block = block_size;
