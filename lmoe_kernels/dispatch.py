@@ -52,18 +52,23 @@ class Backend:
 
 
 def _why_not_triton(problem: Problem) -> str | None:
-    """Why the Triton kernels cannot take a call; on the CPU they run in Triton's interpreter, where that is switched on."""
-    if not _installed("triton"):
-        return "Triton is not installed"
     if problem.num_experts > 256:
         return f"its kernels take at most 256 experts, not {problem.num_experts}"
-    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    return _why_not_triton_here(problem.device, problem.dtype)
+
+
+@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look into it
+def _why_not_triton_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    """On the CPU the kernels run in Triton's interpreter, where that is switched on."""
+    if not _installed("triton"):
+        return "Triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if problem.device.type != "cuda":
-        return f"its kernels run on GPUs, not on {problem.device.type}"
-    if problem.dtype == torch.float64:
+    if device.type != "cuda":
+        return f"its kernels run on GPUs, not on {device.type}"
+    if dtype == torch.float64:
         return "its kernels take fp32, bf16 and fp16 on a GPU, not fp64"
-    if torch.version.hip is None and torch.cuda.get_device_capability(problem.device) < (8, 0):
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels need compute capability 8.0"
     return None
 
@@ -82,7 +87,12 @@ def _only_by_name(problem: Problem) -> str:
 
 
 def _why_not_cuda(problem: Problem) -> str | None:
-    return extension.why_not(problem.device, problem.dtype)
+    return _why_not_cuda_here(problem.device, problem.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_cuda_here(device: torch.device, dtype: torch.dtype) -> str | None:
+    return extension.why_not(device, dtype)
 
 
 def _why_not_cuda_unasked(problem: Problem) -> str | None:
