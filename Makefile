@@ -5,11 +5,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 OUT    ?= demo
 
-.PHONY: help demo test lint format types build bench gpu check clean
+.PHONY: help demo test lint format types build bench gpu static racecheck check clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
 	$(BIN)/python examples/three_domains.py --out $(OUT)
@@ -32,10 +32,19 @@ build: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 bench: $(READY) ## Measure what the layer costs on this machine
+	$(BIN)/python -m pytest benchmarks/bench_forward.py benchmarks/bench_backward.py benchmarks/bench_layer.py --benchmark-only
 	$(BIN)/python -m benchmarks
 
-gpu: ## Test on this machine's GPU, with its own Python and without a network
-	$(PYTHON) -m pytest -m gpu
+gpu: ## Build, test, tune and measure on this machine's GPU, with its own Python and without a network
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks
+
+static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
+	$(BIN)/python -m benchmarks.static
+
+racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
+	$(BIN)/python -m tests.cuda_emu.racecheck
 
 check: lint types test ## All that must be green before a change lands
 
