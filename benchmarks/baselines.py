@@ -16,7 +16,7 @@ from torch._functorch import config as functorch_config
 
 from benchmarks.shapes import DTYPES, SCALING, Inputs, Shape
 from lmoe_kernels import lmoe, lmoe_linear
-from lmoe_kernels.dispatch import BACKENDS, Backend
+from lmoe_kernels.dispatch import BACKENDS, Backend, Problem
 
 
 class Leaf(NamedTuple):
@@ -196,12 +196,17 @@ def _large_factors(shape: Shape, device: torch.device) -> str | None:
     )
 
 
+def why_not_timed(backend: Backend, problem: Problem) -> str | None:
+    """Why a backend is not worth a time: it cannot, or on a CPU it only interprets or emulates its kernels."""
+    return backend.why_not(problem) or (backend.why_not_unasked(problem) if problem.device.type == "cpu" else None)
+
+
 def _backend_row(backend: Backend) -> Row:
     says = f"ours, backend {backend.name}"
     both = ("layer", "delta")
 
     def why_not(shape: Shape, device: torch.device) -> str | None:
-        return backend.why_not(shape.problem(device))
+        return why_not_timed(backend, shape.problem(device))
 
     return Row(backend.name, says, "factors", partial(ours, backend.name), both, why_not)
 
@@ -225,7 +230,7 @@ def rows() -> Mapping[str, Row]:
             wide_tokens=6, compiled=True,
         ),
     ]  # fmt: skip
-    table += [_backend_row(backend) for backend in BACKENDS.values() if backend.automatic]
+    table += [_backend_row(backend) for backend in BACKENDS.values() if backend.name != "reference"]
     return {row.name: row for row in table}
 
 

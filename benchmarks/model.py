@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.baselines import why_not_timed
 from benchmarks.checks import compare
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Call, Effort, Spread, clock_for, interleave
@@ -130,7 +131,7 @@ def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
         nn.init.normal_(layer.lora_b, std=0.02)  # zero at the start: then a wrong delta would not show
     sizes = plan.batch * plan.sequence, plan.config["hidden_size"], plan.config["hidden_size"], 8, 16
     for backend in BACKENDS.values():
-        if backend.automatic and backend.why_not(Problem(device, plan.dtype, *sizes)) is None:
+        if backend.name != "reference" and why_not_timed(backend, Problem(device, plan.dtype, *sizes)) is None:
             variants[backend.name] = (f"L-MoE, E=8, backend {backend.name}", deepcopy(mixture))
     return variants
 

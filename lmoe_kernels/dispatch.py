@@ -51,13 +51,22 @@ class Backend:
     why_not_unasked: Callable[[Problem], str | None] = _anything
 
 
+def _constant_when_compiled(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """torch.compile asks the function once and does not look into it.
+
+    What `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, and of Triton, that it brings.
+    """
+    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    return function
+
+
 def _why_not_triton(problem: Problem) -> str | None:
     if problem.num_experts > 256:
         return f"its kernels take at most 256 experts, not {problem.num_experts}"
     return _why_not_triton_here(problem.device, problem.dtype)
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks once, and does not look into it
+@_constant_when_compiled
 def _why_not_triton_here(device: torch.device, dtype: torch.dtype) -> str | None:
     """On the CPU the kernels run in Triton's interpreter, where that is switched on."""
     if not _installed("triton"):
@@ -90,7 +99,7 @@ def _why_not_cuda(problem: Problem) -> str | None:
     return _why_not_cuda_here(problem.device, problem.dtype)
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def _why_not_cuda_here(device: torch.device, dtype: torch.dtype) -> str | None:
     return extension.why_not(device, dtype)
 
