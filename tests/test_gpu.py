@@ -1,4 +1,4 @@
-"""The Triton kernels on the GPU they are for: large shapes, bits that repeat, CUDA graphs, offsets past 2^31, the sanitizer.
+"""The Triton and the CUDA kernels on the GPUs they are for: large shapes, repeated bits, graphs, long offsets, sanitizers.
 
 `make gpu` runs these with `-m gpu`; nothing is interpreted then.
 """
@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels import lmoe
-from tests.problems import CASES, Case, Problem, assert_no_worse, eager, gradients, leaves_of, make_problem
+from lmoe_kernels.dispatch import BACKENDS, Problem
+from tests.problems import CASES, Case, assert_no_worse, eager, gradients, leaves_of, make_problem
+from tests.problems import Problem as RandomProblem
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -28,11 +30,20 @@ LARGE = [
 ]
 
 
-def _judge(problem: Problem) -> None:
+@pytest.fixture(params=["triton", "cuda"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine that can run here, as it is built."""
+    reason = BACKENDS[request.param].why_not(Problem(torch.device("cuda", 0), torch.bfloat16, 1, 1, 1, 1, 1))
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def _judge(problem: RandomProblem, engine: str) -> None:
     """The error rule; the truth is the factored form in float64, since the literal one would not fit the memory."""
     leaves, plain_leaves = leaves_of(problem.tensors), leaves_of(problem.tensors)
     true_leaves = leaves_of(problem.tensors, torch.float64)
-    ours, plain, true = problem.call("triton", **leaves), eager(problem, plain_leaves), eager(problem, true_leaves)
+    ours, plain, true = problem.call(engine, **leaves), eager(problem, plain_leaves), eager(problem, true_leaves)
     for name, got, other, right in zip(("y", "router_logits"), ours, plain, true, strict=True):
         assert_no_worse(name, got.detach(), other.detach(), right.detach())
     theirs, right = gradients(problem, plain, plain_leaves), gradients(problem, true, true_leaves)
@@ -42,34 +53,34 @@ def _judge(problem: Problem) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES + LARGE, ids=str)
-def test_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype) -> None:
-    _judge(make_problem(case, dtype, device="cuda"))
+def test_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype, engine: str) -> None:
+    _judge(make_problem(case, dtype, device="cuda"), engine)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_fp32_parameters(case: Case) -> None:
-    _judge(make_problem(case, torch.bfloat16, param_dtype=torch.float32, device="cuda"))
+def test_fp32_parameters(case: Case, engine: str) -> None:
+    _judge(make_problem(case, torch.bfloat16, param_dtype=torch.float32, device="cuda"), engine)
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
-def test_the_same_bits_every_time(case: Case) -> None:
+def test_the_same_bits_every_time(case: Case, engine: str) -> None:
     problem = make_problem(case, torch.bfloat16, device="cuda")
     leaves = leaves_of(problem.tensors)
     runs = []
     for _ in range(3):
-        results = problem.call("triton", **leaves)
+        results = problem.call(engine, **leaves)
         runs.append([*results, *gradients(problem, results, leaves).values()])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize("T", [16, 4096])
-def test_cuda_graph(T: int) -> None:
+def test_cuda_graph(T: int, engine: str) -> None:
     problem = make_problem(Case(T=T, I=1024, O=1024, E=8, R=16), torch.bfloat16, device="cuda")
     leaves = leaves_of(problem.tensors)
 
     def step() -> list[torch.Tensor]:
-        results = problem.call("triton", **leaves)
+        results = problem.call(engine, **leaves)
         return [*results, *gradients(problem, results, leaves).values()]
 
     side = torch.cuda.Stream()
@@ -87,27 +98,27 @@ def test_cuda_graph(T: int) -> None:
         assert torch.equal(replayed, eager_result)
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+def test_more_than_two_to_the_31_elements(engine: str) -> None:
     T, I = 2**31 // 4096 + 300, 4096  # noqa: E741
     problem = make_problem(Case(T=300, I=I, O=4096, E=8, R=16), torch.bfloat16, device="cuda")
     x = torch.zeros(T, I, dtype=torch.bfloat16, device="cuda")
     x[-300:] = problem.tensors["x"]
     t = problem.tensors
     with torch.no_grad():
-        y = lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], scaling=0.75, backend="triton")
-        few, _ = problem.call("triton")
+        y = lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], scaling=0.75, backend=engine)
+        few, _ = problem.call(engine)
         assert_no_worse("the last tokens", y[-300:], few, eager(problem, {n: v.double() for n, v in t.items()})[0])
         assert (y[:-300] == 0).all()
 
 
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool: str, engine: str) -> None:
     program = (
         "import torch; from tests.problems import *\n"
         "for case in (Case(), Case(T=300, I=130, O=70, E=8, R=16), Case(T=20000, I=64, O=64, E=8, R=16)):\n"
         "    p = make_problem(case, torch.bfloat16, device='cuda'); leaves = leaves_of(p.tensors)\n"
-        "    gradients(p, p.call('triton', **leaves), leaves)\n"
+        f"    gradients(p, p.call({engine!r}, **leaves), leaves)\n"
     )
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -26,4 +26,6 @@ def test_gradcheck(
             return_router_logits=True, backend=backend,
         )  # fmt: skip
 
-    assert torch.autograd.gradcheck(function, tuple(leaves[name] for name in ("x", "lora_a", "lora_b", gate)))
+    fast = backend == "triton"  # the interpreter takes milliseconds a call: random projections, not every element
+    arguments = tuple(leaves[name] for name in ("x", "lora_a", "lora_b", gate))
+    assert torch.autograd.gradcheck(function, arguments, fast_mode=fast)
