@@ -100,14 +100,15 @@ auto launcher(void (*launch)(Argument, int, void*)) {
 
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Hand-written CUDA kernels of lmoe_kernels; see csrc/.";
-    py::class_<ForwardParams> forward_params(m, "ForwardParams");
+    // module_local: the tests load a second build of this module, for the emulator, beside the first
+    py::class_<ForwardParams> forward_params(m, "ForwardParams", py::module_local());
     forward_params.def(py::init([] { return ForwardParams{}; }));
     forward_params.def("set_problem", &set_problem).def("set_workspaces", &set_workspaces);
-    py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams");
+    py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams", py::module_local());
     backward_params.def(py::init([] { return BackwardParams{}; }));
     backward_fields(backward_params);
 
-    py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams");
+    py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams", py::module_local());
     decode_params.def(py::init([] { return DecodeParams{}; }));
     decode_params.def("set_plan", &set_plan);
 

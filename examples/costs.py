@@ -25,7 +25,8 @@ def measure_costs(base: nn.Module, mixture: nn.Module, batch: Tensor, repeats: i
 
     The ways are timed in turn, `repeats` times; a row reports its median. Peak memory is what the step adds to the model.
     """
-    layer = next(iter(lk.lmoe_layers(mixture).values()))
+    for layer in lk.lmoe_layers(mixture).values():
+        layer.output_router_logits = False  # no loss looks at them here
     experts = layer.num_experts
     loop = lora_loop(base, experts, layer.rank)
     ways: dict[str, Callable[[], Tensor]] = {
