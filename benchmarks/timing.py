@@ -26,7 +26,7 @@ class Effort:
     cpu_products: int  # T I O up to which a CPU checks every token; of larger problems the first ones
 
 
-QUICK = Effort(seconds=2.0, min_rounds=3, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
+QUICK = Effort(seconds=3.0, min_rounds=9, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
 FULL = Effort(seconds=10.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
 
 
