@@ -25,10 +25,11 @@ def measure_costs(base: nn.Module, mixture: nn.Module, batch: Tensor, repeats: i
 
     The ways are timed in turn, `repeats` times; a row reports its median. Peak memory is what the step adds to the model.
     """
-    for layer in lk.lmoe_layers(mixture).values():
+    layers = list(lk.lmoe_layers(mixture).values())
+    for layer in layers:
         layer.output_router_logits = False  # no loss looks at them here
-    experts = layer.num_experts
-    loop = lora_loop(base, experts, layer.rank)
+    experts = layers[0].num_experts
+    loop = lora_loop(base, experts, layers[0].rank)
     ways: dict[str, Callable[[], Tensor]] = {
         "frozen model": lambda: _loss(base, batch),
         "L-MoE, torch backend": lambda: _loss(mixture, batch, "torch"),
