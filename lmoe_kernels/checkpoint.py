@@ -10,13 +10,12 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear
 from lmoe_kernels.model import lmoe_layers, replace_modules, wrappable_layers
 
 WEIGHTS, CONFIG = "lmoe.safetensors", "lmoe_config.json"
 FORMAT = "lmoe_kernels"
 FORMAT_VERSION = 1
-CONFIG_KEYS = {"num_experts", "rank", "alpha", "mixing", "top_k", "shared_a"}
 
 
 def save_lmoe(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -118,7 +117,7 @@ def _plan(name: str, linears: dict[str, nn.Module], config: dict[str, Any], opti
     """The layer that the checkpoint describes, without memory: to see whether it can be made, and of which shapes."""
     if name not in linears:
         _fail(f"layer {name!r}", "be a linear layer of the model", "none of that name")
-    if config.keys() != CONFIG_KEYS:
+    if config.keys() != set(CONFIG_KEYS):
         _fail(f"layer {name!r}", f"have the options {sorted(CONFIG_KEYS)}", sorted(config))
     linear: Any = linears[name]
     return LMoELinear(linear.in_features, linear.out_features, bias=False, device="meta", **config, **options)

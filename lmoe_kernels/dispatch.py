@@ -148,17 +148,17 @@ def check_name(op: str, name: str) -> None:
 def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
     """A line for the call, then one for each backend: taken, or why not."""
     name = choose(op, problem, backend)
-    asked = "asked for by name" if (backend or _preferred) else "the first of this table that can"
+    by_name = backend is not None or _preferred is not None
     lines = [f"{op}: {problem}"]
     for row in BACKENDS.values():
         if row.name == name:
-            verdict = f"taken: {asked}"
+            verdict = f"taken: {'asked for by name' if by_name else 'the first of this table that can'}"
         elif (reason := row.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
         elif (reason := row.why_not_unasked(problem)) is not None:
             verdict = f"not taken: {reason}"
         else:
-            verdict = f"not taken: {name!r} stands before it" if backend is None else "not taken: not asked for"
+            verdict = "not taken: not asked for" if by_name else f"not taken: {name!r} stands before it"
         lines.append(f"  {row.name:<10} {verdict}")
     return "\n".join(lines)
 

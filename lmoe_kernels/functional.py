@@ -53,6 +53,7 @@ def lmoe(
     checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
+    x, base = _autocast(x), _autocast(base)
     return _call(
         "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, return_router_logits,
         backend,
@@ -135,9 +136,6 @@ def _call(
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Flatten the tokens, choose the backend, apply the Function, give the leading dims back."""
-    x = _autocast(x)
-    if weight is None:
-        base = _autocast(base)
     name = dispatch.choose(op, _problem(x, lora_b), backend)
     y, logits = autograd.apply(
         _flat(x), lora_a, lora_b, gate_weight, _flat(gate_logits), weight, base if weight is not None else _flat(base),

@@ -10,6 +10,8 @@ from lmoe_kernels import checks
 from lmoe_kernels.dispatch import check_name
 from lmoe_kernels.functional import lmoe, lmoe_linear
 
+CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "shared_a")
+
 
 class LMoELinear(nn.Module):
     """A drop-in `nn.Linear` whose weight is frozen and whose experts and gate are trained.
@@ -143,8 +145,7 @@ class LMoELinear(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The options that decide what the layer computes: those that a checkpoint keeps."""
-        names = ("num_experts", "rank", "alpha", "mixing", "top_k", "shared_a")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in CONFIG_KEYS}
 
     def extra_repr(self) -> str:
         """Sizes and options, as `print(model)` shows them."""

@@ -161,6 +161,7 @@ def test_explain_names_every_backend_and_takes_one() -> None:
     assert "reference  taken: asked for by name" in explain(**_arguments(), backend="reference")
     with use_backend("reference"):
         assert "reference  taken: asked for by name" in explain(**_arguments())
+        assert "torch      not taken: not asked for" in explain(**_arguments())
 
 
 def test_use_backend_is_nested_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
