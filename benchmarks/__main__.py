@@ -12,7 +12,7 @@ from benchmarks import model, plots, report
 from benchmarks.baselines import Row, rows
 from benchmarks.environment import describe
 from benchmarks.limits import measure_limits
-from benchmarks.measure import Group, Record
+from benchmarks.measure import Group
 from benchmarks.progress import Progress
 from benchmarks.shapes import DTYPES, PHASES, SCOPES, Grid, cross, grids
 from benchmarks.timing import FULL, QUICK
@@ -41,31 +41,31 @@ def main(arguments: list[str] | None = None) -> int:
     known = rows()
     effort = QUICK if options.quick else FULL
 
-    groups = [(grid, shape, scope) for grid in chosen for shape, scope in grid.groups()]
-    progress = Progress(len(groups) + (1 if named else 2))
+    progress = Progress(1 + effort.visits * (sum(len(list(grid.groups())) for grid in chosen) + (not named)))
     environment = describe(device)
     progress.step("the machine's limits")
-    limits = measure_limits(device, sorted({shape.dtype for _, shape, _ in groups}), options.quick)
-    records: list[Record] = []
-    models: list[model.ModelRecord] = []
+    limits = measure_limits(device, sorted({shape.dtype for grid in chosen for shape in grid.shapes}), options.quick)
+    groups = [
+        Group(shape, scope, grid.phases, _pick(known, options.rows, grid, options.quick), device, limits, effort)
+        for grid in chosen
+        for shape, scope in grid.groups()
+    ]
     plan = model.plan_for(device, options.quick)
+    whole = [] if named else [model.Models(plan, device, effort)]
     try:
-        if not named:
-            progress.step("a whole model")
-            models += model.measure_models(plan, device, effort)
-        for grid, shape, scope in groups:
-            progress.step(f"{shape}: {scope}")
-            picked = _pick(known, options.rows, grid, options.quick)
-            group = Group(shape, scope, picked, device, limits, effort)
-            for phase in grid.phases:
-                for launch in ("eager", "graph") if device.type == "cuda" else ("eager",):
-                    records += group.records(phase, launch)
+        for visit in range(effort.visits):
+            for job in (*whole, *groups):
+                progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
+                job.visit()
     except KeyboardInterrupt:
-        environment["stopped"] = f"after {len(records)} rows, by the user"
+        environment["stopped"] = f"in visit {visit + 1} of {effort.visits}, by the user"
     progress.end()
+    records = [record for group in groups for record in group.records()]
+    models = [record for job in whole for record in job.records()]
 
     method = (
-        f"{effort.min_rounds} to {effort.max_rounds} rounds, rows in another order each, inputs rotated past the last cache"
+        f"{effort.visits} visits of {effort.min_rounds} to {effort.max_rounds} rounds, rows in another order each, "
+        "inputs rotated past the last cache"
     )
     results = report.make_results(environment, limits, method, records, models, plan.says)
     print(report.terminal(results))

@@ -1,7 +1,8 @@
 """Tell two runs apart: `python -m benchmarks.compare before.json after.json`.
 
 A row counts as changed where its time and its ratio to the frozen linear have both left their spread, in the same direction
-and by more than the threshold. A busy machine moves the times alone, a disturbed frozen linear the ratios alone.
+and by more than the threshold. The spread reaches over all visits of a run, since a machine drifts from one to the next by
+more than the rounds of a visit differ. A busy machine moves the times alone, a disturbed frozen linear the ratios alone.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import Any
 
 from benchmarks.report import Results, load, shape_of
 
-Spread = dict[str, float]
+Spread = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Change:
     name: str
     time: float  # after over before, minus one
     ratio: float | None  # the same of the ratio to the frozen linear; None where there is none
-    spread: float  # half of what lies between the percentiles, over the median: the wider of the two runs
+    spread: float  # half of its spread over its median: the wider of the two runs
     beyond: bool  # whether it left the spread and the threshold
 
 
@@ -80,15 +81,20 @@ def _change(old: dict[str, Any], new: dict[str, Any], threshold: float) -> Chang
     if old["over_frozen"] is not None and new["over_frozen"] is not None and new["row"] != "frozen":
         ratio, ratio_beyond = _compare(old["over_frozen"], new["over_frozen"], threshold)
     beyond = time_beyond and ratio_beyond and (ratio is None or (ratio > 0) == (time > 0))
-    spread = max((s["high"] - s["low"]) / 2 / s["median"] for s in (old["seconds"], new["seconds"]))
+    spread = max((high - low) / 2 / median for low, median, high in map(_reach, (old["seconds"], new["seconds"])))
     return Change(_key(new), time, ratio, spread, beyond and new["row"] != "frozen")
 
 
 def _compare(old: Spread, new: Spread, threshold: float) -> tuple[float, bool]:
-    """The change of a median, and whether the percentiles lie apart by it."""
-    change = new["median"] / old["median"] - 1
-    apart = new["low"] > old["high"] or new["high"] < old["low"]
-    return change, apart and abs(change) > threshold
+    """The change of a median, and whether the two spreads lie apart by it."""
+    (old_low, before, old_high), (new_low, after, new_high) = _reach(old), _reach(new)
+    change = after / before - 1
+    return change, (new_low > old_high or new_high < old_low) and abs(change) > threshold
+
+
+def _reach(spread: Spread) -> tuple[float, float, float]:
+    """The median between the ends of the spread: the percentiles, or the visits where these lie further out."""
+    return min(spread["low"], *spread["visits"]), spread["median"], max(spread["high"], *spread["visits"])
 
 
 if __name__ == "__main__":

@@ -41,45 +41,93 @@ class Record:
 
 
 class Group:
-    """The rows of one shape and scope, built on the same inputs."""
+    """The rows of one shape and scope: `visit` times them side by side, `records` sums up all visits."""
 
     def __init__(
-        self, shape: Shape, scope: str, rows: Iterable[Row], device: torch.device, limits: Limits, effort: Effort
-    ) -> None:
-        self.shape, self.scope, self.device, self.limits, self.effort = shape, scope, device, limits, effort
+        self, shape: Shape, scope: str, phases: Iterable[str], rows: Iterable[Row], device: torch.device, limits: Limits,
+        effort: Effort,
+    ) -> None:  # fmt: skip
+        self.shape, self.scope, self.phases, self.device = shape, scope, tuple(phases), device
+        self.limits, self.effort = limits, effort
         self.rows = [row for row in rows if scope in row.scopes]
         self.reasons: dict[str, str] = {}  # of the rows that are not timed
-        self.steps: dict[str, list[Step]] = {}  # of the others: one for each copy of the inputs
-        self.inputs: list[Inputs] = []
+        self.right: set[str] = set()  # the rows whose results were checked
+        self.samples: dict[tuple[str, str], list[dict[str, list[float]]]] = {}  # of phase and launch: for each visit
+        self.weights: dict[str, dict[str, dict[str, Any]]] = {}  # of a phase: what its rows weigh
+
+    def __str__(self) -> str:
+        return f"{self.shape}: {self.scope}"
+
+    def visit(self) -> None:
+        """Build every row on fresh inputs, check it the first time, and time all phases."""
+        inputs, steps = self._build()
+        for phase in self.phases:
+            calls = {
+                name: [call_of(step, inputs[i].dy, phase) for i, step in enumerate(copies)] for name, copies in steps.items()
+            }
+            for launch in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
+                timed = calls
+                if launch == "graph":
+                    timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
+                before = self.samples.setdefault((phase, launch), [])
+                before.append(interleave(timed, clock_for(self.device), self.effort, seed=len(before)))
+            if phase not in self.weights:
+                self.weights[phase] = {
+                    name: self._weigh(name, copies[0], steps[name][0], inputs[0], phase) for name, copies in calls.items()
+                }
+
+    def records(self) -> Iterator[Record]:
+        """Every row in every phase that was visited."""
+        for (phase, launch), visits in self.samples.items():
+            for row in self.rows:
+                common = row.name, row.says, self.scope, phase, launch, self.shape
+                if row.name in self.reasons:
+                    yield Record(*common, status=self.reasons[row.name])
+                    continue
+                seconds = Spread.of([visit[row.name] for visit in visits])
+                if launch == "eager" and self.device.type == "cuda" and seconds.median < REPLAY_ONLY:
+                    yield Record(*common, status="not timed: below 100 us the host is measured, see the graph's row")
+                    continue
+                yield Record(
+                    *common,
+                    seconds=seconds,
+                    over_frozen=ratio(visits, row.name, "frozen"),
+                    over_peft=ratio(visits, row.name, "peft"),
+                    floor_seconds=floor_seconds(row.definition, self.shape, self.scope, phase, self.limits),
+                    **self.weights[phase][row.name],
+                    counted_over_frozen=self._expected(row.name, phase),
+                )
+
+    def _build(self) -> tuple[list[Inputs], dict[str, list[Step]]]:
+        """Copies of the inputs, and of each row that can be timed a step on each of them."""
         if any(row.compiled for row in self.rows):
             torch._dynamo.reset()  # its limit of recompilations would count the shapes of earlier groups
-
-        copies = max(1, min(MOST_COPIES, -(-2 * limits.cache_bytes // shape.bytes)))
-        free, needed = available_bytes(device), (copies + CHECKED) * shape.bytes
-        todo = []
+        copies = max(1, min(MOST_COPIES, -(-2 * self.limits.cache_bytes // self.shape.bytes)))
+        free, needed = available_bytes(self.device), (copies + CHECKED) * self.shape.bytes
         for row in self.rows:
-            reason, more = row.why_not(shape, device), bytes_needed(row, shape)
+            reason, more = row.why_not(self.shape, self.device), bytes_needed(row, self.shape)
             if reason is None and needed + more > free:
                 reason = f"needs about {(needed + more) / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
             if reason is not None:
                 self.reasons[row.name] = f"not run: {reason}"
             else:
                 needed += more  # rows are held side by side
-                todo.append(row)
-        if todo:
-            self.inputs = [make_inputs(shape, device, seed) for seed in range(copies)]
-            checker = Checker(self.inputs[0], effort.cpu_products)
-            for row in todo:
-                self._build(row, checker)
+        todo = [row for row in self.rows if row.name not in self.reasons]
+        if not todo:
+            return [], {}
+        inputs = [make_inputs(self.shape, self.device, seed) for seed in range(copies)]
+        checker = Checker(inputs[0], self.effort.cpu_products)
+        steps = {row.name: self._steps(row, inputs, checker) for row in todo}
+        return inputs, {name: built for name, built in steps.items() if built}
 
-    def _build(self, row: Row, checker: Checker) -> None:
-        """Check a row, and build it on every copy of the inputs; else keep the reason why not."""
+    def _steps(self, row: Row, inputs: list[Inputs], checker: Checker) -> list[Step]:
+        """A checked row on every copy of the inputs; nothing where there is a reason why not, which is kept."""
         try:
-            complaint = checker.complaint(row, self.scope)
+            complaint = None if row.name in self.right else checker.complaint(row, self.scope)
             if complaint is None:
-                self.steps[row.name] = [row.build(inputs, self.scope) for inputs in self.inputs]
-            else:
-                self.reasons[row.name] = f"wrong result: {complaint}"
+                self.right.add(row.name)
+                return [row.build(copy, self.scope) for copy in inputs]
+            self.reasons[row.name] = f"wrong result: {complaint}"
         except NotRun as reason:
             self.reasons[row.name] = f"not run: {reason}"
         except torch.OutOfMemoryError:
@@ -87,52 +135,23 @@ class Group:
         except Exception as error:  # a row that breaks must not take the others' results along
             what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
             self.reasons[row.name] = f"not run: torch.compile: {what}" if row.compiled else f"failed: {what}"
+        return []
 
-    def records(self, phase: str, launch: str = "eager") -> Iterator[Record]:
-        """Time all rows in one phase."""
-        gradients = [inputs.dy for inputs in self.inputs]
-        calls = {
-            name: [call_of(*pair, phase) for pair in zip(steps, gradients, strict=True)]
-            for name, steps in self.steps.items()
-        }
-        timed = calls
-        if launch == "graph":
-            timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
-        samples = interleave(timed, clock_for(self.device), self.effort)
-        weights: dict[str, dict[str, Any]] = {name: self._weigh(name, copies[0], phase) for name, copies in calls.items()}
-        for row in self.rows:
-            common = row.name, row.says, self.scope, phase, launch, self.shape
-            if row.name in self.reasons:
-                yield Record(*common, status=self.reasons[row.name])
-                continue
-            seconds = Spread.of(samples[row.name])
-            if launch == "eager" and self.device.type == "cuda" and seconds.median < REPLAY_ONLY:
-                yield Record(*common, status="not timed: below 100 us the host is measured, see the graph's row")
-                continue
-            yield Record(
-                *common,
-                seconds=seconds,
-                over_frozen=_ratio(samples, row.name, "frozen"),
-                over_peft=_ratio(samples, row.name, "peft"),
-                floor_seconds=floor_seconds(row.definition, self.shape, self.scope, phase, self.limits),
-                **weights[row.name],
-                counted_over_frozen=self._expected(weights, row.name, phase),
-            )
-
-    def _weigh(self, name: str, call: Call, phase: str) -> dict[str, int]:
+    def _weigh(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, int]:
         """The bytes of one call, and what its operations move; the latter is not to be seen in compiled code."""
         weights = {"peak_bytes": peak_bytes(call, self.device)}
         if phase == "forward+backward":
-            inputs = {key: t for key, t in vars(self.inputs[0]).items() if isinstance(t, torch.Tensor)}
-            weights["saved_bytes"] = saved_bytes(self.steps[name][0], inputs)
+            given = {key: t for key, t in vars(inputs).items() if isinstance(t, torch.Tensor)}
+            weights["saved_bytes"] = saved_bytes(step, given)
         if not next(row for row in self.rows if row.name == name).compiled:
             with OpCounter() as counter:
                 call()
             weights |= {"counted_bytes": counter.bytes, "counted_flops": counter.flops}
         return weights
 
-    def _expected(self, weights: dict[str, dict[str, Any]], name: str, phase: str) -> float | None:
+    def _expected(self, name: str, phase: str) -> float | None:
         """The frozen roofline and the extra bytes and FLOPs of the row's operations, over the frozen roofline."""
+        weights = self.weights[phase]
         if "frozen" not in weights or "counted_bytes" not in weights[name] or self.scope != "layer":
             return None
         extra_bytes = weights[name]["counted_bytes"] - weights["frozen"]["counted_bytes"]
@@ -152,8 +171,8 @@ def call_of(step: Step, dy: Tensor, phase: str) -> Call:
     return lambda: torch.autograd.grad(step.forward(), tensors, dy)
 
 
-def _ratio(samples: dict[str, list[float]], name: str, other: str) -> Spread | None:
+def ratio(visits: list[dict[str, list[float]]], name: str, other: str) -> Spread | None:
     """A row's time over another's, round by round."""
-    if other not in samples:
+    if other not in visits[0]:
         return None
-    return Spread.of([ours / theirs for ours, theirs in zip(samples[name], samples[other], strict=True)])
+    return Spread.of([[a / b for a, b in zip(visit[name], visit[other], strict=True)] for visit in visits])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.baselines import why_not_timed
 from benchmarks.checks import compare
+from benchmarks.measure import ratio
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Call, Effort, Spread, clock_for, interleave
 from lmoe_kernels import apply_lmoe, lmoe_layers, use_backend
@@ -56,55 +57,71 @@ class Plan:
 
 def plan_for(device: torch.device, quick: bool) -> Plan:
     """About 1.1 billion parameters on a GPU, 3.4 million on a CPU."""
-    names: tuple[str, ...] = (
+    names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     )  # fmt: skip
     if device.type == "cpu":
         config = dict(zip(names, (512, 256, 704, 4, 8, 8), strict=True))
         return Plan(config, torch.float32, 2, 64 if quick else 256, 16, 16 if quick else 48)
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    config: dict[str, int] = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
+    config = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
     return Plan(config, torch.bfloat16, 4, 2048, 128, 64 if quick else 256)
 
 
-def measure_models(plan: Plan, device: torch.device, effort: Effort) -> Iterator[ModelRecord]:
-    """Training and decoding of every variant, interleaved."""
-    try:
-        variants = _variants(plan, device)
-    except ImportError as error:
-        reason = f"not installed: pip install transformers peft ({error})"
-        yield from (ModelRecord("model", "a whole model", phase, reason) for phase in (TRAINING, DECODING))
-        return
-    ids = torch.randint(0, plan.config["vocab_size"], (plan.batch, plan.sequence), device=device)
-    reasons = {name: _complaint(name, model, ids[:1, :16]) for name, (_, model) in variants.items()}
-    for phase, make, tokens in (
-        (TRAINING, _training_step, ids.numel()),
-        (DECODING, _decoding, plan.new_tokens),
-    ):
-        calls = {
-            name: _with_backend(name, make(name, model, plan, ids))
-            for name, (_, model) in variants.items()
-            if reasons[name] is None
-        }
-        samples = interleave({name: [call] for name, call in calls.items()}, clock_for(device), effort)
+class Models:
+    """The variants of a model: `visit` times training and decoding side by side, `records` sums up all visits."""
+
+    def __init__(self, plan: Plan, device: torch.device, effort: Effort) -> None:
+        self.plan, self.device, self.effort = plan, device, effort
+        self.not_installed: str | None = None
+        self.found: dict[str, ModelRecord] = {}  # a variant's name, and what does not hang on time
+        self.samples: dict[str, list[dict[str, list[float]]]] = {}  # of a phase: for each visit
+        self.peaks: dict[tuple[str, str], int] = {}  # of a phase and a variant
+
+    def __str__(self) -> str:
+        return "a whole model"
+
+    def visit(self) -> None:
+        """Build every variant, check it the first time, and time both phases."""
+        plan, device = self.plan, self.device
+        try:
+            variants = _variants(plan, device)
+        except ImportError as error:
+            self.not_installed = f"not installed: pip install transformers peft ({error})"
+            return
+        ids = torch.randint(0, plan.config["vocab_size"], (plan.batch, plan.sequence), device=device)
         for name, (says, model) in variants.items():
-            if reasons[name] is not None:
-                yield ModelRecord(name, says, phase, f"wrong result: {reasons[name]}")
-                continue
-            seconds = Spread.of(samples[name])
-            ratios = [ours / base for ours, base in zip(samples[name], samples["frozen"], strict=True)]
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            yield ModelRecord(
-                name, says, phase, "ok", seconds, Spread.of(ratios), tokens / seconds.median,
-                peak_bytes(calls[name], device), trained,
-            )  # fmt: skip
+            if name not in self.found:
+                complaint = _complaint(name, model, ids[:1, :16])
+                status = "ok" if complaint is None else f"wrong result: {complaint}"
+                trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+                self.found[name] = ModelRecord(name, says, "", status, trained_parameters=trained)
+        for phase, make in PHASES.items():
+            calls = {
+                name: _with_backend(name, make(model, plan, ids))
+                for name, (_, model) in variants.items()
+                if self.found[name].status == "ok"
+            }
+            rows = {name: [call] for name, call in calls.items()}
+            self.samples.setdefault(phase, []).append(interleave(rows, clock_for(device), self.effort))
+            for name, call in calls.items():
+                if (phase, name) not in self.peaks:
+                    self.peaks[phase, name] = peak_bytes(call, device)
+
+    def records(self) -> Iterator[ModelRecord]:
+        """Every variant in every phase that was visited."""
+        if self.not_installed is not None:
+            yield from (ModelRecord("model", "a whole model", phase, self.not_installed) for phase in PHASES)
+        for phase, visits in self.samples.items():
+            tokens = self.plan.batch * self.plan.sequence if phase == TRAINING else self.plan.new_tokens
+            for name, record in self.found.items():
+                if record.status != "ok":
+                    yield replace(record, phase=phase, trained_parameters=None)
+                    continue
+                seconds = Spread.of([visit[name] for visit in visits])
+                yield replace(
+                    record, phase=phase, seconds=seconds, over_frozen=ratio(visits, name, "frozen"),
+                    tokens_per_second=tokens / seconds.median, peak_bytes=self.peaks[phase, name],
+                )  # fmt: skip
 
 
 def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
@@ -156,7 +173,7 @@ def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
     return with_backend
 
 
-def _training_step(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
+def _training_step(model: Any, plan: Plan, ids: Tensor) -> Call:
     """Forward, backward and AdamW. The frozen model trains nothing: its backward goes down to the embedded tokens."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
@@ -172,8 +189,11 @@ def _training_step(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
     return step
 
 
-def _decoding(name: str, model: Any, plan: Plan, ids: Tensor) -> Call:
+def _decoding(model: Any, plan: Plan, ids: Tensor) -> Call:
     """One sequence, its keys and values cached, the most likely token taken each time."""
     prompt, count = ids[:1, : plan.prompt], plan.new_tokens
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+
+PHASES = {TRAINING: _training_step, DECODING: _decoding}

@@ -12,14 +12,15 @@ from benchmarks.measure import Record
 from benchmarks.model import ModelRecord
 from benchmarks.shapes import Shape
 
-SCHEMA = 1
+SCHEMA = 2
 COLUMNS = ("row", "ms (p20 .. p80)", "x frozen", "counted", "x PEFT", "roofline", "peak MiB", "saved B/token")
 MODEL_COLUMNS = ("row", "tokens/s", "ms (p20 .. p80)", "x frozen", "peak MiB", "trained")
 
 Results = dict[str, Any]
 
 READING = """\
-- **ms**: median over the rounds, with the 20th and 80th percentiles. All rows of a table are interleaved in one process.
+- **ms**: median over the rounds of all visits, with the 20th and 80th percentiles. All rows of a table are interleaved in
+  one process; every table is visited several times in a run, on fresh inputs.
 - **x frozen, x PEFT**: times the frozen linear's time, and that of PEFT's one LoRA, in the same round; median over rounds.
 - **counted**: the same ratio as the bytes and FLOPs of the row's operations let expect, no cache between two of them.
 - **roofline**: the least time for what the row computes (bytes at the copy's bandwidth, FLOPs at the GEMM's rate), as a

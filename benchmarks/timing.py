@@ -1,6 +1,8 @@
 """How times are taken: rows interleaved in one process, in another order every round, over several copies of the inputs.
 
 What disturbs the machine for a second disturbs all rows alike: ratios are taken within a round, and medians over the rounds.
+What lasts longer, or hangs on where tensors happen to lie in memory, shows between the visits: a run walks through all its
+tables several times, on fresh inputs each time.
 """
 
 import random
@@ -19,32 +21,33 @@ REPLAY_ONLY = 100e-6  # seconds below which an eager launch on a GPU measures th
 class Effort:
     """How long the rows of a table are measured, and how much of them is checked."""
 
-    seconds: float  # after which no further round begins
-    min_rounds: int
+    visits: int  # of every table
+    seconds: float  # in a visit, after which no further round begins
+    min_rounds: int  # in a visit, likewise the next
     max_rounds: int
     sample_seconds: float  # a sample repeats its call until it is about this long
     cpu_products: int  # T I O up to which a CPU checks every token; of larger problems the first ones
 
 
-QUICK = Effort(seconds=3.0, min_rounds=9, max_rounds=15, sample_seconds=1e-3, cpu_products=2**27)
-FULL = Effort(seconds=10.0, min_rounds=7, max_rounds=41, sample_seconds=5e-3, cpu_products=2**33)
+QUICK = Effort(visits=5, seconds=0.6, min_rounds=2, max_rounds=5, sample_seconds=1e-3, cpu_products=2**27)
+FULL = Effort(visits=5, seconds=2.0, min_rounds=2, max_rounds=11, sample_seconds=5e-3, cpu_products=2**33)
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the 20th and 80th percentiles around it."""
+    """A median with the 20th and 80th percentiles around it, and the median of each visit."""
 
     median: float
     low: float
     high: float
+    visits: tuple[float, ...]
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> "Spread":
-        """Summarise samples, one at least."""
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0])
-        fifths = quantiles(samples, n=5, method="inclusive")
-        return cls(median(samples), fifths[0], fifths[3])
+    def of(cls, visits: Sequence[Sequence[float]]) -> "Spread":
+        """Summarise the samples of one visit at least, one sample each at least."""
+        samples = [sample for visit in visits for sample in visit]
+        fifths = quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else samples * 4
+        return cls(median(samples), fifths[0], fifths[3], tuple(map(median, visits)))
 
 
 class HostClock:

@@ -14,7 +14,7 @@ from benchmarks.baselines import per_token, rows
 from benchmarks.checks import Checker
 from benchmarks.limits import Limits, floor_seconds
 from benchmarks.measure import Group
-from benchmarks.model import Plan, measure_models
+from benchmarks.model import Models, Plan
 from benchmarks.shapes import DTYPES, SCALING, Shape, make_inputs
 from benchmarks.timing import QUICK, Effort, Spread, interleave
 from lmoe_kernels import dispatch, reference
@@ -22,7 +22,7 @@ from lmoe_kernels.backends import torch as torch_backend
 
 CPU = torch.device("cpu")
 SMALL = Shape(tokens=7, in_features=24, out_features=40, num_experts=3, rank=4)
-BRIEF = Effort(seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=0.0, cpu_products=2**33)
+BRIEF = Effort(visits=2, seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=0.0, cpu_products=2**33)
 LIMITS = Limits(copy_bytes_per_s=1e9, gemm_flops_per_s=dict.fromkeys(DTYPES, 1e12), cache_bytes=1)
 EAGER_ROWS = [
     name
@@ -66,8 +66,10 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(names: list[str], shape: Shape = SMALL, scope: str = "layer", phase: str = "forward+backward"):
     table = rows()
-    group = Group(shape, scope, [table[name] for name in names], CPU, LIMITS, BRIEF)
-    return {record.row: record for record in group.records(phase)}
+    group = Group(shape, scope, [phase], [table[name] for name in names], CPU, LIMITS, BRIEF)
+    group.visit()
+    group.visit()
+    return {record.row: record for record in group.records()}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -115,8 +117,9 @@ def test_a_wrong_backend_fails_the_command(wrong_backend: str, quickly, tmp_path
 
 def test_a_row_that_breaks_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = replace(rows()["unsloth"], build=lambda inputs, scope: 1 / 0)
-    group = Group(SMALL, "layer", [rows()["frozen"], broken], CPU, LIMITS, BRIEF)
-    found = {record.row: record.status for record in group.records("forward")}
+    group = Group(SMALL, "layer", ["forward"], [rows()["frozen"], broken], CPU, LIMITS, BRIEF)
+    group.visit()
+    found = {record.row: record.status for record in group.records()}
     assert found == {"frozen": "ok", "unsloth": "failed: ZeroDivisionError: division by zero"}
 
 
@@ -207,10 +210,10 @@ def test_an_interrupted_run_keeps_what_it_has(quickly, tmp_path, capsys, monkeyp
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli.model, "measure_models", interrupted)
+    monkeypatch.setattr(cli.model.Models, "visit", interrupted)
     monkeypatch.setattr(cli, "grids", lambda device, quick: [cli.Grid((SMALL,))])
     assert cli.main(["--quick", "--rows", "frozen", "--out", str(tmp_path)]) == 0
-    assert "stopped after 0 rows, by the user" in capsys.readouterr().out
+    assert "stopped in visit 1 of 2, by the user" in capsys.readouterr().out
     assert report.load(tmp_path / "results.json")["records"] == []
 
 
@@ -220,7 +223,9 @@ def test_whole_models() -> None:
     config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2}
     plan = Plan(config, torch.float32, batch=2, sequence=16, prompt=4, new_tokens=3)
-    found = list(measure_models(plan, CPU, BRIEF))
+    models = Models(plan, CPU, BRIEF)
+    models.visit()
+    found = list(models.records())
     assert [record.status for record in found] == ["ok"] * 6
     assert [record.row for record in found] == ["frozen", "peft", "torch"] * 2
     layers = 2 * 16 * (4 * (32 + 32) + 3 * (32 + 48))  # rank 16, two layers of seven linears
@@ -236,7 +241,9 @@ def test_whole_models_are_checked(wrong_backend: str, monkeypatch: pytest.Monkey
     )
     config = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     plan = Plan(config, torch.float32, batch=1, sequence=8, prompt=4, new_tokens=2)
-    found = {record.row: record for record in measure_models(plan, CPU, BRIEF)}
+    models = Models(plan, CPU, BRIEF)
+    models.visit()
+    found = {record.row: record for record in models.records()}
     assert found["wrong"].status.startswith("wrong result: rms error ")
     assert found["wrong"].seconds is None
     assert found["torch"].status == "ok"
@@ -246,14 +253,16 @@ def test_compare_names_what_became_slower_and_nothing_else(tmp_path, capsys) -> 
     found = records(["frozen", "torch", "eager"])
     before = report.make_results(environment.describe(CPU), LIMITS, "", list(found.values()), [], "")
     for record in before["records"]:
-        record["seconds"] = {"median": 1.0, "low": 0.95, "high": 1.05}
-        record["over_frozen"] = {"median": 1.0, "low": 0.95, "high": 1.05}
+        record["seconds"] = {"median": 1.0, "low": 0.95, "high": 1.05, "visits": [0.99, 1.12, 1.0]}
+        record["over_frozen"] = {"median": 1.0, "low": 0.95, "high": 1.05, "visits": [1.0, 1.01, 0.99]}
 
     def after(times: dict[str, float], ratios: dict[str, float]) -> tuple[int, str]:
         changed = json.loads(json.dumps(before))
         for record in changed["records"]:
             for key, factors in (("seconds", times), ("over_frozen", ratios)):
-                record[key] = {name: value * factors.get(record["row"], 1) for name, value in record[key].items()}
+                factor, spread = factors.get(record["row"], 1), record[key]
+                record[key] = {name: spread[name] * factor for name in ("median", "low", "high")}
+                record[key]["visits"] = [median * factor for median in spread["visits"]]
         for name, results in (("before", before), ("after", changed)):
             (tmp_path / f"{name}.json").write_text(json.dumps(results))
         code = compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")])
@@ -264,7 +273,8 @@ def test_compare_names_what_became_slower_and_nothing_else(tmp_path, capsys) -> 
     assert "T=7, E=3, R=4, float32, layer, forward+backward: torch: time +50.0%, over the frozen linear +50.0%" in out
     assert "3 rows compared, 1 beyond their spread" in out
     assert after({}, {})[0] == 0
-    assert after({"torch": 1.08}, {"torch": 1.08})[0] == 0  # within the spread
+    assert after({"torch": 1.08}, {"torch": 1.08})[0] == 0  # below the threshold
+    assert after({"torch": 1.15}, {"torch": 1.15})[0] == 0  # one of the visits took as long
     assert after(dict.fromkeys(("torch", "eager", "frozen"), 2.0), {"torch": 1.04})[0] == 0  # the machine was busy
     assert after({"frozen": 2.0}, {"torch": 0.5, "eager": 0.5})[0] == 0  # the frozen linear was disturbed
     code, out = after({"torch": 0.5}, {"torch": 0.5})
@@ -300,8 +310,8 @@ def test_rounds_sample_every_row_once_in_changing_order() -> None:
 
 
 def test_spread() -> None:
-    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
-    assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == Spread(3.5, 2.0, 5.0)
+    assert Spread.of([[3.0]]) == Spread(3.0, 3.0, 3.0, (3.0,))
+    assert Spread.of([[5.0, 1.0, 2.0], [3.0, 4.0, 6.0]]) == Spread(3.5, 2.0, 5.0, (2.0, 4.0))
 
 
 def test_bytes_and_flops_that_operations_move() -> None:
