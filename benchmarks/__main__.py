@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
                 progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
                 job.visit()
     except KeyboardInterrupt:
-        environment["stopped"] = f"in visit {visit + 1} of {effort.visits}, by the user"
+        environment["stopped"] = f"at step {progress.done} of {progress.total}, by the user"
     progress.end()
     records = [record for group in groups for record in group.records()]
     models = [record for job in whole for record in job.records()]

@@ -60,10 +60,11 @@ def plan_for(device: torch.device, quick: bool) -> Plan:
     names = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     )  # fmt: skip
-    if device.type == "cpu":
-        config = dict(zip(names, (512, 256, 704, 4, 8, 8), strict=True))
+    on_cpu = device.type == "cpu"
+    sizes = (512, 256, 704, 4, 8, 8) if on_cpu else (32000, 2048, 8192, 16, 32, 8)
+    config: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    if on_cpu:
         return Plan(config, torch.float32, 2, 64 if quick else 256, 16, 16 if quick else 48)
-    config = dict(zip(names, (32000, 2048, 8192, 16, 32, 8), strict=True))
     return Plan(config, torch.bfloat16, 4, 2048, 128, 64 if quick else 256)
 
 

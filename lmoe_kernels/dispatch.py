@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,7 @@ from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.checks import fail
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """What a choice depends on: where the tensors lie and how large they are, never what is in them."""
 
     device: torch.device

@@ -141,11 +141,15 @@ def _call(
         _flat(x), lora_a, lora_b, gate_weight, _flat(gate_logits), weight, base if weight is not None else _flat(base),
         float(scaling), mixing, top_k, return_router_logits, name,
     )  # fmt: skip
-    lead = x.shape[:-1]
-    y = y.view(*lead, y.shape[1])
+    y = _unflat(y, x)
     if not return_router_logits:
         return y
-    return y, logits.view(*lead, logits.shape[1]) if gate_logits is None else gate_logits
+    return y, _unflat(logits, x) if gate_logits is None else gate_logits
+
+
+def _unflat(t: Tensor, x: Tensor) -> Tensor:
+    """(T, F) with the leading dims of x."""
+    return t if x.dim() == 2 else t.view(*x.shape[:-1], t.shape[1])
 
 
 def _flat(t: _MaybeTensor) -> _MaybeTensor:

@@ -129,8 +129,10 @@ def _dense(t: _MaybeTensor) -> _MaybeTensor:
 def _no_autocast(x: Tensor) -> nullcontext | torch.autocast:
     """Inside an op the dtypes are settled: autocast, where it is on, must not touch the fp32 parts."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
+
+_NOTHING = nullcontext()
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):
     _library.impl("forward", _forward, _key)

@@ -213,7 +213,7 @@ def test_an_interrupted_run_keeps_what_it_has(quickly, tmp_path, capsys, monkeyp
     monkeypatch.setattr(cli.model.Models, "visit", interrupted)
     monkeypatch.setattr(cli, "grids", lambda device, quick: [cli.Grid((SMALL,))])
     assert cli.main(["--quick", "--rows", "frozen", "--out", str(tmp_path)]) == 0
-    assert "stopped in visit 1 of 2, by the user" in capsys.readouterr().out
+    assert "stopped at step 2 of 5, by the user" in capsys.readouterr().out
     assert report.load(tmp_path / "results.json")["records"] == []
 
 
