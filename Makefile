@@ -38,7 +38,6 @@ bench: $(READY) ## Measure what the layer costs on this machine
 gpu: ## Build, test, tune and measure on this machine's GPU, with its own Python and without a network
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu
-	$(PYTHON) -m benchmarks
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
 	$(BIN)/python -m benchmarks.static

@@ -11,6 +11,8 @@ import torch
 from benchmarks.shapes import DTYPES, Shape
 from benchmarks.timing import Call, clock_for
 
+NARROW = 16
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -18,6 +20,7 @@ class Limits:
 
     copy_bytes_per_s: float  # bytes read plus bytes written, by a copy far larger than the caches
     gemm_flops_per_s: dict[str, float]  # by dtype, a large square GEMM
+    narrow_flops_per_s: dict[str, float]  # by dtype, a GEMM with as many columns as one LoRA has ranks: NARROW
     cache_bytes: int  # the last level: what the inputs are rotated past
 
 
@@ -34,12 +37,13 @@ def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limi
     source, target = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
     copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
     size = 8192 if device.type != "cpu" else 1024 if quick else 2048
-    rates = {}
-    for name in dtypes:
-        a = torch.randn(size, size, device=device).to(DTYPES[name])
-        out = torch.empty_like(a)
-        rates[name] = 2 * size**3 / seconds(lambda a=a, out=out: torch.mm(a, a.t(), out=out))
-    return Limits(copied, rates, cache)
+
+    def rate(name: str, columns: int) -> float:
+        a, b = (torch.randn(size, n, device=device).to(DTYPES[name]) for n in (size, columns))
+        out = torch.empty_like(b)
+        return 2 * size**2 * columns / seconds(lambda: torch.mm(a, b, out=out))
+
+    return Limits(copied, {name: rate(name, size) for name in dtypes}, {name: rate(name, NARROW) for name in dtypes}, cache)
 
 
 def cache_bytes(device: torch.device) -> int:

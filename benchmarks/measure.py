@@ -15,6 +15,7 @@ from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
 
 MOST_COPIES = 16  # of the inputs, to rotate past the cache
+COUNTED = ("counted_bytes", "counted_flops", "counted_seconds")
 CHECKED = 12  # further copies, in bytes, that the check in float64 takes with its gradients
 
 
@@ -35,7 +36,8 @@ class Record:
     floor_seconds: float | None = None  # the roofline of what the row computes
     counted_bytes: int | None = None  # what its operations read and write
     counted_flops: int | None = None
-    counted_over_frozen: float | None = None  # what these bytes and FLOPs let expect
+    counted_seconds: float | None = None  # what these bytes and FLOPs let expect
+    counted_over_frozen: float | None = None  # likewise
     peak_bytes: int | None = None
     saved_bytes: int | None = None
 
@@ -95,7 +97,7 @@ class Group:
                     over_peft=ratio(visits, row.name, "peft"),
                     floor_seconds=floor_seconds(row.definition, self.shape, self.scope, phase, self.limits),
                     **self.weights[phase][row.name],
-                    counted_over_frozen=self._expected(row.name, phase),
+                    counted_over_frozen=self._counted_over_frozen(row.name, phase),
                 )
 
     def _build(self) -> tuple[list[Inputs], dict[str, list[Step]]]:
@@ -137,27 +139,23 @@ class Group:
             self.reasons[row.name] = f"not run: torch.compile: {what}" if row.compiled else f"failed: {what}"
         return []
 
-    def _weigh(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, int]:
+    def _weigh(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, Any]:
         """The bytes of one call, and what its operations move; the latter is not to be seen in compiled code."""
-        weights = {"peak_bytes": peak_bytes(call, self.device)}
+        weights: dict[str, Any] = {"peak_bytes": peak_bytes(call, self.device)}
         if phase == "forward+backward":
             given = {key: t for key, t in vars(inputs).items() if isinstance(t, torch.Tensor)}
             weights["saved_bytes"] = saved_bytes(step, given)
         if not next(row for row in self.rows if row.name == name).compiled:
-            with OpCounter() as counter:
+            with OpCounter(self.limits, self.shape.dtype) as counter:
                 call()
-            weights |= {"counted_bytes": counter.bytes, "counted_flops": counter.flops}
+            weights |= {name: getattr(counter, name.removeprefix("counted_")) for name in COUNTED}
         return weights
 
-    def _expected(self, name: str, phase: str) -> float | None:
-        """The frozen roofline and the extra bytes and FLOPs of the row's operations, over the frozen roofline."""
+    def _counted_over_frozen(self, name: str, phase: str) -> float | None:
         weights = self.weights[phase]
-        if "frozen" not in weights or "counted_bytes" not in weights[name] or self.scope != "layer":
+        if self.scope != "layer" or "frozen" not in weights or "counted_seconds" not in weights[name]:
             return None
-        extra_bytes = weights[name]["counted_bytes"] - weights["frozen"]["counted_bytes"]
-        extra_flops = weights[name]["counted_flops"] - weights["frozen"]["counted_flops"]
-        extra = max(extra_bytes / self.limits.copy_bytes_per_s, extra_flops / self.limits.gemm_flops_per_s[self.shape.dtype])
-        return 1 + extra / floor_seconds("frozen", self.shape, self.scope, phase, self.limits)
+        return weights[name]["counted_seconds"] / weights["frozen"]["counted_seconds"]
 
 
 def call_of(step: Step, dy: Tensor, phase: str) -> Call:

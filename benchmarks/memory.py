@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.baselines import Step
+from benchmarks.limits import NARROW, Limits
 from benchmarks.timing import Call
 from lmoe_kernels import ops
 
@@ -64,13 +65,16 @@ def saved_bytes(step: Step, inputs: dict[str, Tensor]) -> int:
 class OpCounter(TorchDispatchMode):
     """Counts what ATen operations read, write and multiply, as if no cache kept anything between two of them.
 
-    Views cost nothing. Operations of compiled code and kernels of our own are not seen: their rows have no count.
+    `seconds` is what they take at the machine's limits, each by its bytes or its FLOPs. Views cost nothing. Operations of
+    compiled code and kernels of our own are not seen: their rows have no count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits, dtype: str) -> None:
         super().__init__()
+        self.limits, self.dtype = limits, dtype
         self.bytes = 0
         self.flops = 0
+        self.seconds = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operation, and count it."""
@@ -79,6 +83,9 @@ class OpCounter(TorchDispatchMode):
             if func is op:
                 with self:  # the package's operations count as what their backend does
                     return body(*args, **kwargs)
+        if func._can_decompose():
+            with self:  # as autograd would have taken it apart; the package's operations come from below autograd
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         self._count(func, args, kwargs, result)
         return result
@@ -92,12 +99,18 @@ class OpCounter(TorchDispatchMode):
         in_place = func._schema.is_mutable
         if not in_place and all(any(_shares(w, r) for r in reads) for w in writes):
             return  # a view
-        products = [t for t in reads if t.dim() >= 2][-2:]
+        flops, rate = 0, self.limits.gemm_flops_per_s[self.dtype]
         if name.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm", "addbmm"):
-            self.flops += 2 * writes[0].numel() * products[0].shape[-1]
+            inner = [t for t in reads if t.dim() >= 2][-2].shape[-1]
+            flops = 2 * writes[0].numel() * inner
+            if min(inner, *writes[0].shape[-2:]) <= NARROW:
+                rate = self.limits.narrow_flops_per_s[self.dtype]
         if name in ("copy_", "fill_", "zero_") or kwargs.get("beta") == 0:
             reads = reads[1:]  # what is overwritten is not read
-        self.bytes += sum(map(_bytes, reads)) + sum(map(_bytes, writes))
+        moved = sum(map(_bytes, reads)) + sum(map(_bytes, writes))
+        self.bytes += moved
+        self.flops += flops
+        self.seconds += max(moved / self.limits.copy_bytes_per_s, flops / rate)
 
 
 def _shares(a: Tensor, b: Tensor) -> bool:

@@ -22,7 +22,8 @@ READING = """\
 - **ms**: median over the rounds of all visits, with the 20th and 80th percentiles. All rows of a table are interleaved in
   one process; every table is visited several times in a run, on fresh inputs.
 - **x frozen, x PEFT**: times the frozen linear's time, and that of PEFT's one LoRA, in the same round; median over rounds.
-- **counted**: the same ratio as the bytes and FLOPs of the row's operations let expect, no cache between two of them.
+- **counted**: the same ratio as the bytes and FLOPs of the row's operations let expect at the limits above, each operation
+  by itself, no cache between two of them; products of at most 16 rows, columns or summands at the rate of narrow ones.
 - **roofline**: the least time for what the row computes (bytes at the copy's bandwidth, FLOPs at the GEMM's rate), as a
   share of the time it took. A copy reads and writes; what mostly reads can come out above 100 %.
 - **peak**: allocated at most beyond the inputs, in one call. **saved**: kept for the backward beyond the inputs.
@@ -94,7 +95,10 @@ def heading(results: Results) -> str:
     """Machine, versions and limits, in three lines."""
     environment, limits = results["environment"], results["limits"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    rates = ", ".join(f"{name} GEMM {_rate(rate)}" for name, rate in limits["gemm_flops_per_s"].items())
+    rates = ", ".join(
+        f"{name} GEMM {_rate(rate)} (16 columns: {_rate(limits['narrow_flops_per_s'][name])})"
+        for name, rate in limits["gemm_flops_per_s"].items()
+    )
     load = "" if environment["load"] is None else f", load {environment['load']} at the start"
     load += f", OpenMP threads wait {environment['waiting']}" if environment["waiting"] else ""
     run = f"{environment['date']}, commit {environment['commit']}"

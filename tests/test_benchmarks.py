@@ -23,7 +23,8 @@ from lmoe_kernels.backends import torch as torch_backend
 CPU = torch.device("cpu")
 SMALL = Shape(tokens=7, in_features=24, out_features=40, num_experts=3, rank=4)
 BRIEF = Effort(visits=2, seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=0.0, cpu_products=2**33)
-LIMITS = Limits(copy_bytes_per_s=1e9, gemm_flops_per_s=dict.fromkeys(DTYPES, 1e12), cache_bytes=1)
+RATES, NARROW_RATES = dict.fromkeys(DTYPES, 1e12), dict.fromkeys(DTYPES, 1e11)
+LIMITS = Limits(copy_bytes_per_s=1e9, gemm_flops_per_s=RATES, narrow_flops_per_s=NARROW_RATES, cache_bytes=1)
 EAGER_ROWS = [
     name
     for name, row in rows().items()
@@ -316,19 +317,39 @@ def test_spread() -> None:
 
 def test_bytes_and_flops_that_operations_move() -> None:
     a, b, c = torch.randn(3, 5), torch.randn(5, 7), torch.randn(3, 7)
-    with memory.OpCounter() as counter:
+    with memory.OpCounter(LIMITS, "float32") as counter:
         a @ b.t().contiguous().t()
     assert counter.flops == 2 * 3 * 5 * 7
     assert counter.bytes == 4 * (2 * 35 + 15 + 35 + 21)  # the copy of b, then the product
-    with memory.OpCounter() as counter:
+    assert counter.seconds == pytest.approx(counter.bytes / 1e9)
+    with memory.OpCounter(LIMITS, "float32") as counter:
         c.view(21).unsqueeze(0)
     assert counter.bytes == 0
-    with memory.OpCounter() as counter:
+    with memory.OpCounter(LIMITS, "float32") as counter:
         c.addmm_(a, b)
     assert counter.bytes == 4 * (21 + 15 + 35 + 21)
-    with memory.OpCounter() as counter:
+    with memory.OpCounter(LIMITS, "float32") as counter:
         c.addmm_(a, b, beta=0)
     assert counter.bytes == 4 * (15 + 35 + 21)
+
+
+def test_narrow_products_are_counted_at_their_own_rate() -> None:
+    a, b = torch.randn(300, 200), torch.randn(200, 16)
+    endless = replace(LIMITS, copy_bytes_per_s=float("inf"))
+    with memory.OpCounter(endless, "float32") as counter:
+        a @ b
+    assert counter.seconds == pytest.approx(2 * 300 * 200 * 16 / 1e11)
+    with memory.OpCounter(endless, "float32") as counter:
+        a @ a.t()
+    assert counter.seconds == pytest.approx(2 * 300 * 200 * 300 / 1e12)
+
+
+def test_the_operations_of_our_backend_are_counted() -> None:
+    tokens, ins, outs, experts, ranks = 7, 24, 40, 3, 3 * 4  # of SMALL
+    flops = records(["torch"], phase="forward")["torch"].counted_flops
+    products = 2 * tokens * (ins * outs + ranks * (ins + outs) + experts * ins)
+    assert flops is not None
+    assert products <= flops <= 1.1 * products  # and the mix
 
 
 def test_what_is_kept_for_the_backward() -> None:
@@ -351,7 +372,7 @@ def test_peak_is_what_is_held_at_one_time() -> None:
 
 def test_the_floors_are_those_of_the_design() -> None:
     """T=1000, 100 -> 200, E R = 32, fp32, on a machine that copies one byte a second and multiplies at no cost."""
-    limits = Limits(1.0, {"float32": float("inf")}, 1)
+    limits = Limits(1.0, {"float32": float("inf")}, {}, 1)
     shape = Shape(1000, 100, 200, 4, 8)
     x, y, weight = 100 * 4000, 200 * 4000, 100 * 200 * 4
     parameters = 4 * (32 * 300 + 4 * 100)
