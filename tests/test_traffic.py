@@ -50,6 +50,17 @@ def test_backward_reads_x_once_and_dy_twice_and_writes_dx_once(processors: int) 
     assert written == dx.nbytes
 
 
+@pytest.mark.parametrize("case", [CASE, replace(CASE, T=48, E=9, top_k=1)], ids=["all experts", "in groups"])
+def test_backward_is_done_with_dy_before_it_turns_to_x_and_writes_dx_last(processors: int, case: Case) -> None:
+    """So that dy's second reader finds in the L2 what the first one left, and the frozen product so finds dx."""
+    counts, problem, _ = _backward(case, (True,) * 4)
+    names = {problem.dy.data_ptr(): "dy", problem.tensors["x"].data_ptr(): "x"}
+    readers = list(dict.fromkeys((names[a.address], a.kernel) for a in counts if a.address in names))
+    assert [name for name, _ in readers[:2]] == ["dy", "dy"], "a kernel for dv, then one for dB"
+    assert {name for name, _ in readers[2:]} == {"x"}
+    assert next(reversed(counts)).kernel.endswith("_expand_fwd_kernel")
+
+
 @pytest.mark.parametrize("mask", [(True, False, False, False), (False, False, True, False)], ids=["dx", "dlora_b"])
 def test_a_gradient_nobody_asked_for_costs_nothing(processors: int, mask: tuple[bool, ...]) -> None:
     counts, problem, _ = _backward(CASE, mask)
@@ -85,7 +96,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
     problem = make_problem(case, torch.bfloat16)
     t = problem.tensors
     _, logits, u = FORWARD.forward(
-        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True
+        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", case.top_k, True
     )
     with counted() as counts:
         dx, _, _, _ = BACKWARD.backward(
@@ -99,7 +110,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
             u,
             1.0,
             "factors",
-            None,
+            case.top_k,
             mask,
         )
     return counts, problem, dx

@@ -1,4 +1,4 @@
-"""What only the Triton backend has: several plans for one call, tiles that do not fit, offsets past 2^31."""
+"""What only the Triton backend has: several plans for one call, tiles that do not fit, the policy of tf32."""
 
 from importlib import import_module
 
@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from lmoe_kernels import explain, lmoe
 from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
+from lmoe_kernels.backends.triton.launch import dot_constants
 from tests.problems import Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
@@ -85,16 +86,16 @@ def test_an_expert_masked_by_minus_infinity() -> None:
     )
 
 
-def test_offsets_past_two_to_the_31() -> None:
-    case = Case(T=3, I=24, O=17)
-    problem = make_problem(case, torch.bfloat16)
-    stride = 2**30 + 8  # the third row begins past 2^31 elements; of the memory between the rows nothing is touched
-    x = torch.empty(2 * stride + case.I, dtype=torch.bfloat16).as_strided((case.T, case.I), (stride, 1))
-    x.copy_(problem.tensors["x"])
-    y, logits = problem.call("triton", x=x)
-    expected, expected_logits = problem.call("triton")
-    assert torch.equal(y, expected)
-    assert torch.equal(logits, expected_logits)
+def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> None:
+    products, x = torch.backends.cuda.matmul, torch.empty(1)
+    assert dot_constants(x)["PRECISION"] == "ieee"
+    try:
+        products.allow_tf32 = True
+        assert dot_constants(x)["PRECISION"] == "tf32"
+        for other in (torch.bfloat16, torch.float16, torch.float64):
+            assert dot_constants(x.to(other))["PRECISION"] == "ieee"
+    finally:
+        products.allow_tf32 = False
 
 
 def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
