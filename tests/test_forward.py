@@ -65,7 +65,9 @@ def test_rows_past_two_to_the_31_elements(backend: str) -> None:
     t = make_problem(Case(T=3, I=24, O=17), torch.bfloat16).tensors
     x, base = t["x"], torch.randn(3, 17).bfloat16()
     factors, options = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
-    assert torch.equal(lmoe(far_apart(x), *factors, base=far_apart(base), **options), lmoe(x, *factors, base=base, **options))
+    assert torch.equal(
+        lmoe(far_apart(x), *factors, base=far_apart(base), **options), lmoe(x, *factors, base=base, **options)
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)

@@ -21,12 +21,12 @@ from tests.problems import Case, Problem, make_problem
 from tests.traffic import counted
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
-BEFORE = 2**30  # tokens: two of anything a token are 2^31 elements
+BEFORE = 2**30  # tokens: what is there twice for each of them, a slot's third part too, lies past 2^31 elements
 CASES = {
     "_one_pass_fwd_kernel": (1, Case(T=20, I=40, O=37, E=16, R=4)),
     "_shrink_mix_fwd_kernel": (1, Case(T=20, I=40, O=37, E=3, R=16, shared_a=True)),
     "_shrink_fwd_kernel": (64, Case(T=20, I=260, O=257, E=16, R=8, mixing="outputs")),
-    "_grouped_shrink_fwd_kernel": (1, Case(T=20, I=40, O=37, E=16, R=8, top_k=2)),
+    "_grouped_shrink_fwd_kernel": (1, Case(T=20, I=40, O=37, E=9, R=8, top_k=3)),
 }
 
 
