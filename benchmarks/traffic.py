@@ -93,9 +93,8 @@ def main() -> None:
         for row in rows:
             print(f"{row.direction:<9} {row.kernel:<24} {row.tensor:<14} {row.loaded:>8.0f} {row.stored:>8.0f}")
         print(over_the_floor(rows))
-    print(
-        f"\nFLOPs a token of the forward's dots over E at R={R}, T=2048, I=O=128\n{'E':>4} {'all experts':>12} {'top_k=2':>9}"
-    )
+    print(f"\nFLOPs a token of the forward's dots over E at R={R}, T=2048, I=O=128")
+    print(f"{'E':>4} {'all experts':>12} {'top_k=2':>9}")
     for experts in (8, 16, 32, 64, 128):
         print(f"{experts:>4} {2 * experts * R * (128 + 128):>12} {measure_flops(experts, 2):>9.0f}")
 

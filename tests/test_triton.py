@@ -12,11 +12,13 @@ from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
 from lmoe_kernels.backends.triton.launch import dot_constants
 from tests.problems import Case, assert_no_worse, eager, gradients, leaves_of, make_problem, truth
+from tests.races import race_checked
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 CHIPS = [
     Chip("sm_80", 108, 163 << 10),
     Chip("sm_90", 132, 227 << 10),
+    Chip("sm_100", 148, 227 << 10),
     Chip("sm_120", 170, 99 << 10),
     Chip("gfx942", 304, 64 << 10),
 ]
@@ -39,12 +41,14 @@ def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch
         monkeypatch.setattr(module, "chip_of", lambda device: chip)
     problem = make_problem(case, dtype)
     leaves, plain_leaves = leaves_of(problem.tensors), leaves_of(problem.tensors)
-    results, plain = problem.call("triton", **leaves), eager(problem, plain_leaves)
-    true_y, true_logits, true = truth(problem)
+    with race_checked():
+        results = problem.call("triton", **leaves)
+        ours = gradients(problem, results, leaves)
+    plain, (true_y, true_logits, true) = eager(problem, plain_leaves), truth(problem)
     assert_no_worse("y", results[0], plain[0], true_y)
     assert_no_worse("router_logits", results[1], plain[1], true_logits)
     plain_gradients = gradients(problem, plain, plain_leaves)
-    for name, gradient in gradients(problem, results, leaves).items():
+    for name, gradient in ours.items():
         assert_no_worse(f"gradient of {name}", gradient, plain_gradients[name], true[name])
 
 
@@ -138,6 +142,8 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
 
 
 def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'triton': its kernels take at most 256 experts, not 257"):
+        make_problem(Case(E=257), torch.float32).call("triton")
     t = make_problem(Case(), torch.float32).tensors
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="'triton': its kernels run on GPUs, not on cpu"):
