@@ -29,6 +29,9 @@ def race_checked() -> Iterator[None]:
         launches[-1].touch(self.grid_idx, _addresses(pointers, mask), stores=True)
         return store(self, pointers, value, mask, *rest)
 
+    def settle(self: Any) -> None:
+        launches[-1].unsettled.clear()
+
     def checking_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         launches.append(_Launch(self.fn.__name__))
         try:
@@ -41,7 +44,7 @@ def race_checked() -> Iterator[None]:
     with (
         mock.patch.object(builder, "create_masked_load", checking_load),
         mock.patch.object(builder, "create_masked_store", checking_store),
-        mock.patch.object(builder, "create_barrier", lambda self: launches[-1].unsettled.clear()),
+        mock.patch.object(builder, "create_barrier", settle),
         mock.patch.object(executor, "__call__", checking_call),
     ):
         yield

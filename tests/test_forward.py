@@ -61,9 +61,10 @@ def test_a_token_broadcast_to_a_batch(backend: str) -> None:
     torch.testing.assert_close(y, problem.call(backend)[0].expand(6, -1))
 
 
-def test_rows_past_two_to_the_31_elements(backend: str) -> None:
-    t = make_problem(Case(T=3, I=24, O=17), torch.bfloat16).tensors
-    x, base = t["x"], torch.randn(3, 17).bfloat16()
+@pytest.mark.parametrize("tokens", [3, 66], ids=["few tokens", "many tokens"])
+def test_rows_past_two_to_the_31_elements(tokens: int, backend: str) -> None:
+    t = make_problem(Case(T=tokens, I=24, O=17), torch.bfloat16).tensors
+    x, base = t["x"], torch.randn(tokens, 17).bfloat16()
     factors, options = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
     assert torch.equal(
         lmoe(far_apart(x), *factors, base=far_apart(base), **options), lmoe(x, *factors, base=base, **options)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton.configs import Chip
 from tests.problems import Case, make_problem
-from tests.traffic import counted, counted_flops, of_tensor, stored_to
+from tests.traffic import Bytes, counted, counted_flops, of_tensor, stored_to
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 CASE = Case(T=96, I=80, O=112, E=4, R=8)
@@ -80,13 +80,13 @@ def test_work_of_few_experts_of_many_grows_with_the_few() -> None:
     for E, top_k in ((24, 2), (48, 2)):
         t = make_problem(Case(T=120, I=40, O=48, E=E, R=4, top_k=top_k), torch.bfloat16).tensors
         arguments = t["x"], t["lora_a"], t["lora_b"], None, torch.randn(120, E), None, 1.0, "factors", top_k, True
-        with counted() as counts:
-            FORWARD.forward(*arguments)
-        with counted_flops() as of_kernel:
-            FORWARD.forward(*arguments)
+        with counted() as counts, counted_flops() as of_kernel:
+            y, _, u = FORWARD.forward(*arguments)
         assert any("grouped" in access.kernel for access in counts)
         loaded[E], flops[E] = of_tensor(counts, t["x"]).loaded, sum(of_kernel.values())
         assert loaded[E] == top_k * t["x"].nbytes
+        assert of_tensor(counts, y) == Bytes((top_k - 1) * y.nbytes, top_k * y.nbytes)
+        assert of_tensor(counts, u).stored == top_k * u.nbytes // E, "only the experts kept are written"
     # every expert's last tile is partly empty: at most one more for each expert and slot
     shrink_and_expand = 2 * 16 * 16 * (64 + 64)  # FLOPs of a tile: 16 tokens, 4 ranks padded to 16, features padded
     assert flops[48] - flops[24] <= 2 * 24 * shrink_and_expand
