@@ -240,7 +240,7 @@ def table(found: list[dict]) -> str:
         lines.append(
             f"{kernel:<27} {arch:<7} {len(of_one):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}"
         )
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _range(numbers: list[int]) -> str:

@@ -28,7 +28,7 @@ CASES = [
     Case(T=80, I=40, O=50, E=24, R=3, top_k=2),  # tokens are grouped by expert
     Case(T=80, I=40, O=50, E=24, R=3, top_k=2, mixing="outputs", outside_logits=True),
     Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
-    Case(T=35, I=150, O=140, E=33, R=2, shared_a=True, top_k=5),  # more experts than the least block
+    Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, top_k=5),  # more experts than a block of expand or wgrad holds
 ]
 
 
