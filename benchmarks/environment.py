@@ -26,6 +26,13 @@ def describe(device: torch.device) -> dict[str, object]:
     }
 
 
+def provenance() -> str:
+    """Date, commit and versions, for results that no device has a part in."""
+    facts = describe(torch.device("cpu"))
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton"))
+    return f"{facts['date']}, commit {facts['commit']}, {versions}"
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its number of cores."""
     if device.type == "cuda":

@@ -1,11 +1,11 @@
 """Compile the Triton kernels for GPUs that need not be here, and read registers and spills from the machine code.
 
-    python -m benchmarks.static [--quick | --one] [--arch sm_90 ...]
+    python -m benchmarks.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
 
-One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels.
-The launches are those of the backend itself: it is called on tensors without memory, with its launcher replaced by a
-recorder. Exits with 1 where something spills, has a stack, wants more shared memory than the chip has, or uses no tensor
-cores where it could.
+One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels;
+`--out` keeps them as kernels.jsonl and kernels.txt. The launches are those of the backend itself: it is called on tensors
+without memory, with its launcher replaced by a recorder. Exits with 1 where something spills, has a stack, wants more shared
+memory than the chip has, or uses no tensor cores where it could.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.environment import provenance
 from lmoe_kernels.backends.triton.configs import Chip, Tile
 
 CHIPS = {
@@ -158,7 +159,8 @@ def inspect(launch: Launch, arch: str) -> dict[str, object]:
         "kernel": launch.kernel,
         "config": {name: value for name, value in launch.constants if isinstance(value, int)}
         | {"types": " ".join(launch.arguments)}
-        | asdict(launch.tile),
+        | launch.tile.blocks()
+        | {"warps": launch.tile.warps, "stages": launch.tile.stages},
         "arch": arch,
     }
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
@@ -200,16 +202,21 @@ def _read_amd(compiled: CompiledKernel) -> dict[str, int]:
 
 def complaints(row: dict) -> list[str]:
     """What is wrong with a row."""
-    has_dots = any(stage in row["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
-    half = "*bf16" in row["config"]["types"] or "*fp16" in row["config"]["types"]
+    wants_tensor_cores = has_half_dots(row)
     rules = {
         "spills": row["spills"] > 0,
         "stack": row["stack"] > 0,
         "too much shared memory": row["shared"] > CHIPS[row["arch"]].shared_memory,
-        "no tensor cores": has_dots and half and row["mma"] == 0,
-        "no wgmma": has_dots and half and row["arch"] == "sm_90" and row["wgmma"] == 0,
+        "no tensor cores": wants_tensor_cores and row["mma"] == 0,
+        "no wgmma": wants_tensor_cores and row["arch"] == "sm_90" and row["wgmma"] == 0,
     }
     return [complaint for complaint, broken in rules.items() if broken]
+
+
+def has_half_dots(row: dict) -> bool:
+    """Whether a row's kernel multiplies bf16 or fp16."""
+    has_dots = any(stage in row["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
+    return has_dots and any(half in row["config"]["types"] for half in ("*bf16", "*fp16"))
 
 
 def rows(situations: list[Situation], archs: list[str], processes: int) -> Iterator[dict]:
@@ -219,6 +226,27 @@ def rows(situations: list[Situation], archs: list[str], processes: int) -> Itera
         yield from pool.map(inspect, *zip(*jobs, strict=True))
 
 
+def table(found: list[dict]) -> str:
+    """The ranges over the configurations of each kernel on each chip; tensor cores' instructions of bf16 and fp16 alone."""
+    of_kernel: dict[tuple[str, str], list[dict]] = {}
+    for row in found:
+        of_kernel.setdefault((row["kernel"], row["arch"]), []).append(row)
+    lines = [f"{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma"]
+    for (kernel, arch), of_one in sorted(of_kernel.items()):
+        half = [row for row in of_one if has_half_dots(row)]
+        regs, shared = _range([r["regs"] for r in of_one]), _range([r["shared"] >> 10 for r in of_one])
+        mma, wgmma = (_range([r[key] for r in half]) for key in ("mma", "wgmma"))
+        spills, stack = (max(r[key] for r in of_one) for key in ("spills", "stack"))
+        lines.append(
+            f"{kernel:<27} {arch:<7} {len(of_one):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _range(numbers: list[int]) -> str:
+    return f"{min(numbers)}-{max(numbers)}" if numbers else ""
+
+
 def main() -> int:
     """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be here.")
@@ -226,22 +254,22 @@ def main() -> int:
     parser.add_argument("--one", action="store_true", help="one situation, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to keep the lines and the table")
     args = parser.parse_args()
     situations = QUICK[:1] if args.one else QUICK if args.quick else SITUATIONS
-    of_kernel: dict[tuple[str, str], list[dict]] = {}
-    wrong = 0
+    found, wrong, says = [], 0, f"compiled {provenance()}"
     for row in rows(situations, args.arch, args.processes):
         print(json.dumps(row), flush=True)
-        of_kernel.setdefault((row["kernel"], row["arch"]), []).append(row)
-        if found := complaints(row):
+        found.append(row)
+        if complaint := complaints(row):
             wrong += 1
-            print(f"{row['kernel']} on {row['arch']}: {', '.join(found)}", file=sys.stderr)
-    print(f"\n{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma")
-    for (kernel, arch), found in sorted(of_kernel.items()):
-        regs, mma, wgmma = (f"{min(r[k] for r in found)}-{max(r[k] for r in found)}" for k in ("regs", "mma", "wgmma"))
-        shared = f"{min(r['shared'] for r in found) >> 10}-{max(r['shared'] for r in found) >> 10}"
-        spills, stack = (max(r[k] for r in found) for k in ("spills", "stack"))
-        print(f"{kernel:<27} {arch:<7} {len(found):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}")
+            print(f"{row['kernel']} on {row['arch']}: {', '.join(complaint)}", file=sys.stderr)
+    says += f"; {len(found)} configurations, {wrong} with complaints\n\n{table(found)}"
+    print(f"\n{says}")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "kernels.txt").write_text(says + "\n")
+        (args.out / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return min(wrong, 1)
 
 

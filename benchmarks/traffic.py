@@ -17,6 +17,7 @@ interpret()
 
 import torch  # noqa: E402
 
+from benchmarks.environment import provenance  # noqa: E402
 from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
 from tests.traffic import counted, counted_flops  # noqa: E402
 
@@ -59,29 +60,43 @@ def measure(processors: int) -> list[Row]:
     ]
 
 
-def measure_flops(experts: int, top_k: int | None) -> float:
+def measure_flops(experts: int, top_k: int) -> float:
     """FLOPs a token of a forward's dots, with as many experts."""
     forward = import_module("lmoe_kernels.backends.triton.forward")
-    tokens, features = 512, 128
+    tokens, features = 2048, 128
     x, logits = torch.randn(tokens, features).bfloat16(), torch.randn(tokens, experts)
     a, b = torch.randn(experts, R, features).bfloat16(), torch.randn(experts, R, features).bfloat16()
-    with mock.patch.object(forward, "chip_of", return_value=Chip("sm_90", 8, 227 << 10)), counted_flops() as flops:
+    with mock.patch.object(forward, "chip_of", return_value=Chip("sm_90", 64, 227 << 10)), counted_flops() as flops:
         forward.forward(x, a, b, None, logits, None, 0.5, "factors", top_k, True)
     return sum(flops.values()) / tokens
 
 
+def over_the_floor(rows: list[Row]) -> str:
+    """What the large tensors cost, as multiples of reading or writing them once."""
+    forward, backward = ([row for row in rows if row.direction == direction] for direction in ("forward", "backward"))
+    written = [sum(row.stored for row in of if row.tensor in ("y", "out")) for of in (forward, backward)]
+    read = {name: sum(row.loaded for row in of if row.tensor == name) for of in (forward, backward) for name in ("x", "dy")}
+    read_forward = sum(row.loaded for row in forward if row.tensor == "x")
+    return (
+        f"over the floor: forward x {read_forward / (2 * I):.2f}, y {written[0] / (2 * O):.2f};"
+        f" backward dy {read['dy'] / (2 * O):.2f}, x {read['x'] / (2 * I):.2f}, dx {written[1] / (2 * I):.2f}"
+    )
+
+
 def main() -> None:
     """Print a table for each plan, and the work over E."""
+    print(f"counted {provenance()}\n")
     print(f"bytes a token, bf16, T={T} I={I} O={O} E={E} R={R}: x is {2 * I}, y and dy are {2 * O}, u and v are {2 * E * R}")
     for plan, processors in PLANS.items():
         print(f"\n{plan}\n{'':<9} {'kernel':<24} {'tensor':<14} {'loaded':>8} {'stored':>8}")
-        for row in measure(processors):
+        rows = measure(processors)
+        for row in rows:
             print(f"{row.direction:<9} {row.kernel:<24} {row.tensor:<14} {row.loaded:>8.0f} {row.stored:>8.0f}")
-    print(
-        f"\nFLOPs a token of the forward's dots over E at R={R}, T=512, I=O=128\n{'E':>4} {'all experts':>12} {'top_k=2':>9}"
-    )
+        print(over_the_floor(rows))
+    print(f"\nFLOPs a token of the forward's dots over E at R={R}, T=2048, I=O=128")
+    print(f"{'E':>4} {'all experts':>12} {'top_k=2':>9}")
     for experts in (8, 16, 32, 64, 128):
-        print(f"{experts:>4} {measure_flops(experts, None):>12.0f} {measure_flops(experts, 2):>9.0f}")
+        print(f"{experts:>4} {2 * experts * R * (128 + 128):>12} {measure_flops(experts, 2):>9.0f}")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def forward(
         y = base + scaling * einsum("tro,tri,ti->to", B, A, x)          (mixing="factors")
     Returns:
         y (T, O) in x's dtype. Where `save` is set also logits (T, E) in fp32 (fp64 for fp64; None where they came from
-        outside) and u (T, E, R) in x's dtype, which `backward` wants; else None, None.
+        outside) and u (T, E, R) in x's dtype, which `backward` wants; else None, None. A backend may leave u unwritten for
+        experts that a token does not keep: `backward` does not read them.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     xw, a, b = x.to(wide), lora_a.to(wide), lora_b.to(wide)

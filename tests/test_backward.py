@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lmoe_kernels import lmoe
+from tests.far import far_apart
 from tests.problems import CASES, Case, Problem, assert_all_no_worse, gradients, leaves_of, make_problem
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -80,6 +81,16 @@ def test_broadcast_and_strided_gradients_from_above(backend: str, exact: torch.d
         dense = torch.autograd.grad(y, list(leaves.values()), dy.contiguous(), retain_graph=True)
         for a, b in zip(strided, dense, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_rows_past_two_to_the_31_elements(backend: str) -> None:
+    problem = make_problem(Case(T=3, I=24, O=17), torch.bfloat16)
+    leaves, far_leaves = leaves_of(problem.tensors), leaves_of(problem.tensors)
+    y, far_y = (problem.call(backend, **some)[0] for some in (leaves, far_leaves | {"x": far_apart(problem.tensors["x"])}))
+    wanted = ("lora_a", "lora_b", "gate_weight")
+    grads = torch.autograd.grad(y, [leaves[name] for name in wanted], problem.dy)
+    far = torch.autograd.grad(far_y, [far_leaves[name] for name in wanted], far_apart(problem.dy))
+    assert all(torch.equal(a, b) for a, b in zip(grads, far, strict=True))
 
 
 def test_two_backwards_give_the_same_bits_and_leave_everything_alone(backend: str) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lmoe_kernels import lmoe
+from tests.far import far_apart
 from tests.problems import CASES, Case, assert_all_no_worse, make_problem
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -55,6 +56,16 @@ def test_a_token_broadcast_to_a_batch(backend: str) -> None:
     problem = make_problem(Case(T=1), torch.float32)
     y, _ = problem.call(backend, x=problem.tensors["x"].expand(6, -1))
     torch.testing.assert_close(y, problem.call(backend)[0].expand(6, -1))
+
+
+@pytest.mark.parametrize("tokens", [3, 66], ids=["few tokens", "many tokens"])
+def test_rows_past_two_to_the_31_elements(tokens: int, backend: str) -> None:
+    t = make_problem(Case(T=tokens, I=24, O=17), torch.bfloat16).tensors
+    x, base = t["x"], torch.randn(tokens, 17).bfloat16()
+    factors, options = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
+    assert torch.equal(
+        lmoe(far_apart(x), *factors, base=far_apart(base), **options), lmoe(x, *factors, base=base, **options)
+    )
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton.configs import Chip
 from tests.problems import Case, make_problem
-from tests.traffic import counted, counted_flops, of_tensor, stored_to
+from tests.traffic import Bytes, counted, counted_flops, of_tensor, stored_to
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 CASE = Case(T=96, I=80, O=112, E=4, R=8)
@@ -50,6 +50,17 @@ def test_backward_reads_x_once_and_dy_twice_and_writes_dx_once(processors: int) 
     assert written == dx.nbytes
 
 
+@pytest.mark.parametrize("case", [CASE, replace(CASE, T=48, E=9, top_k=1)], ids=["all experts", "in groups"])
+def test_backward_is_done_with_dy_before_it_turns_to_x_and_writes_dx_last(processors: int, case: Case) -> None:
+    """So that dy's second reader finds in the L2 what the first one left, and the frozen product so finds dx."""
+    counts, problem, _ = _backward(case, (True,) * 4)
+    names = {problem.dy.data_ptr(): "dy", problem.tensors["x"].data_ptr(): "x"}
+    readers = list(dict.fromkeys((names[a.address], a.kernel) for a in counts if a.address in names))
+    assert [name for name, _ in readers[:2]] == ["dy", "dy"], "a kernel for dv, then one for dB"
+    assert {name for name, _ in readers[2:]} == {"x"}
+    assert next(reversed(counts.keys())).kernel.endswith("_expand_fwd_kernel")
+
+
 @pytest.mark.parametrize("mask", [(True, False, False, False), (False, False, True, False)], ids=["dx", "dlora_b"])
 def test_a_gradient_nobody_asked_for_costs_nothing(processors: int, mask: tuple[bool, ...]) -> None:
     counts, problem, _ = _backward(CASE, mask)
@@ -69,13 +80,13 @@ def test_work_of_few_experts_of_many_grows_with_the_few() -> None:
     for E, top_k in ((24, 2), (48, 2)):
         t = make_problem(Case(T=120, I=40, O=48, E=E, R=4, top_k=top_k), torch.bfloat16).tensors
         arguments = t["x"], t["lora_a"], t["lora_b"], None, torch.randn(120, E), None, 1.0, "factors", top_k, True
-        with counted() as counts:
-            FORWARD.forward(*arguments)
-        with counted_flops() as of_kernel:
-            FORWARD.forward(*arguments)
+        with counted() as counts, counted_flops() as of_kernel:
+            y, _, u = FORWARD.forward(*arguments)
         assert any("grouped" in access.kernel for access in counts)
         loaded[E], flops[E] = of_tensor(counts, t["x"]).loaded, sum(of_kernel.values())
         assert loaded[E] == top_k * t["x"].nbytes
+        assert of_tensor(counts, y) == Bytes((top_k - 1) * y.nbytes, top_k * y.nbytes)
+        assert of_tensor(counts, u).stored == top_k * u.nbytes // E, "only the experts kept are written"
     # every expert's last tile is partly empty: at most one more for each expert and slot
     shrink_and_expand = 2 * 16 * 16 * (64 + 64)  # FLOPs of a tile: 16 tokens, 4 ranks padded to 16, features padded
     assert flops[48] - flops[24] <= 2 * 24 * shrink_and_expand
@@ -85,7 +96,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
     problem = make_problem(case, torch.bfloat16)
     t = problem.tensors
     _, logits, u = FORWARD.forward(
-        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True
+        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", case.top_k, True
     )
     with counted() as counts:
         dx, _, _, _ = BACKWARD.backward(
@@ -99,7 +110,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
             u,
             1.0,
             "factors",
-            None,
+            case.top_k,
             mask,
         )
     return counts, problem, dx

@@ -1,4 +1,4 @@
-"""What only the Triton backend has: several plans for one call, tiles that do not fit, offsets past 2^31."""
+"""What only the Triton backend has: several plans for one call, tiles that do not fit, the policy of tf32."""
 
 from importlib import import_module
 
@@ -10,22 +10,25 @@ pytest.importorskip("triton")
 from lmoe_kernels import explain, lmoe
 from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
+from lmoe_kernels.backends.triton.launch import dot_constants
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
+from tests.races import race_checked
 
 FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 CHIPS = [
     Chip("sm_80", 108, 163 << 10),
     Chip("sm_90", 132, 227 << 10),
+    Chip("sm_100", 148, 227 << 10),
     Chip("sm_120", 170, 99 << 10),
     Chip("gfx942", 304, 64 << 10),
 ]
 CASES = [
     Case(T=70, I=300, O=290, E=4, R=6, top_k=2),
-    Case(T=70, I=150, O=140, E=12, R=7),  # more columns than a tile of the interpreter holds
+    Case(T=70, I=260, O=257, E=12, R=7),  # more columns than a tile of the interpreter holds
     Case(T=80, I=40, O=50, E=24, R=3, top_k=2),  # tokens are grouped by expert
     Case(T=80, I=40, O=50, E=24, R=3, top_k=2, mixing="outputs", outside_logits=True),
     Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
-    Case(T=35, I=150, O=140, E=33, R=2, shared_a=True, top_k=5),  # more experts than the least block
+    Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, top_k=5),  # more experts than a block of expand or wgrad holds
 ]
 
 
@@ -38,7 +41,9 @@ def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch
         monkeypatch.setattr(module, "chip_of", lambda device: chip)
     problem = make_problem(case, dtype)
     leaves = leaves_of(problem.tensors)
-    assert_all_no_worse(problem, outcome(problem, problem.call("triton", **leaves), leaves))
+    with race_checked():
+        ours = outcome(problem, problem.call("triton", **leaves), leaves)
+    assert_all_no_worse(problem, ours)
 
 
 @pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
@@ -79,16 +84,16 @@ def test_an_expert_masked_by_minus_infinity() -> None:
     )
 
 
-def test_offsets_past_two_to_the_31() -> None:
-    case = Case(T=3, I=24, O=17)
-    problem = make_problem(case, torch.bfloat16)
-    stride = 2**30 + 8  # the third row begins past 2^31 elements; of the memory between the rows nothing is touched
-    x = torch.empty(2 * stride + case.I, dtype=torch.bfloat16).as_strided((case.T, case.I), (stride, 1))
-    x.copy_(problem.tensors["x"])
-    y, logits = problem.call("triton", x=x)
-    expected, expected_logits = problem.call("triton")
-    assert torch.equal(y, expected)
-    assert torch.equal(logits, expected_logits)
+def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> None:
+    products, x = torch.backends.cuda.matmul, torch.empty(1)
+    assert dot_constants(x)["PRECISION"] == "ieee"
+    try:
+        products.allow_tf32 = True
+        assert dot_constants(x)["PRECISION"] == "tf32"
+        for other in (torch.bfloat16, torch.float16, torch.float64):
+            assert dot_constants(x.to(other))["PRECISION"] == "ieee"
+    finally:
+        products.allow_tf32 = False
 
 
 def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
@@ -131,6 +136,8 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
 
 
 def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'triton': its kernels take at most 256 experts, not 257"):
+        make_problem(Case(E=257), torch.float32).call("triton")
     t = make_problem(Case(), torch.float32).tensors
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="'triton': its kernels run on GPUs, not on cpu"):

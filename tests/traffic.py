@@ -57,7 +57,8 @@ def counted_flops() -> Iterator[dict[str, int]]:
 def counted() -> Iterator[dict[Access, Bytes]]:
     """Within this block every unmasked element that a kernel loads or stores is added up.
 
-    Elements are counted as often as they are asked for: what a GPU's caches serve is in it.
+    Elements are counted as often as they are asked for: what a GPU's caches serve is in it. An access outside of the
+    kernel's arguments raises.
     """
     from triton.runtime import interpreter
 
@@ -68,18 +69,20 @@ def counted() -> Iterator[dict[Access, Bytes]]:
 
     def access(pointers: np.ndarray, mask: np.ndarray) -> Access:
         kernel, tensors = running[-1]
-        address = int(pointers[mask].flat[0])
+        first, last = int(pointers[mask].min()), int(pointers[mask].max())
         for name, tensor in tensors.items():
             span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-            if 0 <= address - tensor.data_ptr() < span * tensor.element_size():
+            if tensor.data_ptr() <= first <= last < tensor.data_ptr() + span * tensor.element_size():
                 return Access(kernel, name.removesuffix("_ptr"), tensor.data_ptr())
         raise AssertionError(f"{kernel}: an access outside of its arguments")
 
     def counting_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
-        result = load(self, pointers, mask, *rest)
         inside = np.broadcast_to(mask.data, pointers.data.shape)
-        if inside.any():
-            counts[access(pointers.data, inside)].loaded += int(inside.sum()) * result.data.itemsize
+        if not inside.any():
+            return load(self, pointers, mask, *rest)
+        count = counts[access(pointers.data, inside)]  # before the load: a wrong address would end the process
+        result = load(self, pointers, mask, *rest)
+        count.loaded += int(inside.sum()) * result.data.itemsize
         return result
 
     def counting_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:

@@ -1,14 +1,22 @@
-"""Backward of the `triton` backend: shrink of dy with the mix's backward, expand into dx, and the weight gradients.
+"""Backward of the `triton` backend: shrink of dy with the mix's backward, the weight gradients, and expand into dx.
 
     _shrink_mix_bwd_kernel    dy, B, u -> dv -> du, dlogits, v        few tokens: _shrink_fwd_kernel, _mix_bwd_kernel
-    _expand_fwd_kernel        [du | dlogits], [A | gate_weight] -> dx
-    _wgrad_bwd_kernel         [du | dlogits], x -> dA, dgate_weight;  v, dy -> dB
+    _wgrad_bwd_kernel         v, dy -> dB;  [du | dlogits], x -> dA, dgate_weight
     _reduce_bwd_kernel        the parts of a weight gradient, in their order
+    _expand_fwd_kernel        [du | dlogits], [A | gate_weight] -> dx
     in groups                 see `grouped`: top_k of so many experts that it pays
 
-dy is read twice, by the shrink and by dB's wgrad, x once. Reading dy once would take chunks of T that stay in the L2 between
-the two: at O = 4096 in bf16 some 2048 tokens, 16 MB, which are 16 to 32 tiles for 132 processors. A second reading of dy, at
-the bandwidth of the whole chip, takes less time than a first one at that of a quarter.
+Two kernels read dy, one behind the other, so that what the L2 holds of it comes from there the second time: all of it up to
+some 4000 tokens of O = 4096 in bf16 (an H200 has 50 MB). x is read once. dx comes last, for the frozen product adds into it.
+
+To read dy once beyond that would spare 2 O bytes a token, 8192. By count it pays nowhere (E R = 128, 132 processors):
+- A kernel that makes both products of a slab of F features leaves dv in O / F parts, which cost 8 E R O / F bytes a token:
+  32768 at F = 128. F = 512 breaks even, with dB's accumulators in all the registers of a processor. For E R <= 32 only.
+- A kernel that goes over a tile of tokens twice keeps 132 tiles of 64 tokens in the L2, 66 MB, and adds each to a dB of
+  2 MB in fp32: 65536 bytes a token.
+- Chunks of T, shrink and wgrad by turns: 2048 tokens, 16 MB, stay in the L2 and are 32 tiles. To fill the chip the shrink
+  splits O by four, 4096 bytes a token, and the wgrad the tokens, into sums that each chunk reads and writes: 8192. That is
+  the L2's traffic, but for three launches more, by chunk, to spare the memory 4 us (at 4.3 TB/s).
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -65,28 +73,28 @@ def backward(
             return backward_in_groups(
                 dy, dlogits_in, x, lora_a, lora_b, gate_weight, logits, u, scaling, output_mask, mix, plan, groups, chip
             )
+    du = torch.empty_like(u) if want_x or want_a else None
     v = dy.new_empty(sizes.T, sizes.E, sizes.R) if want_b else None
+    dlogits = dy.new_empty(sizes.T, sizes.E, dtype=logits.dtype if gate_weight is None else dy.dtype)
     dx = dlora_a = dlora_b = dgate = None
     with on_device_of(dy):
-        if want_x or want_a or want_gate:
-            du = torch.empty_like(u) if want_x or want_a else None
-            dlogits = dy.new_empty(sizes.T, sizes.E, dtype=logits.dtype if gate_weight is None else dy.dtype)
+        if du is not None or want_gate:
             shrink_mix(dy, lora_b.to(dy.dtype), logits, dlogits_in, u, du, dlogits, v, scaling, mix, plan)
-            if want_x:
-                dx, gate = dy.new_empty(sizes.T, sizes.I), None if gate_weight is None else gate_weight.to(dy.dtype)
-                assert du is not None
-                expand(du, lora_a.to(dy.dtype), None if gate is None else dlogits, gate, None, 1.0, dx, plan.expand)
-            over_x = [] if du is None or not want_a else [(du, lora_a)]
-            if want_gate and gate_weight is not None:
-                over_x.append((dlogits, gate_weight))
-            grads = wgrad(x, over_x, 1.0, chip) if over_x else []
-            dlora_a = grads[0] if want_a else None
-            if want_gate:
-                dgate = dlogits if gate_weight is None else grads[-1]
         elif v is not None:
             mix_fwd(None, None, logits, None, u, v, mix, plan.mix)
         if v is not None:
             (dlora_b,) = wgrad(dy, [(v, lora_b)], scaling, chip)
+        over_x = [] if du is None or not want_a else [(du, lora_a)]
+        if want_gate and gate_weight is not None:
+            over_x.append((dlogits, gate_weight))
+        grads = wgrad(x, over_x, 1.0, chip) if over_x else []
+        dlora_a = grads[0] if want_a else None
+        if want_gate:
+            dgate = dlogits if gate_weight is None else grads[-1]
+        if want_x:
+            dx, gate = dy.new_empty(sizes.T, sizes.I), None if gate_weight is None else gate_weight.to(dy.dtype)
+            assert du is not None
+            expand(du, lora_a.to(dy.dtype), None if gate is None else dlogits, gate, None, 1.0, dx, plan.expand)
     return dx, dlora_a, dlora_b, dgate
 
 
@@ -120,20 +128,20 @@ def backward_in_groups(
         grouped.mix_bwd(u, dv, route, dlogits_in, du, v, dlogits, mix, plan.mix)
     elif v is not None:
         grouped.mix_fwd(u, route, v, mix, plan.mix)
+    if v is not None:
+        dlora_b = grouped.wgrad(dy, v, lora_b, route, scaling, groups.wgrad)
+    if want_a:
+        assert x is not None
+        assert du is not None
+        dlora_a = grouped.wgrad(x, du, lora_a, route, 1.0, groups.wgrad)
+    if want_gate:
+        dgate = dlogits if gate_weight is None else wgrad(x, [(dlogits, gate_weight)], 1.0, chip)[0]
     if want_x:
         assert du is not None
         dx = dy.new_empty(T, lora_a.shape[2])
         if gate_weight is not None:
             expand(dlogits, gate_weight.to(dy.dtype)[:, None], None, None, None, 1.0, dx, groups.gate_expand)
         grouped.expand(du, lora_a.to(dy.dtype), route, None if gate_weight is None else dx, 1.0, dx, groups.expand)
-    if want_a:
-        assert x is not None
-        assert du is not None
-        dlora_a = grouped.wgrad(x, du, lora_a, route, 1.0, groups.wgrad)
-    if v is not None:
-        dlora_b = grouped.wgrad(dy, v, lora_b, route, scaling, groups.wgrad)
-    if want_gate:
-        dgate = dlogits if gate_weight is None else wgrad(x, [(dlogits, gate_weight)], 1.0, chip)[0]
     return dx, dlora_a, dlora_b, dgate
 
 

@@ -97,12 +97,16 @@ def forward_in_groups(
     plan: ForwardPlan,
     groups: GroupedPlan,
 ) -> Tensor:
-    """y by the tokens of each expert; returns u (T, E, R), zero for experts that a token does not keep."""
+    """y by the tokens of each expert; returns u (T, E, R), unwritten where a token does not keep the expert.
+
+    `u` has its full shape because what torch.compile traces cannot know of this plan; zeros would cost 2 E R bytes a token,
+    4096 at E = 128 and R = 16, a twelfth of all the traffic at I = O = 4096 and k = 2. The backward reads the experts kept.
+    """
     parts = None
     if gate_weight is not None:
         parts, _ = shrink(x, gate_weight[:, None], None, plan.splits, groups.gate)
     route = grouped.route(parts, gate_logits, logits, x, mix["E"], mix["TOP_K"], plan.mix)
-    u = x.new_zeros(x.shape[0], mix["E"], mix["R"])
+    u = x.new_empty(x.shape[0], mix["E"], mix["R"])
     v = x.new_empty(x.shape[0], mix["TOP_K"], mix["R"])
     grouped.shrink(x, lora_a, route, 1.0, u, True, groups.shrink)
     grouped.mix_fwd(u, route, v, mix, plan.mix)

@@ -6,8 +6,8 @@ T / BLOCK_T + E of those, so the grid is known beforehand and what is left over 
 
     forward     _shrink_fwd_kernel (gate alone), _route_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_fwd_kernel,
                 _grouped_expand_fwd_kernel for each slot
-    backward    _route_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_bwd_kernel, _expand_fwd_kernel (gate alone),
-                _grouped_expand_fwd_kernel for each slot, _grouped_wgrad_bwd_kernel
+    backward    _route_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_bwd_kernel, _grouped_wgrad_bwd_kernel,
+                _expand_fwd_kernel (gate alone), _grouped_expand_fwd_kernel for each slot
 
 An expand adds to what the slot before it wrote: every token once in each launch, so no atomics and the same bits every time.
 """
@@ -57,9 +57,14 @@ def route(
         SPLITS=1 if logit_parts is None else logit_parts.shape[0], E=num_experts, TOP_K=top_k,
         ACC=dot_constants(like)["ACC"], tile=tile,
     )  # fmt: skip
+    return Route(gates, experts, *by_expert(experts, num_experts))
+
+
+def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The `order` (K, T) and `bounds` (K, E + 1) of a route, from the experts (K, T) that its tokens keep."""
     ordered, order = experts.sort(dim=1, stable=True)
-    first = torch.arange(num_experts + 1, dtype=torch.int32, device=like.device).expand(top_k, -1).contiguous()
-    return Route(gates, experts, order.int(), torch.searchsorted(ordered, first, out_int32=True))
+    first = torch.arange(num_experts + 1, dtype=torch.int32, device=experts.device).expand(len(experts), -1).contiguous()
+    return order.int(), torch.searchsorted(ordered, first, out_int32=True)
 
 
 def shrink(rows: Tensor, factor: Tensor, route: Route, scaling: float, out: Tensor, by_expert: bool, tile: Tile) -> None:

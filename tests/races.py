@@ -1,0 +1,86 @@
+"""Races of Triton kernels, found in the interpreter, which runs programs one after another and would never show them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+
+@contextmanager
+def race_checked() -> Iterator[None]:
+    """Within this block a kernel raises where it would hang on luck what it reads or leaves behind.
+
+    What a program has stored it may touch again only behind a barrier, since other threads may do so; and what one program
+    of a launch stores, no other may touch at all.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
+    launches: list[_Launch] = []
+
+    def checking_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].touch(self.grid_idx, _addresses(pointers, mask), stores=False)
+        return load(self, pointers, mask, *rest)
+
+    def checking_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        launches[-1].touch(self.grid_idx, _addresses(pointers, mask), stores=True)
+        return store(self, pointers, value, mask, *rest)
+
+    def settle(self: Any) -> None:
+        launches[-1].unsettled.clear()
+
+    def checking_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(_Launch(self.fn.__name__))
+        try:
+            result = call(self, *args, **kwargs)
+            launches[-1].check_programs()
+        finally:
+            launches.pop()
+        return result
+
+    with (
+        mock.patch.object(builder, "create_masked_load", checking_load),
+        mock.patch.object(builder, "create_masked_store", checking_store),
+        mock.patch.object(builder, "create_barrier", settle),
+        mock.patch.object(executor, "__call__", checking_call),
+    ):
+        yield
+
+
+def _addresses(pointers: Any, mask: Any) -> np.ndarray:
+    return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+
+
+class _Launch:
+    """The addresses that the programs of one launch touch."""
+
+    def __init__(self, kernel: str) -> None:
+        self.kernel = kernel
+        self.program: Any = None
+        self.unsettled: list[np.ndarray] = []  # stored by the running program since its last barrier
+        self.loaded: dict[Any, list[np.ndarray]] = {}
+        self.stored: dict[Any, list[np.ndarray]] = {}
+
+    def touch(self, program: Any, addresses: np.ndarray, stores: bool) -> None:
+        if program != self.program:
+            self.program = program
+            self.unsettled.clear()
+        for before in self.unsettled:
+            assert not np.isin(addresses, before).any(), f"{self.kernel}: touches what it stored, with no barrier between"
+        if stores:
+            self.unsettled.append(addresses)
+        (self.stored if stores else self.loaded).setdefault(program, []).append(addresses)
+
+    def check_programs(self) -> None:
+        """No address that one program stores is touched by another."""
+        stored = {program: np.unique(np.concatenate(parts)) for program, parts in self.stored.items()}
+        everything = np.concatenate([*stored.values(), np.empty(0, np.uint64)])
+        assert len(np.unique(everything)) == len(everything), f"{self.kernel}: two programs store to one address"
+        for program, parts in self.loaded.items():
+            of_others = np.setdiff1d(everything, stored.get(program, []))
+            assert not np.isin(np.unique(np.concatenate(parts)), of_others).any(), (
+                f"{self.kernel}: a program loads what another one stores"
+            )
