@@ -199,7 +199,9 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
         tile = replace(tile, T=128, warps=8)
     elif wide > 160 or uses_mma_sync(chip):
         tile = replace(tile, warps=8)
-    return fit_stages(tile, 4, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
+    # fp32 has its operands in registers beside the accumulators: with Triton 3.6 more than two stages spill on sm_90
+    stages = 2 if dtype.itemsize > 2 else 4
+    return fit_stages(tile, stages, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
 
 
 def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
