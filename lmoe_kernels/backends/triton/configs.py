@@ -171,7 +171,8 @@ def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtyp
         tile = replace(tile, T=32, F=64)
     elif tile.ER > 128 and chip.arch.startswith("gfx"):
         tile = replace(tile, F=64)
-    tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
+    stages = 3 if tile.ER == 16 and uses_mma_sync(chip) else 4  # of 16 rows a fourth one spills with Triton 3.6 on sm_80
+    tile = fit_stages(tile, stages, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
     # As many programs as fill one wave. A split costs 8 ER F bytes, written and read, against T F times the itemsize of
     # the rows themselves: below 512 tokens each it is not worth its bytes.
     programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
@@ -199,7 +200,9 @@ def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> T
         tile = replace(tile, T=128, warps=8)
     elif wide > 160 or uses_mma_sync(chip):
         tile = replace(tile, warps=8)
-    return fit_stages(tile, 4, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
+    # fp32 has its operands in registers beside the accumulators: with Triton 3.6 more than two stages spill on sm_90
+    stages = 2 if dtype.itemsize > 2 else 4
+    return fit_stages(tile, stages, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
 
 
 def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
