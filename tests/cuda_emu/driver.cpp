@@ -100,7 +100,8 @@ struct Problem {
         x = random_tensor((T - 1) * x_stride + I, dtype, 1);
         a = random_tensor(experts_of_a * R * I, parameter(), 1 / std::sqrt(I));
         b = random_tensor(E * R * O, parameter(), 1 / std::sqrt(R));
-        if (!outside) gate_weight = random_tensor(E * I, parameter(), 1 / std::sqrt(I));
+        // not rounded on load where experts are dropped: a rounding may be enough to keep another one
+        if (!outside) gate_weight = random_tensor(E * I, top_k < E ? dtype : parameter(), 1 / std::sqrt(I));
         if (outside) logits_in = random_tensor(T * E, parameter(), 1);
         if (has_base) base = random_tensor((T - 1) * base_stride + O, dtype, 1);
         dy = random_tensor(T * O, dtype, 1);
