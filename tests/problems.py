@@ -73,7 +73,6 @@ CASES = [
     Case(T=21, outside_logits=True),
     Case(T=9, outside_logits=True, mixing="outputs", top_k=1, linear=True),
     Case(T=130, I=136, O=72, E=3, R=9),
-    Case(T=66, I=1032, O=1040, E=3, R=5, top_k=2),
 ]
 
 

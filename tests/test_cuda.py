@@ -46,6 +46,16 @@ def test_fp32_parameters_on_every_way(case: Case, dtype: torch.dtype, way: str, 
     _compare_all(make_problem(case, dtype, param_dtype=torch.float32))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [Case(T=66, I=1032, O=1040, E=3, R=5, top_k=2), Case(T=129, I=40, O=1536)], ids=str)
+def test_shapes_that_take_parts_by_themselves(case: Case, dtype: torch.dtype, emulated_cuda, watch) -> None:
+    processors = emulated_cuda.processors(0)
+    in_parts = [configs.shrink_parts(case.T, features, processors) > 1 for features in (case.I, case.O)]
+    assert in_parts == ([True, True] if case.T == 66 else [False, False])
+    assert (configs.one_launch_smem(case.T, case.E, case.R, 2, processors) > 0) == (case.T == 129)
+    _compare_all(make_problem(case, dtype))
+
+
 def _compare_all(problem: Problem) -> None:
     """Results without anything saved, and with it; then every gradient."""
     leaves, plain = leaves_of(problem.tensors), leaves_of(problem.tensors)

@@ -14,12 +14,14 @@ using Shrink = Product<S, BLOCK_T, COLUMNS, 2, true, true>;
 template <class S>
 using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
-// Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once; of a rest, as
-// many as it needs.
+// Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once, and up to 64
+// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing.
+constexpr int WIDE = 160, NARROW = 64;
+
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, 32>::SMEM <= Shrink<S, 128>::SMEM, "a narrow rest needs more than the wide tile before it");
-    return columns > 128 ? Shrink<S, 160>::SMEM : Shrink<S, 128>::SMEM;
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE>::SMEM, "the rest needs more than what was before it");
+    return columns > NARROW ? Shrink<S, WIDE>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 
 template <class Tile, class Store>
@@ -38,13 +40,10 @@ template <class S, class Store>
 __device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
                                        int64_t first, int64_t last, Store store) {
     for (int64_t column = 0; column < factors.rows;) {
-        const int64_t rest = factors.rows - column;
-        if (rest > 128) {
-            column = shrink_columns<Shrink<S, 160>>(smem, rows, t0, factors, column, first, last, store);
-        } else if (rest > 32) {
-            column = shrink_columns<Shrink<S, 128>>(smem, rows, t0, factors, column, first, last, store);
+        if (factors.rows - column > NARROW) {
+            column = shrink_columns<Shrink<S, WIDE>>(smem, rows, t0, factors, column, first, last, store);
         } else {
-            column = shrink_columns<Shrink<S, 32>>(smem, rows, t0, factors, column, first, last, store);
+            column = shrink_columns<Shrink<S, NARROW>>(smem, rows, t0, factors, column, first, last, store);
         }
     }
 }
