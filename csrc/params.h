@@ -29,7 +29,7 @@ struct ForwardParams {
     int64_t base_stride;
 
     void* logits;    // (T, E); read where gate_weight is null, else written by forward, fp32
-    void* u;         // (T, experts_of_a, R); a forward in one launch writes neither where it is null
+    void* u;         // (T, experts_of_a, R); null, and the written logits too, where nobody wants them: never by stages
     void* v;         // (T, v_stride), the first E * R columns; workspace
     float* scratch;  // (T, scratch_stride) fp32: E gates; in the backward then E dgates, R of h, R of dh; workspace
     void* y;         // (T, O)
@@ -37,7 +37,7 @@ struct ForwardParams {
     int64_t scratch_stride;
     float* partial;        // the parts of a sum, fp32, one product's after the other's; workspace, null where none is split
     int64_t shrink_parts;  // x's features (the backward: dy's) are summed in so many parts, and those in a fixed order
-    int64_t smem;  // bytes of shared memory of a forward in one launch, which has neither v nor scratch; 0: stage by stage
+    int64_t smem;  // bytes of shared memory of decode, or of a forward in one pass, which has no workspace; 0: by stages
 };
 
 // The backward knows all that the forward knows, plus gradients. A null gradient is not computed.

@@ -20,14 +20,14 @@ HALVES = [torch.bfloat16, torch.float16]
 WAYS_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
 
 
-@pytest.fixture(params=["one launch", "stages", "shrink in parts"])
+@pytest.fixture(params=["one pass", "stages", "shrink in parts"])
 def way(request: pytest.FixtureRequest, emulated_cuda, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each way through the kernels for any number of tokens, whatever way the shape would take."""
     forward, backward = _module(forward_module), _module(backward_module)
     monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
-    processors = 1 if request.param == "one launch" else 1 << 20  # one that tiles fill, or far more than tiles
-    plan = configs.one_launch_smem
-    monkeypatch.setattr(forward, "one_launch_smem", lambda *sizes: plan(*sizes[:-1], processors))
+    processors = 1 if request.param == "one pass" else 1 << 20  # one that tiles fill, or far more than tiles
+    plan = configs.one_pass_smem
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: plan(*sizes[:-1], processors))
     parts = 3 if request.param == "shrink in parts" else 1
     for module in (forward, backward):
         monkeypatch.setattr(module, "shrink_parts", lambda *sizes: parts)
@@ -52,7 +52,7 @@ def test_shapes_that_take_parts_by_themselves(case: Case, dtype: torch.dtype, em
     processors = emulated_cuda.processors(0)
     in_parts = [configs.shrink_parts(case.T, features, processors) > 1 for features in (case.I, case.O)]
     assert in_parts == ([True, True] if case.T == 66 else [False, False])
-    assert (configs.one_launch_smem(case.T, case.E, case.R, 2, processors) > 0) == (case.T == 129)
+    assert (configs.one_pass_smem(case.T, case.E, case.R, 2, processors) > 0) == (case.T == 129)
     _compare_all(make_problem(case, dtype))
 
 
@@ -84,7 +84,7 @@ def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | No
             torch.testing.assert_close(ours, theirs)
     # y, u and logits where they are saved; stage by stage these two always, v, gates, and the parts' sums
     made = [count for _, count in watch.buffers]
-    if way == "one launch":
+    if way == "one pass":
         assert made == [70 * 136, *([70 * 4 * 8, 70 * 4] if save else [])]
     else:
         parts = 3 * 70 * 36 if way == "shrink in parts" else 0
@@ -94,7 +94,7 @@ def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | No
 def test_sums_in_parts_repeat_the_same_bits(emulated_cuda, monkeypatch, watch) -> None:
     problem = make_problem(Case(T=70, I=1600, O=1100, E=3, R=8), torch.bfloat16)
     forward, backward = _module(forward_module), _module(backward_module)
-    monkeypatch.setattr(forward, "one_launch_smem", lambda *sizes: 0)
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: 0)
     for parts in (2, 3):
         for module in (forward, backward):
             monkeypatch.setattr(module, "shrink_parts", lambda *sizes, n=parts: n)
@@ -146,11 +146,11 @@ def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, m
 
 @pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])
 def test_the_way_of_a_forward(processors: int) -> None:
-    """One launch where tiles of tokens fill two thirds of the chip and fit, else as many parts as fill it."""
+    """One pass where tiles of tokens fill two thirds of the chip and fit, else as many parts as fill it."""
     for tokens in (1, 64, 65, 512, 1000, 4096, 8192, 100_000):
         tiles = -(-tokens // 64)
         fills = 3 * tiles > 2 * processors
-        smem = configs.one_launch_smem(tokens, 8, 16, 2, processors)
+        smem = configs.one_pass_smem(tokens, 8, 16, 2, processors)
         parts = configs.shrink_parts(tokens, 4096, processors)
         assert (smem > 0) == fills
         assert (parts == 1) == fills
@@ -160,13 +160,13 @@ def test_the_way_of_a_forward(processors: int) -> None:
     for experts, rank, size, fits in (
         (8, 16, 4, True), (16, 16, 2, True), (16, 16, 4, False), (8, 64, 2, False), (64, 16, 2, False)
     ):  # fmt: skip
-        smem = configs.one_launch_smem(1 << 20, experts, rank, size, processors)
+        smem = configs.one_pass_smem(1 << 20, experts, rank, size, processors)
         assert (smem > 0) == fits
         assert smem <= 99 << 10
 
 
-def test_two_blocks_of_the_one_launch_fit_a_processor() -> None:
-    a_block = configs.one_launch_smem(8192, 8, 16, 2, 108) + 1024  # that the system keeps
+def test_two_blocks_of_the_one_pass_fit_a_processor() -> None:
+    a_block = configs.one_pass_smem(8192, 8, 16, 2, 108) + 1024  # that the system keeps
     assert 2 * a_block <= 164 << 10  # sm_80
 
 
@@ -203,7 +203,7 @@ def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypa
     with pytest.raises(RuntimeError, match=r"decode_fwd_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
     monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: None)
-    monkeypatch.setattr(_module(forward_module), "one_launch_smem", lambda *sizes: 59392)
+    monkeypatch.setattr(_module(forward_module), "one_pass_smem", lambda *sizes: 59392)
     with pytest.raises(RuntimeError, match=r"forward_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
 

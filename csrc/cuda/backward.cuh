@@ -1,5 +1,5 @@
-// Backward: shrink of dy with the backward of mix (or in parts, by forward's kernel, and then mix), then (by forward's expand
-// kernel) dx, and the weight gradients.
+// Backward: shrink of dy with the backward of mix, or in parts by forward's kernel and then mix; then, by forward's expand
+// kernel, dx; and the weight gradients.
 //
 //     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
 //     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix

@@ -1,4 +1,4 @@
-// Launches the forward: in one kernel, or shrink with mix, or shrink in parts, then mix, and then expand.
+// Launches the forward: in one pass, or shrink with mix, then expand, or shrink in parts, then mix, then expand.
 #include "forward.cuh"
 
 #include "launch.cuh"
@@ -32,7 +32,7 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
 namespace {
 
 template <class S>
-void forward_in_one(const ForwardParams& p, cudaStream_t stream) {
+void forward_in_one_pass(const ForwardParams& p, cudaStream_t stream) {
     if (ForwardLayout<S>::of(p.E, p.R).bytes != p.smem) {
         throw std::logic_error("lmoe: forward_kernel: configs.py and forward.cuh count shared memory differently");
     }
@@ -43,7 +43,7 @@ void forward_in_one(const ForwardParams& p, cudaStream_t stream) {
 }
 
 template <class S>
-void forward_in_stages(const ForwardParams& p, cudaStream_t stream) {
+void forward_by_stages(const ForwardParams& p, cudaStream_t stream) {
     const Matrix factors = a_and_gate<S>(p);
     if (p.shrink_parts > 1) {
         shrink_in_parts(p.dtype, {tokens_of<S>(p), factors, p.partial, p.shrink_parts, 0}, stream);
@@ -67,7 +67,7 @@ void forward(const ForwardParams& p, int device, void* queue) {
     const auto stream = static_cast<cudaStream_t>(queue);
     with_dtype(p.dtype, [&](auto scalar) {
         using S = decltype(scalar);
-        p.smem > 0 ? forward_in_one<S>(p, stream) : forward_in_stages<S>(p, stream);
+        p.smem > 0 ? forward_in_one_pass<S>(p, stream) : forward_by_stages<S>(p, stream);
     });
 }
 

@@ -1,4 +1,4 @@
-// Forward: in one kernel where tiles of tokens fill the chip, else stage by stage.
+// Forward: in one pass where tiles of tokens fill the chip, else stage by stage.
 //
 //     u[t,e,r] = sum_i x[t,i] lora_a[e,r,i];   logits[t,e] = sum_i x[t,i] gate_weight[e,i]      shrink
 //     gates = softmax(logits);   h[t,r] = sum_e gates[t,e] u[t,e,r];   v[t,e,r] = gates[t,e] h[t,r]   mix

@@ -174,12 +174,13 @@ __device__ __forceinline__ void store_tile(const Output& p, const float* tile, i
             }
         };
         each([&](S* vector, int row, int col, int inside) {
-            const S* base = static_cast<const S*>(p.base) + (p.base == nullptr ? 0 : (t0 + row) * p.base_stride + f0 + col);
-            if (p.base != nullptr && p.vectors && inside == VECTOR<S>) {
+            const bool given = p.base != nullptr;
+            const S* base = static_cast<const S*>(p.base) + (given ? (t0 + row) * p.base_stride + f0 + col : 0);
+            if (given && p.vectors && inside == VECTOR<S>) {
                 *reinterpret_cast<uint4*>(vector) = *reinterpret_cast<const uint4*>(base);
             } else {
 #pragma unroll
-                for (int j = 0; j < VECTOR<S>; ++j) vector[j] = p.base != nullptr && j < inside ? base[j] : from_float<S>(0.f);
+                for (int j = 0; j < VECTOR<S>; ++j) vector[j] = given && j < inside ? base[j] : from_float<S>(0.f);
             }
         });
         each([&](S* vector, int row, int col, int inside) {

@@ -209,8 +209,8 @@ struct Product {
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
 
     // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with all threads in step.
-    static __device__ __forceinline__ const float* run(unsigned char* smem, const Matrix& p, int64_t p_start, const Matrix& q,
-                                                       int64_t q_start, int64_t first_k, int64_t last_k) {
+    static __device__ __forceinline__ const float* run(unsigned char* smem, const Matrix& p, int64_t p_start,
+                                                       const Matrix& q, int64_t q_start, int64_t first_k, int64_t last_k) {
         Accumulators acc = {};
         pipeline<STAGES>(
             last_k > first_k ? steps_over(last_k - first_k) : 0,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from tests.cuda_emu.build import CSRC
 
-
 PROBLEMS = 4
 
 

@@ -75,7 +75,7 @@ def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...]
 
 
 def _object(cache: Path, command: list[str], options: tuple[str, ...], source: Path) -> Path:
-    """One compiled source. What the preprocessor makes of it is its state, so that a bug in one kernel compiles that alone."""
+    """One compiled source. Its state is what the preprocessor makes of it: a bug in one kernel has that compiled alone."""
     text = _run([*command, "-x", "c++", "-E", "-P", str(source)])
     state = hashlib.sha256("\n".join((*options, text)).encode()).hexdigest()[:16]
     path = cache / f"{state}.o"

@@ -68,7 +68,7 @@ Tensor random_tensor(int64_t count, Dtype dtype, double scale) {
 }
 
 struct Problem {
-    enum Forward { DECODE, ONE_LAUNCH, STAGES };
+    enum Forward { DECODE, ONE_PASS, STAGES };
     int64_t T, I, O, E, R, experts_of_a, top_k, x_stride, base_stride, splits, parts;
     Dtype dtype;
     Forward forward;
@@ -91,7 +91,7 @@ struct Problem {
         outside = draw(0, 3) == 0;
         has_base = coin();
         saves = coin();
-        forward = T <= 64 && coin() ? DECODE : coin() ? ONE_LAUNCH : STAGES;
+        forward = T <= 64 && coin() ? DECODE : coin() ? ONE_PASS : STAGES;
         splits = draw(1, 3);
         parts = coin() ? 1 : draw(2, 4);
         base_stride = coin() ? 0 : O + draw(0, 8);
@@ -134,7 +134,7 @@ void run_decode(const Problem& problem, DecodeParams p) {
     decode(p, 0, nullptr);
 }
 
-void run_one_launch(const Problem& problem, ForwardParams p) {
+void run_one_pass(const Problem& problem, ForwardParams p) {
     const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2;
     p.smem = 59392 + 64 * up(p.E * p.R * size, 64) + 2 * 64 * p.E * 4;
     p.v = nullptr, p.scratch = nullptr, p.partial = nullptr;
@@ -168,8 +168,8 @@ Results run(const Problem& q) {
         DecodeParams d = {};
         static_cast<ForwardParams&>(d) = p;
         run_decode(q, d);
-    } else if (q.forward == Problem::ONE_LAUNCH) {
-        run_one_launch(q, p);
+    } else if (q.forward == Problem::ONE_PASS) {
+        run_one_pass(q, p);
     } else {
         forward(p, 0, nullptr);
     }

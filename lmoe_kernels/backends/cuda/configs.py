@@ -5,8 +5,8 @@ from functools import cache
 
 BLOCK_T, BLOCK_C, BLOCK_F = 64, 64, 128  # of csrc/cuda/stages.cuh
 STEP_BYTES = 64  # of a row of an operand, in one step of a product: csrc/cuda/tiles.cuh
-ONE_LAUNCH_STAGES = 59392  # bytes that the products of the one-launch forward take: csrc/cuda/forward.cuh
-ONE_LAUNCH_SMEM = 99 << 10  # what every GPU from sm_80 on gives to one block
+ONE_PASS_STAGES = 59392  # bytes that the products of the one-pass forward take: csrc/cuda/forward.cuh
+ONE_PASS_SMEM = 99 << 10  # what every GPU from sm_80 on gives to one block
 DECODE_TOKENS = 64
 DECODE_WARPS, TOKEN_GROUP, WARP_FEATURES = 8, 8, 256  # of csrc/cuda/decode.cuh
 DECODE_SMEM = 96 << 10  # what every GPU from sm_80 on gives to one block, less what the system keeps
@@ -45,20 +45,20 @@ def _parts_that_fill(tokens: int, processors: int) -> int:
     return (2 * processors + tiles) // (2 * tiles)
 
 
-def one_launch_smem(tokens: int, experts: int, rank: int, size: int, processors: int) -> int:
-    """Bytes of shared memory of a block of the one-launch forward, or 0 where the forward runs stage by stage.
+def one_pass_smem(tokens: int, experts: int, rank: int, size: int, processors: int) -> int:
+    """Bytes of shared memory of a block of the one-pass forward, or 0 where the forward runs stage by stage.
 
-    The one launch spares v (in bf16 2 E R bytes a token written, and read again for every 128 columns of y: at E = 8, R = 16
-    a third of what expand draws from the L2), a launch, and three workspaces. Expected: that pays where tiles of tokens fill
-    the chip, because a block does all of a tile's work from x to y. Below two thirds of the processors the stages win: shrink
-    in parts, and expand with a block for every 128 columns. At E = 8, R = 16 in bf16 a block takes 78 KB: two fit on the
-    164 KB of a processor of sm_80 and the 228 KB of sm_90, one on the 100 KB of sm_120.
+    One pass spares v (in bf16 2 E R bytes a token written, and read again for every 128 columns of y: at E = 8, R = 16 a
+    third of what expand draws from the L2), a launch or two, and three workspaces. Expected: it pays where tiles of tokens
+    fill the chip, because a block does all of a tile's work from x to y. Up to two thirds of the processors the stages win:
+    shrink in parts, and expand with a block for every 128 columns. At E = 8, R = 16 in bf16 a block takes 78 KB: two fit on
+    the 164 KB of a processor of sm_80 and the 228 KB of sm_90, one on the 100 KB of sm_120.
     """
     if _parts_that_fill(tokens, processors) > 1:
         return 0
     v = BLOCK_T * _multiple(experts * rank * size, STEP_BYTES)
-    smem = ONE_LAUNCH_STAGES + v + 2 * BLOCK_T * experts * 4  # and fp32 logits and gates
-    return smem if smem <= ONE_LAUNCH_SMEM else 0
+    smem = ONE_PASS_STAGES + v + 2 * BLOCK_T * experts * 4  # and fp32 logits and gates
+    return smem if smem <= ONE_PASS_SMEM else 0
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import decode_plan, one_launch_smem, padded, shrink_parts
+from lmoe_kernels.backends.cuda.configs import decode_plan, one_pass_smem, padded, shrink_parts
 
 
 def forward(
@@ -32,10 +32,8 @@ def forward(
     library = extension.library()
     device, stream = extension.queue(x)
     size, processors = x.element_size(), extension.processors(device)
-    plan = decode_plan(
-        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, size, processors
-    )  # fmt: skip
-    smem = 0 if plan is not None else one_launch_smem(tokens, experts, rank, size, processors)
+    plan = decode_plan(tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, size, processors)
+    smem = 0 if plan is not None else one_pass_smem(tokens, experts, rank, size, processors)
     by_stages = plan is None and smem == 0
     y = x.new_empty(tokens, out_features)
     u = logits = None
@@ -51,18 +49,15 @@ def forward(
         partial = x.new_empty(plan.chunks, tokens, rows, dtype=torch.float32)
         params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
         library.decode(params, device, stream)
-    elif by_stages:
+        return (y, logits, u) if save else (y, None, None)
+    params.smem = smem
+    if by_stages:
         parts = shrink_parts(tokens, in_features, processors)
         v = x.new_empty(tokens, padded(experts * rank))
         scratch = x.new_empty(tokens, experts, dtype=torch.float32)
         partial = x.new_empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32)
-        params.set_workspaces(
-            v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts
-        )  # fmt: skip
-        library.forward(params, device, stream)
-    else:
-        params.smem = smem
-        library.forward(params, device, stream)
+        params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
+    library.forward(params, device, stream)
     return (y, logits, u) if save else (y, None, None)
 
 
