@@ -11,7 +11,7 @@
 namespace lmoe {
 
 constexpr int THREADS = 128;  // four warps
-constexpr int STAGES = 4;     // tiles in flight: with 12 KB a stage four blocks fit on an SM of 228 KB
+constexpr int STAGES = 4;     // tiles in flight: of 12 KB (shrink: 14), so that four (three) blocks fit on an SM of 228 KB
 
 template <class S>
 constexpr int VECTOR = 16 / sizeof(S);  // elements in 16 bytes

@@ -32,9 +32,10 @@ def shrink_parts(tokens: int, features: int, processors: int) -> int:
 
     A block owns 64 tokens, so that few tokens leave most processors without one. Expected: a block on each of them is worth
     the parts' fp32 sums, which cost 8 bytes a coefficient, token and part against 2 a feature and token (E = 8, R = 16,
-    4096 features: 13 % a part, all of it within the L2 where so few tokens are), and a launch that adds them up. A part of
-    less than 512 features, 16 steps of the pipeline, costs more to add up than it saves: unsplit, 64 tokens of 4096 features
-    are 128 steps one after the other, in eight parts 16.
+    4096 features: 13 % a part, all of it within the L2 where so few tokens are), and a launch that adds them up, four tokens
+    a block: of a tile, the last block to be done would have to read 35 KB of every part alone. A part of less than 512
+    features, 16 steps of the pipeline, costs more to add up than it saves: unsplit, 64 tokens of 4096 features are 128 steps
+    one after the other, in eight parts 16.
     """
     return max(1, min(_parts_that_fill(tokens, processors), features // 512))
 
