@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("build/cuda_emu"))
     options = parser.parse_args()
     cache = options.cache.resolve()
-    problems = {"plain": 400, "address": 60, "thread": 20}
+    problems = {"plain": 300, "address": 40, "thread": 16}
     good = [clean(cache, target, options.seed, count) for target, count in problems.items()]
     good += [caught(cache, bug) for bug in BUGS]
     return 0 if all(good) else 1
