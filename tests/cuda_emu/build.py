@@ -46,7 +46,7 @@ def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
 
 
 def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedProcess[str]:
-    """Run problems first, first + 1, ...; the exit status is 0 where none failed and no sanitizer spoke, whose word ends it."""
+    """Run problems first, first + 1, ... until a sanitizer speaks; the exit status is 0 where none did and none failed."""
     return subprocess.run(
         [str(driver), str(first), str(problems)],
         stdout=subprocess.PIPE,
