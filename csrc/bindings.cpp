@@ -41,9 +41,11 @@ void set_problem(ForwardParams& p, int dtype, int64_t T, int64_t I, int64_t O, i
     p.u = pointer(u), p.y = pointer(y);
 }
 
-void set_workspaces(ForwardParams& p, uintptr_t v, int64_t v_stride, uintptr_t scratch, int64_t scratch_stride) {
+void set_workspaces(ForwardParams& p, uintptr_t v, int64_t v_stride, uintptr_t scratch, int64_t scratch_stride,
+                    uintptr_t partial, int64_t shrink_parts) {
     p.v = pointer(v), p.v_stride = v_stride;
     p.scratch = static_cast<float*>(pointer(scratch)), p.scratch_stride = scratch_stride;
+    p.partial = static_cast<float*>(pointer(partial)), p.shrink_parts = shrink_parts;
 }
 
 void set_plan(DecodeParams& p, uintptr_t partial, int blocks, int64_t chunk, int64_t chunks, int64_t column_tile,
@@ -59,7 +61,6 @@ void backward_fields(Class& cls) {
     address<P>(cls, "dlogits_in", &P::dlogits_in);
     address<P>(cls, "dv", &P::dv);
     address<P>(cls, "z", &P::z);
-    address<P>(cls, "partial", &P::partial);
     address<P>(cls, "dx", &P::dx);
     address<P>(cls, "dlora_a", &P::dlora_a);
     address<P>(cls, "dlora_b", &P::dlora_b);
@@ -104,6 +105,7 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<ForwardParams> forward_params(m, "ForwardParams", py::module_local());
     forward_params.def(py::init([] { return ForwardParams{}; }));
     forward_params.def("set_problem", &set_problem).def("set_workspaces", &set_workspaces);
+    forward_params.def_readwrite("smem", &ForwardParams::smem);
     py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams", py::module_local());
     backward_params.def(py::init([] { return BackwardParams{}; }));
     backward_fields(backward_params);

@@ -29,12 +29,15 @@ struct ForwardParams {
     int64_t base_stride;
 
     void* logits;    // (T, E); read where gate_weight is null, else written by forward, fp32
-    void* u;         // (T, experts_of_a, R)
+    void* u;         // (T, experts_of_a, R); null, and the written logits too, where nobody wants them: never by stages
     void* v;         // (T, v_stride), the first E * R columns; workspace
     float* scratch;  // (T, scratch_stride) fp32: E gates; in the backward then E dgates, R of h, R of dh; workspace
     void* y;         // (T, O)
     int64_t v_stride;
     int64_t scratch_stride;
+    float* partial;        // the parts of a sum, fp32, one product's after the other's; workspace, null where none is split
+    int64_t shrink_parts;  // x's features (the backward: dy's) are summed in so many parts, and those in a fixed order
+    int64_t smem;  // bytes of shared memory of decode, or of a forward in one pass, which has no workspace; 0: by stages
 };
 
 // The backward knows all that the forward knows, plus gradients. A null gradient is not computed.
@@ -46,7 +49,6 @@ struct BackwardParams : ForwardParams {
     void* dv;  // (T, v_stride), scaling * dy B^T; workspace; null where only lora_b wants a gradient
     void* z;   // (T, z_stride): experts_of_a * R columns du, then E columns dlogits of a gate; workspace; null with dv
     int64_t z_stride;
-    float* partial;        // (wgrad_splits, rows of the larger gradient, features); workspace; null where wgrad_splits is 1
     int64_t wgrad_splits;  // the tokens are summed in so many parts, and those in a fixed order
 
     void* dx;            // (T, I)
@@ -70,14 +72,28 @@ struct Matrix {
     bool second_aligned;
 };
 
+struct ShrinkParams {
+    Matrix rows;     // (T, F)
+    Matrix factors;  // (C, F)
+    float* partial;  // (parts, T, C)
+    int64_t parts;
+    int64_t features_a_part;  // a multiple of the tile's
+};
+
+// out = base + scaling * a product
+struct Output {
+    void* out;         // (T, F)
+    const void* base;  // (T, F), (F) where base_stride is 0, or null
+    int64_t base_stride;
+    int64_t T, F;
+    bool vectors;  // rows of out and base start on 16 bytes
+    float scaling;
+};
+
 struct ExpandParams {
     Matrix coefficients;  // (T, C)
     Matrix factors;       // (C, F)
-    const void* base;     // (T, F), (F) where base_stride is 0, or null
-    int64_t base_stride;
-    void* out;     // (T, F)
-    bool vectors;  // rows of out and base start on 16 bytes
-    float scaling;
+    Output output;
 };
 
 struct WgradParams {
@@ -93,13 +109,11 @@ struct WgradParams {
     float scaling;
 };
 
-// A forward in one launch; u and logits may be null where nobody wants them.
+// A forward of few tokens; `partial` is (chunks, T, C), C = experts_of_a * R and, of a gate, E.
 struct DecodeParams : ForwardParams {
-    float* partial;       // (chunks, T, C), C = experts_of_a * R and, of a gate, E; workspace
     int64_t chunk;        // features of x in one partial sum, a multiple of 256
     int64_t chunks;       // ceil(I / chunk), 1 where I is 0
     int64_t column_tile;  // columns of y that a block makes at a time, a multiple of 8
-    int64_t smem;         // bytes of shared memory
     int blocks;           // not more than run at the same time
     int barrier;          // index of the grid-wide barrier, the launcher's
 };

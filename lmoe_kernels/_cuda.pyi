@@ -1,6 +1,7 @@
 # csrc/bindings.cpp: the fields of csrc/params.h, with addresses as ints (0 is null), and the launchers.
 
 class ForwardParams:
+    smem: int
     def set_problem(
         self,
         dtype: int,
@@ -29,7 +30,9 @@ class ForwardParams:
         y: int,
         /,
     ) -> None: ...
-    def set_workspaces(self, v: int, v_stride: int, scratch: int, scratch_stride: int, /) -> None: ...
+    def set_workspaces(
+        self, v: int, v_stride: int, scratch: int, scratch_stride: int, partial: int, shrink_parts: int, /
+    ) -> None: ...
 
 class BackwardParams(ForwardParams):
     dy: int
@@ -38,7 +41,6 @@ class BackwardParams(ForwardParams):
     dv: int
     z: int
     z_stride: int
-    partial: int
     wgrad_splits: int
     dx: int
     dlora_a: int

@@ -1,4 +1,4 @@
-"""What is the cuda backend's own: its plans, its two forwards, split sums, refusals; its kernels run on the emulator."""
+"""What is the cuda backend's own: its plans, its ways forward and back, refusals; its kernels run on the emulator."""
 
 import json
 import sys
@@ -11,18 +11,95 @@ from lmoe_kernels import dispatch, info, lmoe, reference
 from lmoe_kernels.backends.cuda import backward as backward_module
 from lmoe_kernels.backends.cuda import configs, extension
 from lmoe_kernels.backends.cuda import forward as forward_module
-from tests.problems import CASES, Case, assert_all_no_worse, gradients, leaves_of, make_problem
+from tests.problems import CASES, Case, Problem, assert_all_no_worse, gradients, leaves_of, make_problem, outcome
 
 HALVES = [torch.bfloat16, torch.float16]
 
 
+# Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile.
+WAYS_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
+
+
+@pytest.fixture(params=["one pass", "stages", "shrink in parts"])
+def way(request: pytest.FixtureRequest, emulated_cuda, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way through the kernels for any number of tokens, whatever way the shape would take."""
+    forward, backward = _module(forward_module), _module(backward_module)
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
+    processors = 1 if request.param == "one pass" else 1 << 20  # one that tiles fill, or far more than tiles
+    plan = configs.one_pass_smem
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: plan(*sizes[:-1], processors))
+    parts = 3 if request.param == "shrink in parts" else 1
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "shrink_parts", lambda *sizes: parts)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("case", [*CASES[:3], *CASES[5:9], Case(T=65, I=24, O=136, E=9, R=16)], ids=str)
-def test_general_forward_of_few_tokens(case: Case, dtype: torch.dtype, emulated_cuda, monkeypatch, watch) -> None:
-    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: None)
-    problem = make_problem(case, dtype)
+@pytest.mark.parametrize("case", WAYS_CASES, ids=str)
+def test_every_way_is_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype, way: str, watch) -> None:
+    _compare_all(make_problem(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [CASES[6], CASES[8], Case(T=66, I=40, O=56, E=9, R=16)], ids=str)
+def test_fp32_parameters_on_every_way(case: Case, dtype: torch.dtype, way: str, watch) -> None:
+    _compare_all(make_problem(case, dtype, param_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", [Case(T=66, I=1032, O=1040, E=3, R=5, top_k=2), Case(T=129, I=40, O=1536)], ids=str)
+def test_shapes_that_take_parts_by_themselves(case: Case, dtype: torch.dtype, emulated_cuda, watch) -> None:
+    processors = emulated_cuda.processors(0)
+    in_parts = [configs.shrink_parts(case.T, features, processors) > 1 for features in (case.I, case.O)]
+    assert in_parts == ([True, True] if case.T == 66 else [False, False])
+    assert (configs.one_pass_smem(case.T, case.E, case.R, 2, processors) > 0) == (case.T == 129)
+    _compare_all(make_problem(case, dtype))
+
+
+def _compare_all(problem: Problem) -> None:
+    """Results without anything saved, and with it; then every gradient."""
+    leaves = leaves_of(problem.tensors)
     y, logits = problem.call("cuda")
-    assert_all_no_worse(problem, {"y": y, "router_logits": logits})
+    saved = outcome(problem, problem.call("cuda", **leaves), leaves)
+    assert torch.equal(y, saved["y"])
+    assert torch.equal(logits, saved["router_logits"])
+    assert_all_no_worse(problem, saved)
+
+
+@pytest.mark.parametrize("base_shape", [None, (136,), (70, 136), (70, 139)], ids=str)
+@pytest.mark.parametrize("save", [True, False], ids=["save", "no save"])
+def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | None, way: str, watch) -> None:
+    case = Case(T=70, I=40, O=136, E=4, R=8)
+    t = make_problem(case, torch.float32).tensors
+    base = None if base_shape is None else torch.randn(base_shape)[..., :136]
+    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, base, 0.5, "factors", None, save)
+    results, expected = dispatch.load("cuda").forward(*args), reference.forward(*args)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+    # y, u and logits where they are saved; stage by stage these two always, v, gates, and the parts' sums
+    made = [count for _, count in watch.buffers]
+    if way == "one pass":
+        assert made == [70 * 136, *([70 * 4 * 8, 70 * 4] if save else [])]
+    else:
+        parts = 3 * 70 * 36 if way == "shrink in parts" else 0
+        assert made == [70 * 136, 70 * 4 * 8, 70 * 4, 70 * 32, 70 * 4, parts]
+
+
+def test_sums_in_parts_repeat_the_same_bits(emulated_cuda, monkeypatch, watch) -> None:
+    problem = make_problem(Case(T=70, I=1600, O=1100, E=3, R=8), torch.bfloat16)
+    forward, backward = _module(forward_module), _module(backward_module)
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: 0)
+    for parts in (2, 3):
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "shrink_parts", lambda *sizes, n=parts: n)
+        runs = []
+        for _ in range(2):
+            leaves = leaves_of(problem.tensors)
+            results = problem.call("cuda", **leaves)
+            runs.append([*results, *gradients(problem, results, leaves).values()])
+        assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -59,6 +136,32 @@ def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, m
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])
+def test_the_way_of_a_forward(processors: int) -> None:
+    """One pass where tiles of tokens fill two thirds of the chip and fit, else as many parts as fill it."""
+    for tokens in (1, 64, 65, 512, 1000, 4096, 8192, 100_000):
+        tiles = -(-tokens // 64)
+        fills = 3 * tiles > 2 * processors
+        smem = configs.one_pass_smem(tokens, 8, 16, 2, processors)
+        parts = configs.shrink_parts(tokens, 4096, processors)
+        assert (smem > 0) == fills
+        assert (parts == 1) == fills
+        assert 1 <= parts <= 8
+        assert parts == 8 or abs(parts * tiles - processors) <= tiles / 2 or parts == 1
+        assert configs.shrink_parts(tokens, 1023, processors) == 1
+    for experts, rank, size, fits in (
+        (8, 16, 4, True), (16, 16, 2, True), (16, 16, 4, False), (8, 64, 2, False), (64, 16, 2, False)
+    ):  # fmt: skip
+        smem = configs.one_pass_smem(1 << 20, experts, rank, size, processors)
+        assert (smem > 0) == fits
+        assert smem <= 99 << 10
+
+
+def test_two_blocks_of_the_one_pass_fit_a_processor() -> None:
+    a_block = configs.one_pass_smem(8192, 8, 16, 2, 108) + 1024  # that the system keeps
+    assert 2 * a_block <= 164 << 10  # sm_80
+
+
 @pytest.mark.parametrize("processors", [1, 108, 132])
 def test_decode_plans_cover_the_problem_and_fit(processors: int) -> None:
     taken = 0
@@ -89,7 +192,11 @@ def test_an_address_off_by_a_byte_is_refused(emulated_cuda: ModuleType) -> None:
 def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypatch) -> None:
     plan = configs.DecodePlan(1, 256, 1, 48, 4096)
     monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: plan)
-    with pytest.raises(RuntimeError, match="count shared memory differently"):
+    with pytest.raises(RuntimeError, match=r"decode_fwd_kernel: .* count shared memory differently"):
+        make_problem(Case(), torch.bfloat16).call("cuda")
+    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: None)
+    monkeypatch.setattr(_module(forward_module), "one_pass_smem", lambda *sizes: 59392)
+    with pytest.raises(RuntimeError, match=r"forward_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_emu import build
-from tests.cuda_emu.bugs import BUGS, Bug
+from tests.cuda_emu.bugs import BUGS, PROBLEMS, Bug
 
 pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++ to compile the CUDA emulator")
 
@@ -23,6 +23,6 @@ def test_kernels_are_clean(target: str, problems: int, cache: Path, request: pyt
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_bug_is_caught(bug: Bug, cache: Path, tmp_path: Path) -> None:
-    done = build.run_driver(build.build_driver(cache, bug.target, bug.plant(tmp_path)), 1, 4)
+    done = build.run_driver(build.build_driver(cache, bug.target, bug.plant(tmp_path)), bug.first_problem, PROBLEMS)
     assert done.returncode != 0, "not caught"
     assert bug.caught_as in done.stdout, done.stdout[-4000:]

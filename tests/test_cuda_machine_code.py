@@ -12,8 +12,9 @@ import pytest
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
-PRODUCTS = ("shrink_fwd", "expand", "shrink_bwd", "wgrad_bwd")
-KERNELS = (*PRODUCTS, "wgrad_sum_bwd", "decode_fwd")
+PRODUCTS = ("forward", "shrink", "shrink_fwd", "expand", "shrink_bwd", "wgrad_bwd")
+WRITERS = ("forward", "expand")  # of whole rows of y and dx
+KERNELS = (*PRODUCTS, "mix_fwd", "mix_bwd", "wgrad_sum_bwd", "decode_fwd")
 DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
 
 
@@ -70,11 +71,11 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
         if kernel in PRODUCTS:
             assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
             assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
-        if kernel != "wgrad_sum_bwd":
+        if kernel in (*PRODUCTS, "decode_fwd"):
             assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
-        if kernel == "expand":
+        if kernel in WRITERS:
             assert re.search(r"STG\S*\.128", code), f"{name}: 16-byte stores"
-        if kernel == "decode_fwd":
+        if kernel in (*WRITERS, "decode_fwd"):  # of the base; of the weights
             assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
     assert len(seen) == len(KERNELS) * len(DTYPES)
 

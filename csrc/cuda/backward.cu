@@ -1,4 +1,4 @@
-// Launches the backward: shrink with the backward of mix, expand into dx, wgrad over x and over dy.
+// Launches the backward: shrink of dy and the backward of mix, expand into dx, wgrad over x and over dy.
 #include "backward.cuh"
 
 #include "launch.cuh"
@@ -24,27 +24,34 @@ void wgrad(WgradParams p, const BackwardParams& backward, cudaStream_t stream) {
 }
 
 template <class S>
+void shrink_and_mix(const BackwardParams& p, cudaStream_t stream) {
+    if (p.dv != nullptr && p.shrink_parts == 1) {
+        const int smem = shrink_smem<S>(p.E * p.R);
+        allow_shared_memory(shrink_bwd_kernel<S>, smem);
+        LAUNCH(shrink_bwd_kernel<S>, dim3(tiles(p.T, BLOCK_T)), dim3(THREADS), smem, stream, p);
+        check_launch("shrink_bwd_kernel");
+        return;
+    }
+    if (p.dv != nullptr) shrink_in_parts(p.dtype, {dy_of<S>(p), b_of<S>(p), p.partial, p.shrink_parts, 0}, stream);
+    LAUNCH(mix_bwd_kernel<S>, dim3(tiles(p.T, MIX_T)), dim3(THREADS), 0, stream, p);
+    check_launch("mix_bwd_kernel");
+}
+
+template <class S>
 void backward_of(const BackwardParams& p, cudaStream_t stream) {
     static_assert(Wgrad<S>::SMEM <= 48 << 10, "more needs an attribute of the kernel");
-    LAUNCH(shrink_bwd_kernel<S>, dim3(tiles(p.T, BLOCK_T)), dim3(THREADS), WideShrink<S>::SMEM, stream, p);
-    check_launch("shrink_bwd_kernel");
-
+    shrink_and_mix<S>(p, stream);
     const int64_t rank_rows = p.experts_of_a * p.R, gate_rows = p.gate_weight != nullptr ? p.E : 0;
     if (p.dx != nullptr) {
-        ExpandParams e = {};
-        e.coefficients = matrix<S>(p.z, false, p.T, rank_rows + gate_rows, p.z_stride);
-        e.factors = stacked<S>(p.lora_a, p.lora_a_fp32, rank_rows, p.gate_weight, p.gate_weight_fp32, p.E, p.I);
-        e.out = p.dx;
-        e.vectors = on_16_bytes(p.dx, p.I, sizeof(S));
-        e.scaling = 1.f;
-        expand(p.dtype, e, stream);
+        const Matrix z = matrix<S>(p.z, false, p.T, rank_rows + gate_rows, p.z_stride);
+        expand(p.dtype, {z, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
     }
     if (p.dlora_a != nullptr || p.dgate_weight != nullptr) {
         WgradParams w = {};
         const int64_t first = p.dlora_a != nullptr ? 0 : rank_rows;  // the columns of z that are wanted
         const int64_t last = p.dgate_weight != nullptr ? rank_rows + gate_rows : rank_rows;
         w.coefficients = matrix<S>(static_cast<const S*>(p.z) + first, false, p.T, last - first, p.z_stride);
-        w.rows = matrix<S>(p.x, false, p.T, p.I, p.x_stride);
+        w.rows = tokens_of<S>(p);
         w.first = p.dlora_a;
         w.first_fp32 = p.lora_a_fp32;
         w.second = p.dgate_weight;
@@ -56,7 +63,7 @@ void backward_of(const BackwardParams& p, cudaStream_t stream) {
     if (p.dlora_b != nullptr) {
         WgradParams w = {};
         w.coefficients = matrix<S>(p.v, false, p.T, p.E * p.R, p.v_stride);
-        w.rows = matrix<S>(p.dy, false, p.T, p.O, p.dy_stride);
+        w.rows = dy_of<S>(p);
         w.first = p.dlora_b;
         w.first_fp32 = p.lora_b_fp32;
         w.split = p.E * p.R;

@@ -1,4 +1,5 @@
-// Backward: shrink of dy with the backward of mix, then (by forward's expand kernel) dx, and the weight gradients.
+// Backward: shrink of dy with the backward of mix, or in parts by forward's kernel and then mix; then, by forward's expand
+// kernel, dx; and the weight gradients.
 //
 //     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
 //     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix
@@ -14,6 +15,11 @@ namespace lmoe {
 
 template <class S>
 using Wgrad = Product<S, BLOCK_C, BLOCK_F, 2, false, false>;
+
+template <class S>
+__host__ __device__ inline Matrix dy_of(const BackwardParams& p) {
+    return matrix<S>(p.dy, false, p.T, p.O, p.dy_stride);
+}
 
 // One token's fp32 row of scratch.
 struct Scratch {
@@ -70,36 +76,49 @@ __device__ __forceinline__ void softmax_bwd(const BackwardParams& p, int64_t t) 
     }
 }
 
-// A block owns BLOCK_T tokens, as in shrink_fwd_kernel. Where dv is null only v is made, for lora_b.
+// v of some tokens, and z from dv; where dv is null only v, for lora_b.
 template <class S>
-__global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
-    DYNAMIC_SMEM(smem);
-    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
-    const int tokens = static_cast<int>(smaller(BLOCK_T, p.T - t0));
+__device__ __forceinline__ void mix_tokens_bwd(const BackwardParams& p, int64_t t0, int tokens) {
+    if (p.dv == nullptr) return mix_tokens<S>(p, t0, tokens);
     const int E = static_cast<int>(p.E), R = static_cast<int>(p.R);  // 32 bits where they do: a 64-bit division is a call
-    const S* u = static_cast<const S*>(p.u);
-    S* v = static_cast<S*>(p.v);
-    S* dv = static_cast<S*>(p.dv);
-
-    if (dv != nullptr) {
-        const Matrix dy = matrix<S>(p.dy, false, p.T, p.O, p.dy_stride);
-        const Matrix factors = matrix<S>(p.lora_b, p.lora_b_fp32, p.E * p.R, p.O, p.O);
-        shrink<S>(smem, dy, t0, factors, [&](int64_t t, int64_t column, float value) {
-            dv[t * p.v_stride + column] = from_float<S>(p.scaling * value);
-        });
-    }
-    gates_of_tile<S>(p, t0, tokens);
+    gates_of_tokens<S>(p, t0, tokens);
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
         const int64_t t = t0 + i / R, r = i % R;
-        const float* gates = p.scratch + t * p.scratch_stride;
-        const float h = mix<S>(p, gates, u + t * p.experts_of_a * p.R + r, v + t * p.v_stride + r);
-        if (dv != nullptr) mix_bwd<S>(p, t, r, h, dv + t * p.v_stride + r);
+        const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
+        const float h = mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v) + t * p.v_stride, r);
+        mix_bwd<S>(p, t, r, h, static_cast<const S*>(p.dv) + t * p.v_stride + r);
     }
-    if (dv == nullptr) return;
     __syncthreads();  // h and dh are in scratch
     for (int i = threadIdx.x; i < tokens * E; i += THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
     __syncthreads();  // dgates are in scratch
     for (int i = threadIdx.x; i < tokens; i += THREADS) softmax_bwd<S>(p, t0 + i);
+}
+
+template <class S>
+__device__ __forceinline__ void store_dv(const BackwardParams& p, int64_t t, int64_t column, float value) {
+    static_cast<S*>(p.dv)[t * p.v_stride + column] = from_float<S>(p.scaling * value);
+}
+
+// A block owns BLOCK_T tokens, as in shrink_fwd_kernel.
+template <class S>
+__global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
+    DYNAMIC_SMEM(smem);
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
+    shrink<S>(smem, dy_of<S>(p), t0, b_of<S>(p), 0, p.O,
+              [&](int64_t t, int64_t column, float value) { store_dv<S>(p, t, column, value); });
+    mix_tokens_bwd<S>(p, t0, static_cast<int>(smaller(BLOCK_T, p.T - t0)));
+}
+
+// dv from the parts of the shrink, where it is wanted, then all that comes of it, of MIX_T tokens.
+template <class S>
+__global__ void __launch_bounds__(THREADS, 4) mix_bwd_kernel(BackwardParams p) {
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * MIX_T;
+    const int tokens = static_cast<int>(smaller(MIX_T, p.T - t0));
+    if (p.dv != nullptr) {
+        sum_parts(p, t0, tokens, static_cast<int>(p.E * p.R),
+                  [&](int64_t t, int64_t column, float sum) { store_dv<S>(p, t, column, sum); });
+    }
+    mix_tokens_bwd<S>(p, t0, tokens);
 }
 
 template <class S>

@@ -18,7 +18,7 @@ void decode(DecodeParams p, int device, void* queue) {
             throw std::logic_error("lmoe: decode_fwd_kernel: configs.py and decode.cuh count shared memory differently");
         }
         const int smem = static_cast<int>(p.smem);
-        if (smem > 48 << 10) allow_shared_memory(decode_fwd_kernel<S>, smem);
+        allow_shared_memory(decode_fwd_kernel<S>, smem);
         check("decode_fwd_kernel", launch_cooperative(decode_fwd_kernel<S>, dim3(p.blocks), dim3(DECODE_THREADS), smem,
                                                       static_cast<cudaStream_t>(queue), p));
     });

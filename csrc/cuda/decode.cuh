@@ -6,7 +6,7 @@
 // the barrier. Every weight is read from memory once.
 #pragma once
 
-#include "forward.cuh"
+#include "stages.cuh"
 
 namespace lmoe {
 
@@ -105,7 +105,7 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     __syncthreads();
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
-        mix<S>(p, gates + t * p.E, u + t * rank_rows + r, v + t * p.E * p.R + r);
+        mix<S>(p, gates + t * p.E, u + t * rank_rows, v + t * p.E * p.R, r);
     }
     __syncthreads();
 }
@@ -149,9 +149,7 @@ template <class S>
 __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodeParams p) {
     DYNAMIC_SMEM(smem);
     const DecodeLayout at = DecodeLayout::of(p, sizeof(S));
-    const Matrix x = matrix<S>(p.x, false, p.T, p.I, p.x_stride);
-    const Matrix a = stacked<S>(p.lora_a, p.lora_a_fp32, p.experts_of_a * p.R, p.gate_weight, p.gate_weight_fp32, p.E, p.I);
-    const Matrix b = matrix<S>(p.lora_b, p.lora_b_fp32, p.E * p.R, p.O, p.O);
+    const Matrix x = tokens_of<S>(p), a = a_and_gate<S>(p), b = b_of<S>(p);
 
     auto load_factors = [&](int64_t tile) {
         const int chunks = static_cast<int>(p.column_tile) / VECTOR<S>;

@@ -19,6 +19,7 @@ inline void check_launch(const char* kernel) { check(kernel, cudaGetLastError())
 // Shared memory beyond the 48 KB that every kernel may take.
 template <class Params>
 void allow_shared_memory(void (*kernel)(Params), int bytes) {
+    if (bytes <= 48 << 10) return;
     check("cudaFuncSetAttribute", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
@@ -53,6 +54,9 @@ void with_dtype(Dtype dtype, F f) {
     }
     throw std::invalid_argument("lmoe: dtype must be one of fp32, bf16, fp16");
 }
+
+// The shrink in p.parts parts of forward, and of backward into dv; p.features_a_part is filled in. On the current device.
+void shrink_in_parts(Dtype dtype, ShrinkParams p, cudaStream_t stream);
 
 // The expand of forward, and of backward into dx; on the current device.
 void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream);

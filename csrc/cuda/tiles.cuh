@@ -11,7 +11,7 @@
 namespace lmoe {
 
 constexpr int THREADS = 128;  // four warps
-constexpr int STAGES = 4;     // tiles in flight: with 12 KB a stage four blocks fit on an SM of 228 KB
+constexpr int STAGES = 4;     // tiles in flight: of 12 KB (shrink: 14), so that four (three) blocks fit on an SM of 228 KB
 
 template <class S>
 constexpr int VECTOR = 16 / sizeof(S);  // elements in 16 bytes
@@ -66,7 +66,8 @@ __host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, in
 template <class S, int ROWS, int COLS>
 struct Tile {
     static constexpr int CHUNKS = COLS / VECTOR<S>;
-    static constexpr int BYTES = ROWS * COLS * static_cast<int>(sizeof(S));
+    static constexpr int ELEMENTS = ROWS * COLS;
+    static constexpr int BYTES = ELEMENTS * static_cast<int>(sizeof(S));
     static constexpr int TURN = CHUNKS >= 8 ? 8 : CHUNKS;  // the chunks that are exchanged
 
     static __device__ __forceinline__ int chunk_at(int row, int chunk) {
@@ -145,6 +146,22 @@ __device__ __forceinline__ void load_tile(S* shared, const Matrix& m, int64_t ro
     }
 }
 
+// The steps of a sum: load(step) starts to copy what use(step) reads, into one of DEPTH stages, DEPTH - 1 steps before.
+template <int DEPTH, class Load, class Use>
+__device__ __forceinline__ void pipeline(int steps, Load load, Use use) {
+#pragma unroll 1  // load is much code: it stands here once
+    for (int step = 1 - DEPTH; step < steps; ++step) {
+        if (step >= 0) {
+            copy_async_wait<DEPTH - 2>();
+            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more
+        }
+        if (step + DEPTH - 1 < steps) load(step + DEPTH - 1);
+        copy_async_commit();  // an empty group, too, so that the count above holds to the last step
+        if (step >= 0) use(step);
+    }
+    copy_async_wait<0>();
+}
+
 // An operand with EXTENT rows of the product: where its tile starts, how it is loaded, how its fragments are read.
 template <class S, int EXTENT, bool K_ALONG_ROW>
 struct Operand {
@@ -156,6 +173,10 @@ struct Operand {
         } else {
             load_tile<S, BLOCK_K<S>, EXTENT>(shared, m, k, start, last_k);
         }
+    }
+    // Where element (i, k) of a whole operand lies that is kept in shared memory: tile after tile along k.
+    static __device__ __forceinline__ int kept_at(int i, int k) {
+        return k / BLOCK_K<S> * T::ELEMENTS + (K_ALONG_ROW ? T::at(i, k % BLOCK_K<S>) : T::at(k % BLOCK_K<S>, i));
     }
     // Two pairs of 8 x 8 matrices: outer pair along k for P (a 16 x 16 fragment), along the extent for Q (two 8 x 16 ones).
     template <bool IS_P>
@@ -179,49 +200,76 @@ struct Product {
     using P = Operand<S, ROWS, P_K_ALONG_ROW>;
     using Q = Operand<S, COLS, Q_K_ALONG_ROW>;
     static constexpr int WARP_ROWS = ROWS / ROWS_OF_WARPS, WARP_COLS = COLS / (THREADS / 32 / ROWS_OF_WARPS);
-    static constexpr int STAGE_BYTES = P::T::BYTES + Q::T::BYTES;
+    static constexpr int COLUMNS = COLS, STAGE_BYTES = P::T::BYTES + Q::T::BYTES;
     static constexpr int OUT_STRIDE = COLS + 8;  // eight banks from row to row: the lanes' float2 do not collide
     static constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
     static constexpr int SMEM = STAGES * STAGE_BYTES > OUT_BYTES ? STAGES * STAGE_BYTES : OUT_BYTES;
+    static constexpr int SWEEP_STAGES = 3;  // of one operand alone, and beside the output
+    static constexpr int SWEEP_SMEM = OUT_BYTES + SWEEP_STAGES * Q::T::BYTES;
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
 
     // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with all threads in step.
-    static __device__ __forceinline__ float* run(unsigned char* smem, const Matrix& p, int64_t p_start, const Matrix& q,
-                                                 int64_t q_start, int64_t first_k, int64_t last_k) {
+    static __device__ __forceinline__ const float* run(unsigned char* smem, const Matrix& p, int64_t p_start,
+                                                       const Matrix& q, int64_t q_start, int64_t first_k, int64_t last_k) {
         Accumulators acc = {};
-        const int steps = last_k > first_k ? static_cast<int>((last_k - first_k + BLOCK_K<S> - 1) / BLOCK_K<S>) : 0;
-        auto load_stage = [&](int step) {
-            if (step < steps) {
+        pipeline<STAGES>(
+            last_k > first_k ? steps_over(last_k - first_k) : 0,
+            [&](int step) {
                 S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);
                 const int64_t k = first_k + static_cast<int64_t>(step) * BLOCK_K<S>;
                 P::load(stage, p, p_start, k, last_k);
-                Q::load(stage + P::T::BYTES / sizeof(S), q, q_start, k, last_k);
-            }
-            copy_async_commit();  // an empty group, too, so that the count below holds to the last step
-        };
-        for (int step = 0; step < STAGES - 1; ++step) load_stage(step);
-        for (int step = 0; step < steps; ++step) {
-            copy_async_wait<STAGES - 2>();
-            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more
-            load_stage(step + STAGES - 1);
-            const S* stage = reinterpret_cast<const S*>(smem + step % STAGES * STAGE_BYTES);
-            multiply(acc, stage, stage + P::T::BYTES / sizeof(S));
-        }
-        copy_async_wait<0>();
+                Q::load(stage + P::T::ELEMENTS, q, q_start, k, last_k);
+            },
+            [&](int step) {
+                const S* stage = reinterpret_cast<const S*>(smem + step % STAGES * STAGE_BYTES);
+                multiply(acc, stage, stage + P::T::ELEMENTS);
+            });
         __syncthreads();  // the output takes the place of the stages
         float* out = reinterpret_cast<float*>(smem);
+        put(acc, out);
+        __syncthreads();
+        return out;
+    }
+
+    // The same for every column of q (K_ALONG_ROW false), where p lies in shared memory (see kept_at), zero from q.rows on:
+    // use(out, j0), by all threads, of the columns from j0 on, while the factors of the next ones are on their way.
+    template <class Use>
+    static __device__ __forceinline__ void sweep(unsigned char* smem, const S* p, const Matrix& q, Use use) {
+        float* out = reinterpret_cast<float*>(smem);
+        S* stages = reinterpret_cast<S*>(smem + OUT_BYTES);
+        const int steps = steps_over(q.rows), tiles = static_cast<int>((q.columns + COLS - 1) / COLS);
+        Accumulators acc = {};
+        pipeline<SWEEP_STAGES>(
+            tiles * steps,
+            [&](int i) {
+                Q::load(stages + i % SWEEP_STAGES * Q::T::ELEMENTS, q, i / steps * COLS, i % steps * BLOCK_K<S>, q.rows);
+            },
+            [&](int i) {
+                multiply(acc, p + i % steps * P::T::ELEMENTS, stages + i % SWEEP_STAGES * Q::T::ELEMENTS);
+                if (i % steps + 1 < steps) return;
+                put(acc, out);  // nobody reads the last tile's any more: a barrier of the pipeline was in between
+                for_each_accumulator([&](int r, int n, int half, int, int) {
+                    acc[r][n][half * 2] = acc[r][n][half * 2 + 1] = 0.f;
+                });
+                __syncthreads();  // the output is there for all
+                use(static_cast<const float*>(out), static_cast<int64_t>(i / steps) * COLS);
+            });
+    }
+
+    static __device__ __forceinline__ int steps_over(int64_t count) {
+        return static_cast<int>((count + BLOCK_K<S> - 1) / BLOCK_K<S>);
+    }
+    static __device__ __forceinline__ void put(const Accumulators& acc, float* out) {
         for_each_accumulator([&](int i, int n, int half, int row, int col) {
             float2 pair = {acc[i][n][half * 2], acc[i][n][half * 2 + 1]};
             *reinterpret_cast<float2*>(out + row * OUT_STRIDE + col) = pair;
         });
-        __syncthreads();
-        return out;
     }
 
     // acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, BLOCK_K] @ [BLOCK_K, WARP_COLS]
     static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q) {
         if constexpr (sizeof(S) == 4) {
-#pragma unroll 2
+#pragma unroll 1
             for (int k = 0; k < BLOCK_K<S>; ++k) {
                 for_each_accumulator([&](int i, int n, int half, int row, int col) {
                     const float left = P::element(p, row, k);

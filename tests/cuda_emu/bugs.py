@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tests.cuda_emu.build import CSRC
 
+PROBLEMS = 4
+
 
 @dataclass(frozen=True)
 class Bug:
@@ -18,6 +20,7 @@ class Bug:
     caught_as: str  # a part of the driver's output
     target: str = "plain"
     is_race: bool = False  # in these problems, whatever the schedule: ThreadSanitizer sees it
+    first_problem: int = 1  # of PROBLEMS that go where the bug is
 
     def __str__(self) -> str:
         return self.name
@@ -45,8 +48,8 @@ BUGS = (
     Bug(
         "a wait that is off by one",
         "cuda/tiles.cuh",
-        "copy_async_wait<STAGES - 2>();",
-        "copy_async_wait<STAGES - 1>();",
+        "copy_async_wait<DEPTH - 2>();",
+        "copy_async_wait<DEPTH - 1>();",
         "is off by",
         is_race=True,
     ),
@@ -64,6 +67,39 @@ BUGS = (
         "",
         "is off by",
         is_race=True,
+    ),
+    Bug(
+        "a first step that waits for nobody, not for mix either",
+        "cuda/tiles.cuh",
+        "        if (step >= 0) {\n",
+        "        if (step > 0) {\n",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "a swept output read before it is whole",
+        "cuda/tiles.cuh",
+        "                __syncthreads();  // the output is there for all\n",
+        "",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "gates mixed before they are there",
+        "cuda/forward.cuh",
+        "    __syncthreads();  // the gates are there for all\n",
+        "",
+        "is off by",
+        is_race=True,
+    ),
+    Bug(
+        "sums of parts mixed before they are stored",
+        "cuda/stages.cuh",
+        "    __syncthreads();  // what was stored can be read by the whole block\n",
+        "",
+        "is off by",
+        is_race=True,
+        first_problem=16,
     ),
     Bug(
         "a load without a mask",

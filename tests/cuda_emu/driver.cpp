@@ -68,9 +68,11 @@ Tensor random_tensor(int64_t count, Dtype dtype, double scale) {
 }
 
 struct Problem {
-    int64_t T, I, O, E, R, experts_of_a, top_k, x_stride, splits;
+    enum Forward { DECODE, ONE_PASS, STAGES };
+    int64_t T, I, O, E, R, experts_of_a, top_k, x_stride, base_stride, splits, parts;
     Dtype dtype;
-    bool factors, outside, has_base, decode;
+    Forward forward;
+    bool factors, outside, has_base, saves;
     float scaling = 0.75f;
     Tensor x, a, b, gate_weight, logits_in, base, dy;
 
@@ -81,22 +83,27 @@ struct Problem {
         O = coin() ? draw(1, 20) * 8 : draw(1, 150);
         E = draw(1, 6);
         R = coin() ? 8 : draw(1, 7);
+        if (draw(0, 7) == 0) E = draw(9, 12), R = 16;  // more columns than shrink takes at a time
         experts_of_a = draw(0, 3) == 0 ? 1 : E;
         top_k = coin() ? E : draw(1, E);
         dtype = static_cast<Dtype>(draw(0, 2));
         factors = coin();
         outside = draw(0, 3) == 0;
         has_base = coin();
-        decode = T <= 64 && coin();
+        saves = coin();
+        forward = T <= 64 && coin() ? DECODE : coin() ? ONE_PASS : STAGES;
         splits = draw(1, 3);
+        parts = coin() ? 1 : draw(2, 4);
+        base_stride = coin() ? 0 : O + draw(0, 8);
         x_stride = coin() ? I : I + 8;
         auto parameter = [&] { return coin() ? dtype : Dtype::fp32; };
         x = random_tensor((T - 1) * x_stride + I, dtype, 1);
         a = random_tensor(experts_of_a * R * I, parameter(), 1 / std::sqrt(I));
         b = random_tensor(E * R * O, parameter(), 1 / std::sqrt(R));
-        if (!outside) gate_weight = random_tensor(E * I, parameter(), 1 / std::sqrt(I));
+        // not rounded on load where experts are dropped: a rounding may be enough to keep another one
+        if (!outside) gate_weight = random_tensor(E * I, top_k < E ? dtype : parameter(), 1 / std::sqrt(I));
         if (outside) logits_in = random_tensor(T * E, parameter(), 1);
-        if (has_base) base = random_tensor(O, dtype, 1);
+        if (has_base) base = random_tensor((T - 1) * base_stride + O, dtype, 1);
         dy = random_tensor(T * O, dtype, 1);
     }
 
@@ -107,7 +114,7 @@ struct Problem {
         p.lora_a_fp32 = a.dtype == Dtype::fp32, p.lora_b_fp32 = b.dtype == Dtype::fp32;
         p.gate_weight_fp32 = gate_weight.dtype == Dtype::fp32;
         p.logits_fp32 = !outside || logits_in.dtype == Dtype::fp32;
-        p.base = base.data(), p.base_stride = 0;
+        p.base = base.data(), p.base_stride = base_stride;
     }
 };
 
@@ -127,12 +134,26 @@ void run_decode(const Problem& problem, DecodeParams p) {
     decode(p, 0, nullptr);
 }
 
+void run_one_pass(const Problem& problem, ForwardParams p) {
+    const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2;
+    p.smem = 59392 + 64 * up(p.E * p.R * size, 64) + 2 * 64 * p.E * 4;
+    p.v = nullptr, p.scratch = nullptr, p.partial = nullptr;
+    forward(p, 0, nullptr);
+    if (problem.saves) return;
+    memset(p.y, 0xff, p.T * p.O * size);  // y comes from a second one, of which nobody wants u and the logits
+    p.u = nullptr;
+    if (!problem.outside) p.logits = nullptr;
+    forward(p, 0, nullptr);
+}
+
 Results run(const Problem& q) {
     Results out;
     const int64_t v_stride = up(q.E * q.R, 8), columns = q.experts_of_a * q.R + (q.outside ? 0 : q.E);
     const Tensor v = make(q.T * v_stride, q.dtype), scratch = make(q.T * 2 * (q.E + q.R), Dtype::fp32);
     const Tensor dv = make(q.T * v_stride, q.dtype), z = make(q.T * up(columns, 8), q.dtype);
-    const Tensor partial = make(q.splits * std::max(columns * q.I, q.E * q.R * q.O), Dtype::fp32);
+    const Tensor partial = make(std::max({q.splits * columns * q.I, q.splits * q.E * q.R * q.O, q.parts * q.T * columns,
+                                          q.parts * q.T * q.E * q.R}),
+                                Dtype::fp32);
     out.y = make(q.T * q.O, q.dtype);
     out.u = make(q.T * q.experts_of_a * q.R, q.dtype);
     if (!q.outside) out.logits = make(q.T * q.E, Dtype::fp32);
@@ -142,10 +163,13 @@ Results run(const Problem& q) {
     q.fill(p);
     p.logits = logits.data(), p.u = out.u.data(), p.v = v.data(), p.v_stride = v_stride, p.y = out.y.data();
     p.scratch = static_cast<float*>(scratch.data()), p.scratch_stride = 2 * (q.E + q.R);
-    if (q.decode) {
+    p.partial = static_cast<float*>(partial.data()), p.shrink_parts = q.parts;
+    if (q.forward == Problem::DECODE) {
         DecodeParams d = {};
         static_cast<ForwardParams&>(d) = p;
         run_decode(q, d);
+    } else if (q.forward == Problem::ONE_PASS) {
+        run_one_pass(q, p);
     } else {
         forward(p, 0, nullptr);
     }
@@ -154,7 +178,7 @@ Results run(const Problem& q) {
     out.db = make(q.b.count, q.b.dtype);
     out.dgate = q.outside ? make(q.T * q.E, q.logits_in.dtype) : make(q.E * q.I, q.gate_weight.dtype);
     p.dy = q.dy.data(), p.dy_stride = q.O, p.dv = dv.data(), p.z = z.data(), p.z_stride = up(columns, 8);
-    p.partial = static_cast<float*>(partial.data()), p.wgrad_splits = q.splits;
+    p.wgrad_splits = q.splits;
     p.dx = out.dx.data(), p.dlora_a = out.da.data(), p.dlora_b = out.db.data();
     (q.outside ? p.dlogits : p.dgate_weight) = out.dgate.data();
     backward(p, 0, nullptr);
@@ -208,7 +232,7 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
         }
         mean += gate[e] * dg[e];
     }
-    for (int64_t o = 0; o < q.O && q.has_base; ++o) out.y[t * q.O + o] += q.base.get(o);
+    for (int64_t o = 0; o < q.O && q.has_base; ++o) out.y[t * q.O + o] += q.base.get(t * q.base_stride + o);
     for (int64_t e = 0; e < q.E; ++e) {
         const double dlogit = gate[e] * (dg[e] - mean);
         if (q.outside) out.dgate[t * q.E + e] = dlogit;

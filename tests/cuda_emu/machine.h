@@ -65,6 +65,8 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Fiber*> at_barrier;
+    int barriers = 0;  // passed
+    char met[2] = {};  // of even and odd ones, for ThreadSanitizer: a thread may be at the next before others left the last
     int live = 0;
 };
 
@@ -151,16 +153,20 @@ EMU_OUTLINE inline void release(std::vector<Fiber*>& waiting) {
 
 EMU_OUTLINE inline void block_barrier() {
     Block& block = *self->block;
-    EMU_TSAN(__tsan_release(&block.at_barrier);)
+    [[maybe_unused]] char* met = &block.met[block.barriers % 2];
+    EMU_TSAN(__tsan_release(met);)
     {
         Quiet quiet;
         if (block.live < static_cast<int>(block.fibers.size())) return fail("__syncthreads after other threads have exited");
         block.at_barrier.push_back(self);
         self->waits_for = "__syncthreads";
-        if (static_cast<int>(block.at_barrier.size()) == block.live) release(block.at_barrier);
+        if (static_cast<int>(block.at_barrier.size()) == block.live) {
+            ++block.barriers;
+            release(block.at_barrier);
+        }
         run_next();
     }
-    EMU_TSAN(__tsan_acquire(&block.at_barrier);)
+    EMU_TSAN(__tsan_acquire(met);)
     self->spins = 0;
 }
 

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.cuda_emu import build
-from tests.cuda_emu.bugs import BUGS, Bug
+from tests.cuda_emu.bugs import BUGS, PROBLEMS, Bug
 
 
 def clean(cache: Path, target: str, first: int, problems: int) -> bool:
@@ -27,7 +27,8 @@ def caught(cache: Path, bug: Bug) -> bool:
     """Plant a bug; tell and return whether it was caught."""
     target, said = ("thread", "ThreadSanitizer: data race") if bug.is_race else (bug.target, bug.caught_as)
     with tempfile.TemporaryDirectory() as folder:
-        done = build.run_driver(build.build_driver(cache, target, bug.plant(Path(folder))), 1, 4)
+        driver = build.build_driver(cache, target, bug.plant(Path(folder)))
+        done = build.run_driver(driver, bug.first_problem, PROBLEMS)
     found = done.returncode != 0 and said in done.stdout
     print(f"{bug.name:<55} {'caught: ' + said if found else 'NOT CAUGHT'}", flush=True)
     return found
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("build/cuda_emu"))
     options = parser.parse_args()
     cache = options.cache.resolve()
-    problems = {"plain": 400, "address": 60, "thread": 20}
+    problems = {"plain": 300, "address": 40, "thread": 16}
     good = [clean(cache, target, options.seed, count) for target, count in problems.items()]
     good += [caught(cache, bug) for bug in BUGS]
     return 0 if all(good) else 1

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import padded, wgrad_splits
+from lmoe_kernels.backends.cuda.configs import padded, shrink_parts, wgrad_splits
 from lmoe_kernels.backends.cuda.forward import set_problem
 
 
@@ -41,14 +41,17 @@ def backward(
     scratch = dy.new_empty(tokens, 2 * (experts + rank), dtype=torch.float32)
     dv = torch.empty_like(v)
     z = dy.new_empty(tokens, padded(rank_columns + gate_columns))
+    device, stream = extension.queue(dy)
+    parts = shrink_parts(tokens, out_features, extension.processors(device))
     splits = wgrad_splits(tokens, experts * rank, min(in_features, out_features))
     largest = max((rank_columns + gate_columns) * in_features, experts * rank * out_features)
-    partial = dy.new_empty(splits if splits > 1 else 0, largest, dtype=torch.float32)
+    sums = max(parts * tokens * experts * rank if parts > 1 else 0, splits * largest if splits > 1 else 0)
+    partial = dy.new_empty(sums, dtype=torch.float32)
 
     library = extension.library()
     params = library.BackwardParams()
     set_problem(params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k)
-    params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
+    params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
     params.dy = dy.data_ptr()
     params.dy_stride = dy.stride(0)
     if dlogits_in is not None:
@@ -57,7 +60,6 @@ def backward(
     if want_x or want_a or want_gate:
         params.dv, params.z = dv.data_ptr(), z.data_ptr()
     params.z_stride = z.stride(0)
-    params.partial = partial.data_ptr()
     params.wgrad_splits = splits
     for name, grad in (
         ("dx", dx),
@@ -67,5 +69,5 @@ def backward(
     ):
         if grad is not None:
             setattr(params, name, grad.data_ptr())
-    library.backward(params, *extension.queue(dy))
+    library.backward(params, device, stream)
     return dx, dlora_a, dlora_b, dgate

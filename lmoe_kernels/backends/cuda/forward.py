@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import decode_plan, padded
+from lmoe_kernels.backends.cuda.configs import decode_plan, one_pass_smem, padded, shrink_parts
 
 
 def forward(
@@ -31,28 +31,33 @@ def forward(
     experts_of_a, has_gate = lora_a.shape[0], gate_logits is None
     library = extension.library()
     device, stream = extension.queue(x)
-    plan = decode_plan(
-        tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, x.element_size(),
-        extension.processors(device),
-    )  # fmt: skip
+    size, processors = x.element_size(), extension.processors(device)
+    plan = decode_plan(tokens, in_features, out_features, experts, experts_of_a, rank, has_gate, size, processors)
+    smem = 0 if plan is not None else one_pass_smem(tokens, experts, rank, size, processors)
+    by_stages = plan is None and smem == 0
     y = x.new_empty(tokens, out_features)
     u = logits = None
-    if save or plan is None:
+    if save or by_stages:
         u = x.new_empty(tokens, experts_of_a, rank)
         logits = x.new_empty(tokens, experts, dtype=torch.float32) if has_gate else None
 
     params = library.ForwardParams() if plan is None else library.DecodeParams()
     router = logits if has_gate else gate_logits
     set_problem(params, x, lora_a, lora_b, gate_weight, router, base, u, y, tokens, scaling, mixing, top_k)
-    if plan is None:
-        v = x.new_empty(tokens, padded(experts * rank))
-        scratch = x.new_empty(tokens, experts, dtype=torch.float32)
-        params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0))
-        library.forward(params, device, stream)
-    else:
-        partial = x.new_empty(plan.chunks, tokens, experts_of_a * rank + experts, dtype=torch.float32)
+    rows = experts_of_a * rank + (experts if has_gate else 0)
+    if plan is not None:
+        partial = x.new_empty(plan.chunks, tokens, rows, dtype=torch.float32)
         params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
         library.decode(params, device, stream)
+        return (y, logits, u) if save else (y, None, None)
+    params.smem = smem
+    if by_stages:
+        parts = shrink_parts(tokens, in_features, processors)
+        v = x.new_empty(tokens, padded(experts * rank))
+        scratch = x.new_empty(tokens, experts, dtype=torch.float32)
+        partial = x.new_empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32)
+        params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
+    library.forward(params, device, stream)
     return (y, logits, u) if save else (y, None, None)
 
 

@@ -1,0 +1,205 @@
+// What the kernels of forward and backward are made of: shrink, softmax and mix, and the store of an expanded tile.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace lmoe {
+
+constexpr int BLOCK_T = 64;   // tokens
+constexpr int BLOCK_F = 128;  // features of x, y or a factor
+constexpr int BLOCK_C = 64;   // coefficients of wgrad: rank rows and gate rows
+
+template <class S, int COLUMNS>
+using Shrink = Product<S, BLOCK_T, COLUMNS, 2, true, true>;
+template <class S>
+using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
+
+// Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once, and up to 64
+// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing.
+constexpr int WIDE = 160, NARROW = 64;
+
+template <class S>
+__host__ __device__ constexpr int shrink_smem(int64_t columns) {
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE>::SMEM, "the rest needs more than what was before it");
+    return columns > NARROW ? Shrink<S, WIDE>::SMEM : Shrink<S, NARROW>::SMEM;
+}
+
+template <class Tile, class Store>
+__device__ __forceinline__ int64_t shrink_columns(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
+                                                  int64_t column, int64_t first, int64_t last, Store store) {
+    const float* tile = Tile::run(smem, rows, t0, factors, column, first, last);
+    Tile::for_each(tile, [&](int row, int col, float value) {
+        if (t0 + row < rows.rows && column + col < factors.rows) store(t0 + row, column + col, value);
+    });
+    __syncthreads();  // the tile is read, and what it stored can be read by the whole block
+    return column + Tile::COLUMNS;
+}
+
+// store(t, column, value): every token of the tile against every row of `factors`, summed over features [first, last).
+template <class S, class Store>
+__device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
+                                       int64_t first, int64_t last, Store store) {
+    for (int64_t column = 0; column < factors.rows;) {
+        if (factors.rows - column > NARROW) {
+            column = shrink_columns<Shrink<S, WIDE>>(smem, rows, t0, factors, column, first, last, store);
+        } else {
+            column = shrink_columns<Shrink<S, NARROW>>(smem, rows, t0, factors, column, first, last, store);
+        }
+    }
+}
+
+// store(t, column, sum) for some tokens, from the sums over parts of the features, added up in their order.
+template <class Store>
+__device__ __forceinline__ void sum_parts(const ForwardParams& p, int64_t t0, int tokens, int columns, Store store) {
+    for (int i = threadIdx.x; i < tokens * columns; i += THREADS) {
+        float sum = 0.f;
+        for (int64_t part = 0; part < p.shrink_parts; ++part) sum += p.partial[(part * p.T + t0) * columns + i];
+        store(t0 + i / columns, i % columns, sum);
+    }
+    __syncthreads();  // what was stored can be read by the whole block
+}
+
+// x as a matrix, and what it is shrunk by: the rank rows of A, then the gate's.
+template <class S>
+__host__ __device__ inline Matrix tokens_of(const ForwardParams& p) {
+    return matrix<S>(p.x, false, p.T, p.I, p.x_stride);
+}
+template <class S>
+__host__ __device__ inline Matrix a_and_gate(const ForwardParams& p) {
+    return stacked<S>(p.lora_a, p.lora_a_fp32, p.experts_of_a * p.R, p.gate_weight, p.gate_weight_fp32, p.E, p.I);
+}
+template <class S>
+__host__ __device__ inline Matrix b_of(const ForwardParams& p) {
+    return matrix<S>(p.lora_b, p.lora_b_fp32, p.E * p.R, p.O, p.O);
+}
+
+// One value of the product of x with a_and_gate: u, then the logits; null where nobody wants them.
+template <class S>
+__device__ __forceinline__ void save(const ForwardParams& p, int64_t t, int64_t column, float value) {
+    const int64_t rank_rows = p.experts_of_a * p.R;
+    if (column < rank_rows) {
+        if (p.u != nullptr) static_cast<S*>(p.u)[t * rank_rows + column] = from_float<S>(value);
+    } else if (p.logits != nullptr) {
+        static_cast<float*>(p.logits)[t * p.E + column - rank_rows] = value;
+    }
+}
+
+// Of equal logits the one of the lower expert is kept.
+template <class S>
+__device__ inline bool is_kept(const ForwardParams& p, const void* logits, int64_t row, int64_t e, float logit) {
+    if (p.top_k == p.E) return true;
+    int64_t before = 0;
+    for (int64_t f = 0; f < p.E; ++f) {
+        const float other = load<S>(logits, row + f, p.logits_fp32);
+        before += other > logit || (other == logit && f < e);
+    }
+    return before < p.top_k;
+}
+
+// The gates of one token, from the logits that begin at element `row`, by one thread.
+template <class S>
+__device__ inline void gate_softmax(const ForwardParams& p, const void* logits, int64_t row, float* gates) {
+    float largest = -INFINITY, sum = 0.f;
+    for (int64_t e = 0; e < p.E; ++e) largest = fmaxf(largest, load<S>(logits, row + e, p.logits_fp32));
+    for (int64_t e = 0; e < p.E; ++e) {
+        const float logit = load<S>(logits, row + e, p.logits_fp32);
+        gates[e] = is_kept<S>(p, logits, row, e, logit) ? expf(logit - largest) : 0.f;
+        sum += gates[e];
+    }
+    for (int64_t e = 0; e < p.E; ++e) gates[e] /= sum;
+}
+
+// The gates of some tokens into scratch, one thread a token; ends with all threads in step.
+template <class S>
+__device__ __forceinline__ void gates_of_tokens(const ForwardParams& p, int64_t t0, int tokens) {
+    for (int i = threadIdx.x; i < tokens; i += THREADS) {
+        gate_softmax<S>(p, p.logits, (t0 + i) * p.E, p.scratch + (t0 + i) * p.scratch_stride);
+    }
+    __syncthreads();  // the gates are in scratch
+}
+
+// v of one token and rank r, for all experts; u and v are the token's, and may be the same memory; at(c): where its column c
+// lies. The last expert comes first, so that where all share one A the only u is overwritten when it has been read by all.
+template <class S, class At>
+__device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r, At at) {
+    const int64_t u_step = p.experts_of_a == 1 ? 0 : p.R;
+    float h = 0.f;
+    if (p.factors) {
+        for (int64_t e = 0; e < p.E; ++e) h += gates[e] * to_float(u[at(e * u_step + r)]);
+    }
+    for (int64_t e = p.E - 1; e >= 0; --e) {
+        v[at(e * p.R + r)] = from_float<S>(gates[e] * (p.factors ? h : to_float(u[at(e * u_step + r)])));
+    }
+    return h;
+}
+
+// The same of a token whose columns lie side by side.
+template <class S>
+__device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r) {
+    return mix<S>(p, gates, u, v, r, [](int64_t column) { return column; });
+}
+
+// v of some tokens, from u and the logits in memory.
+template <class S>
+__device__ __forceinline__ void mix_tokens(const ForwardParams& p, int64_t t0, int tokens) {
+    const int R = static_cast<int>(p.R);
+    gates_of_tokens<S>(p, t0, tokens);
+    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+        const int64_t t = t0 + i / R;
+        const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
+        mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v) + t * p.v_stride, i % R);
+    }
+}
+
+template <class S>
+__host__ __device__ inline Output output(void* out, const void* base, int64_t base_stride, int64_t T, int64_t F,
+                                         float scaling) {
+    const bool vectors = on_16_bytes(out, F, sizeof(S)) && on_16_bytes(base, base_stride, sizeof(S));
+    return {out, base, base_stride, T, F, vectors, scaling};
+}
+
+// A tile of products from token t0 and feature f0 on. A thread has several vectors of the base on the way at a time.
+template <class S>
+__device__ __forceinline__ void store_tile(const Output& p, const float* tile, int64_t t0, int64_t f0) {
+    constexpr int VECTORS = BLOCK_F / VECTOR<S>, BATCH = 8;  // in a row of the tile; of a thread
+    static_assert(BLOCK_T * VECTORS % (BATCH * THREADS) == 0, "a batch is not whole");
+    for (int first = threadIdx.x; first < BLOCK_T * VECTORS; first += BATCH * THREADS) {
+        alignas(16) S values[BATCH][VECTOR<S>];
+        auto each = [&](auto f) {  // f(vector, its row and column in the tile, how many of its elements are inside)
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int row = (first + b * THREADS) / VECTORS, col = (first + b * THREADS) % VECTORS * VECTOR<S>;
+                const int64_t inside = t0 + row < p.T ? smaller(VECTOR<S>, p.F - f0 - col) : 0;
+                if (inside > 0) f(values[b], row, col, static_cast<int>(inside));
+            }
+        };
+        each([&](S* vector, int row, int col, int inside) {
+            const bool given = p.base != nullptr;
+            const S* base = static_cast<const S*>(p.base) + (given ? (t0 + row) * p.base_stride + f0 + col : 0);
+            if (given && p.vectors && inside == VECTOR<S>) {
+                *reinterpret_cast<uint4*>(vector) = *reinterpret_cast<const uint4*>(base);
+            } else {
+#pragma unroll
+                for (int j = 0; j < VECTOR<S>; ++j) vector[j] = given && j < inside ? base[j] : from_float<S>(0.f);
+            }
+        });
+        each([&](S* vector, int row, int col, int inside) {
+            S* out = static_cast<S*>(p.out) + (t0 + row) * p.F + f0 + col;
+#pragma unroll
+            for (int j = 0; j < VECTOR<S>; ++j) {
+                const float product = tile[row * Expand<S>::OUT_STRIDE + col + j];
+                vector[j] = from_float<S>(to_float(vector[j]) + p.scaling * product);
+            }
+            if (p.vectors && inside == VECTOR<S>) {
+                store_vector(out, *reinterpret_cast<const uint4*>(vector));
+            } else {
+#pragma unroll
+                for (int j = 0; j < VECTOR<S>; ++j) {
+                    if (j < inside) out[j] = vector[j];
+                }
+            }
+        });
+    }
+}
+
+}  // namespace lmoe
