@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lmoe_kernels.backends.cuda import extension
+
 CSRC = Path(__file__).parents[1] / "csrc"
 NVCC = shutil.which("nvcc")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -32,8 +34,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """The cubins of each target."""
+    """The cubins of each target: the built extension's where it is of these sources, else compiled for the test."""
     folder = tmp_path_factory.mktemp("cubins")
+    built = _built_extension()
+    if built is not None:
+        subprocess.run(
+            [str(_tool("cuobjdump")), "--extract-elf", "all", str(built)], check=True, cwd=folder, capture_output=True
+        )
+        return {target: sorted(folder.glob(f"*.{target}.cubin")) for target in TARGETS}
     pairs = [(source, target) for target in TARGETS for source in sorted(CSRC.glob("cuda/*.cu"))]
     paths = [folder / f"{source.stem}.{target}.cubin" for source, target in pairs]
 
@@ -45,6 +53,17 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, *zip(*pairs, strict=True), paths))
     return {target: [path for path in paths if target in path.name] for target in TARGETS}
+
+
+def _built_extension() -> Path | None:
+    """The extension, where it holds every target and is younger than all of its sources."""
+    sources = [path for path in CSRC.rglob("*") if path.is_file()]
+    archs = extension.build_info().get("archs", "")
+    libraries = (
+        extension.BUILD_INFO.parent.glob("_cuda.*.so") if all(t.removeprefix("sm_") in archs for t in TARGETS) else ()
+    )
+    last_change = max(path.stat().st_mtime for path in sources)
+    return next((path for path in libraries if path.stat().st_mtime > last_change), None)
 
 
 @pytest.mark.parametrize("target", TARGETS)
