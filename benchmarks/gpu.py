@@ -1,9 +1,10 @@
-"""What a GPU is wanted for: the `gpu` tests, then the tuner, then the whole suite.
+"""What a GPU is wanted for: the `gpu` tests, then the tuner, the cost of many experts, then the whole suite.
 
     python -m benchmarks.gpu [--skip-tests] [--tokens 16 512 8192] [--features 4096]
 
-Writes into benchmarks/results/<device>/: tiles.jsonl, a line for each tile tried, and what `python -m benchmarks` writes. No
-speed is reported where a test fails. Was never run on a GPU so far: none was at hand when it was written.
+Writes into benchmarks/results/<device>/: tiles.jsonl, a line for each tile tried; experts.jsonl, forward + backward over E
+with top_k = 2 and with all experts; and what `python -m benchmarks` writes. No speed is reported where a test fails. Was
+never run on a GPU so far: none was at hand when it was written.
 """
 
 import argparse
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from benchmarks import __main__ as suite
 from benchmarks.environment import describe
+from lmoe_kernels import lmoe
 from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.launch import chip_of, sizes_of
+from lmoe_kernels.dispatch import BACKENDS, Problem
 
 Row = dict[str, Any]
 Call = Callable[[], object]
@@ -88,6 +91,23 @@ def _split(tokens: int, tile: configs.Tile, splits: int) -> configs.WgradPlan:
     return configs.WgradPlan(tile, -(-tokens // part), part)
 
 
+def many_experts(tokens: int, features: int, device: torch.device) -> Iterator[Row]:
+    """Forward + backward of the delta over E, two experts a token and all of them, on every backend that can."""
+    for experts, top_k in product((8, 16, 32, 64, 128), (2, None)):
+        x, dy, a, b, gate = _tensors(Shape(tokens, features, features), device, experts)
+        leaves = [t.requires_grad_() for t in (x, a, b, gate)]
+        for backend in BACKENDS.values():
+            problem = Problem(device, x.dtype, tokens, features, features, experts, R)
+            if backend.name == "reference" or backend.why_not(problem) is not None:
+                continue
+
+            def step(name: str = backend.name, top_k: int | None = top_k, tensors: list[Tensor] = leaves, dy: Tensor = dy):
+                x, a, b, gate = tensors
+                return torch.autograd.grad(lmoe(x, a, b, gate_weight=gate, top_k=top_k, backend=name), tensors, dy)
+
+            yield {"backend": backend.name, "E": experts, "R": R, "top_k": top_k, "T": tokens, "us": median_us(step)}
+
+
 def _around(chosen: configs.Tile) -> list[configs.Tile]:
     space = configs.SEARCH_SPACE
     tiles = [replace(chosen, **dict(zip(space, values, strict=True))) for values in product(*space.values())]
@@ -104,11 +124,22 @@ def _timed(shape: Shape, what: str, tile: configs.Tile, chosen: bool, name: str,
         return row | {"us": None, "why": str(error)}
 
 
-def _tensors(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _tensors(shape: Shape, device: torch.device, experts: int = E) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def draw(*size: int) -> Tensor:
         return (torch.randn(size, device=device) * size[-1] ** -0.5).bfloat16()
 
-    return draw(shape.T, shape.I), draw(shape.T, shape.O), draw(E, R, shape.I), draw(E, R, shape.O), draw(E, shape.I)
+    x, dy = draw(shape.T, shape.I), draw(shape.T, shape.O)
+    return x, dy, draw(experts, R, shape.I), draw(experts, R, shape.O), draw(experts, shape.I)
+
+
+def _write(path: Path, rows: Iterator[Row], device: torch.device) -> None:
+    """The machine, then a line a row as it comes; on the terminal without the tiles that are not chosen."""
+    with path.open("w") as file:
+        print(json.dumps(describe(device)), file=file, flush=True)
+        for row in rows:
+            print(json.dumps(row), file=file, flush=True)
+            if row.get("chosen", True):
+                print(json.dumps(row), flush=True)
 
 
 def main() -> int:
@@ -130,14 +161,9 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     folder = RESULTS / torch.cuda.get_device_name(device).lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    if args.tokens:
-        with (folder / "tiles.jsonl").open("w") as file:
-            print(json.dumps(describe(device)), file=file, flush=True)
-            for tokens in args.tokens:
-                for row in tune(Shape(tokens, args.features, args.features), device):
-                    print(json.dumps(row), file=file, flush=True)
-                    if row["chosen"]:
-                        print(json.dumps(row))
+    shapes = [Shape(tokens, args.features, args.features) for tokens in args.tokens]
+    _write(folder / "tiles.jsonl", (row for shape in shapes for row in tune(shape, device)), device)
+    _write(folder / "experts.jsonl", many_experts(8192, args.features, device), device)
     return suite.main(["--out", str(folder)])
 
 

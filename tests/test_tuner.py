@@ -1,4 +1,4 @@
-"""The tuner of `make gpu`, on CPU tensors and without launches: that it times the tiles it names."""
+"""What `make gpu` times, on CPU tensors and without a clock: that it is what its rows name."""
 
 from importlib import import_module
 
@@ -41,3 +41,12 @@ def test_every_tile_is_launched_in_the_place_of_the_chosen_one(
         f"forward_plan.{s}" for s in stages
     }
     assert all(chosen[0] and not any(chosen[1:]) for chosen in seen.values())
+
+
+def test_many_experts_are_timed_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "median_us", lambda call: float(len(call())))
+    monkeypatch.setattr(gpu, "BACKENDS", {name: gpu.BACKENDS[name] for name in ("cuda", "torch", "reference")})
+    rows = list(gpu.many_experts(3, 8, torch.device("cpu")))
+    assert {row["backend"] for row in rows} == {"torch"}  # cuda cannot take CPU tensors, the reference is not timed
+    assert [(row["E"], row["top_k"]) for row in rows] == [(e, k) for e in (8, 16, 32, 64, 128) for k in (2, None)]
+    assert all(row["us"] == 4 for row in rows)  # gradients of x, A, B and the gate
