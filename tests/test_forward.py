@@ -93,3 +93,15 @@ def test_bitwise_repeatable(backend: str) -> None:
     problem = make_problem(Case(T=130, I=136, O=72, E=8, R=16, linear=True), torch.bfloat16)
     first, second = problem.call(backend), problem.call(backend)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nothing_but_v_is_rounded(backend: str) -> None:
+    """With u exact and B picking the first expert, y is gates[0] h, rounded once from fp32."""
+    x, lora_a = torch.randint(1, 16, (300, 1)).bfloat16(), torch.tensor([3.0, 7.0, 13.0]).bfloat16().view(3, 1, 1)
+    lora_b, logits = torch.tensor([1.0, 0.0, 0.0]).bfloat16().view(3, 1, 1), torch.randn(300, 3)
+    y = lmoe(x, lora_a, lora_b, gate_logits=logits, backend=backend)
+    gates = logits.softmax(dim=1)
+    h = (gates * (x.float() * lora_a.float().view(3))).sum(dim=1)
+    once, twice = (gates[:, 0] * h).bfloat16(), (gates[:, 0] * h.bfloat16().float()).bfloat16()
+    assert (y[:, 0] == once).float().mean() > 0.97  # the last bit of an exponential may tip a rounding
+    assert (y[:, 0] == twice).float().mean() < 0.9
