@@ -67,16 +67,17 @@ class Group:
             calls = {
                 name: [call_of(step, inputs[i].dy, phase) for i, step in enumerate(copies)] for name, copies in steps.items()
             }
-            for launch in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
-                timed = calls
-                if launch == "graph":
-                    timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
-                before = self.samples.setdefault((phase, launch), [])
-                before.append(interleave(timed, clock_for(self.device), self.effort, seed=len(before)))
             if phase not in self.weights:
                 self.weights[phase] = {
                     name: self._weigh(name, copies[0], steps[name][0], inputs[0], phase) for name, copies in calls.items()
                 }
+            for launch in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
+                timed = calls
+                if launch == "graph":
+                    timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
+                before = self.samples.get((phase, launch), [])
+                taken = interleave(timed, clock_for(self.device), self.effort, seed=len(before))
+                self.samples[phase, launch] = [*before, taken]  # only now: an interrupted visit leaves no trace
 
     def records(self) -> Iterator[Record]:
         """Every row in every phase that was visited."""
@@ -171,6 +172,6 @@ def call_of(step: Step, dy: Tensor, phase: str) -> Call:
 
 def ratio(visits: list[dict[str, list[float]]], name: str, other: str) -> Spread | None:
     """A row's time over another's, round by round."""
-    if other not in visits[0]:
+    if not all(other in visit for visit in visits):
         return None
     return Spread.of([[a / b for a, b in zip(visit[name], visit[other], strict=True)] for visit in visits])

@@ -103,10 +103,11 @@ class Models:
                 if self.found[name].status == "ok"
             }
             rows = {name: [call] for name, call in calls.items()}
-            self.samples.setdefault(phase, []).append(interleave(rows, clock_for(device), self.effort))
             for name, call in calls.items():
                 if (phase, name) not in self.peaks:
                     self.peaks[phase, name] = peak_bytes(call, device)
+            taken = interleave(rows, clock_for(device), self.effort)
+            self.samples[phase] = [*self.samples.get(phase, []), taken]  # only now: an interrupted visit leaves no trace
 
     def records(self) -> Iterator[ModelRecord]:
         """Every variant in every phase that was visited."""

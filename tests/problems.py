@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lmoe_kernels import lmoe, lmoe_linear, reference
 
-TRAINED = ("x", "lora_a", "lora_b", "gate_weight", "gate_logits", "weight", "bias")
 SHAPES = {
     "x": "TI", "lora_a": "ERI", "lora_b": "ERO", "gate_weight": "EI", "gate_logits": "TE", "weight": "OI", "bias": "O",
     "dy": "TO", "dlogits": "TE", "y": "TO", "router_logits": "TE",

@@ -218,6 +218,23 @@ def test_an_interrupted_run_keeps_what_it_has(quickly, tmp_path, capsys, monkeyp
     assert report.load(tmp_path / "results.json")["records"] == []
 
 
+def test_a_visit_interrupted_amid_its_rows_leaves_the_earlier_ones(
+    quickly, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visits = []
+
+    def interrupted(rows, *arguments, **options):
+        visits.append(rows)
+        if len(visits) == 2:
+            raise KeyboardInterrupt
+        return interleave(rows, *arguments, **options)
+
+    monkeypatch.setattr("benchmarks.measure.interleave", interrupted)
+    sizes = ["--shapes", "8x8", "--tokens", "2", "--quick", "--rows", "frozen", "--out", str(tmp_path)]
+    assert cli.main(sizes) == 0  # in the second of three phases
+    assert [r["phase"] for r in report.load(tmp_path / "results.json")["records"]] == ["forward"]
+
+
 def test_whole_models() -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
