@@ -16,7 +16,7 @@ from benchmarks.limits import Limits, floor_seconds
 from benchmarks.measure import Group
 from benchmarks.model import Models, Plan
 from benchmarks.shapes import DTYPES, SCALING, Shape, make_inputs
-from benchmarks.timing import QUICK, Effort, Spread, interleave
+from benchmarks.timing import Effort, interleave
 from lmoe_kernels import dispatch, reference
 from lmoe_kernels.backends import torch as torch_backend
 
@@ -306,30 +306,6 @@ def test_compare_refuses_other_files(tmp_path, capsys) -> None:
         with pytest.raises(SystemExit):
             compare.main([str(tmp_path / name)] * 2)
         assert f"{name}: " in capsys.readouterr().err
-
-
-def test_rounds_sample_every_row_once_in_changing_order() -> None:
-    class Clock:
-        def __init__(self) -> None:
-            self.order: list[str] = []
-
-        def sample(self, calls, first: int, count: int) -> float:
-            self.order.append(calls[first % len(calls)]())
-            return 1.0
-
-    clock = Clock()
-    names = [f"row {i}" for i in range(6)]
-    calls = {name: [lambda name=name: name] for name in names}
-    samples = interleave(calls, clock, replace(QUICK, seconds=0.0, min_rounds=5))
-    assert {name: len(taken) for name, taken in samples.items()} == dict.fromkeys(names, 5)
-    rounds = [tuple(clock.order[start : start + 6]) for start in range(len(clock.order) - 30, len(clock.order), 6)]
-    assert all(sorted(one) == names for one in rounds)
-    assert len(set(rounds)) > 1
-
-
-def test_spread() -> None:
-    assert Spread.of([[3.0]]) == Spread(3.0, 3.0, 3.0, (3.0,))
-    assert Spread.of([[5.0, 1.0, 2.0], [3.0, 4.0, 6.0]]) == Spread(3.5, 2.0, 5.0, (2.0, 4.0))
 
 
 def test_bytes_and_flops_that_operations_move() -> None:
