@@ -1,7 +1,7 @@
 """Random problems, their truth in float64, and the rule by which errors are judged."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,14 @@ class Problem:
         if case.linear:
             return lmoe_linear(tensors["x"], tensors["weight"], tensors["bias"], *factors, **kwargs)
         return lmoe(tensors["x"], *factors, **kwargs)
+
+    def of_experts(self, kept: list[int]) -> "Problem":
+        """The problem that is left where there are only these experts."""
+        tensors = {
+            name: t.index_select(SHAPES[name].index("E"), torch.tensor(kept)) if "E" in SHAPES[name] else t
+            for name, t in self.tensors.items()
+        }
+        return Problem(replace(self.case, E=len(kept)), tensors, self.dy, self.dlogits[:, kept])
 
 
 CASES = [

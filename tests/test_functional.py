@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from lmoe_kernels import dispatch, explain, lmoe, lmoe_linear, use_backend
 from tests.problems import Case, leaves_of, make_problem
@@ -188,11 +187,3 @@ def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.
         lmoe(**_arguments(), backend="tpu")
     assert str(caught.value) == "lmoe: backend must be one that can take this call, got 'tpu': there is no TPU"
     assert "tpu        cannot: there is no TPU" in explain(**_arguments())
-
-
-def test_lmoe_linear_is_the_linear_layer_and_the_delta(backend: str, exact: torch.dtype) -> None:
-    t = make_problem(Case(), exact).tensors
-    weight, bias = torch.randn(41, 33, dtype=exact), torch.randn(41, dtype=exact)
-    factors, gate = (t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "backend": backend}
-    y = lmoe_linear(t["x"], weight, bias, *factors, **gate)
-    torch.testing.assert_close(y, F.linear(t["x"], weight, bias) + lmoe(t["x"], *factors, **gate))
