@@ -15,7 +15,7 @@ demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OU
 	$(BIN)/python examples/three_domains.py --out $(OUT)
 
 test: $(READY) ## Run every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(READY) ## Look for errors of style
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock
+
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
@@ -69,22 +71,23 @@ def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...]
         objects = list(pool.map(lambda source: _object(cache, command, options, source), sources))
     state = hashlib.sha256(" ".join(map(str, objects)).encode())
     binary = cache / f"{state.hexdigest()[:16]}.{name}"
-    if not binary.exists():
-        unfinished = binary.with_suffix(".unfinished")
-        _run([*command, *map(str, objects), "-o", str(unfinished)])
-        unfinished.rename(binary)
-    return binary
+    return _made(binary, [*command, *map(str, objects)])
 
 
 def _object(cache: Path, command: list[str], options: tuple[str, ...], source: Path) -> Path:
     """One compiled source. Its state is what the preprocessor makes of it: a bug in one kernel has that compiled alone."""
     text = _run([*command, "-x", "c++", "-E", "-P", str(source)])
     state = hashlib.sha256("\n".join((*options, text)).encode()).hexdigest()[:16]
-    path = cache / f"{state}.o"
-    if not path.exists():
-        unfinished = path.with_suffix(".o.unfinished")
-        _run([*command, "-x", "c++", "-c", str(source), "-o", str(unfinished)])
-        unfinished.rename(path)
+    return _made(cache / f"{state}.o", [*command, "-x", "c++", "-c", str(source)])
+
+
+def _made(path: Path, command: list[str]) -> Path:
+    """The command's output at this path, made by the first process that asks; others wait for it."""
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            _run([*command, "-o", str(unfinished)])
+            unfinished.rename(path)
     return path
 
 
