@@ -113,6 +113,31 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@pytest.mark.parametrize("halves", [["gate_logits"], ["base"], ["x"], ["lora_a", "lora_b"]], ids=" ".join)
+def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
+    """Under autocast a router or a layer beside gives half precision while x is still fp32, or the other way round."""
+    arguments = _arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
+    arguments |= {name: arguments[name].bfloat16() for name in halves}
+    cast = arguments | {name: arguments[name].bfloat16() for name in ("x", "base")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lmoe(**arguments), lmoe(**cast))
+        del arguments["base"]
+        assert "torch.bfloat16 on cpu" in explain(**arguments)
+
+
+def test_autocast_casts_no_integers() -> None:
+    arguments = _arguments(weight=torch.ones(12, 16, dtype=torch.int8), bias=None)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="weight must have a dtype of"):
+        lmoe_linear(**arguments)
+
+
+def test_the_meta_device_tells_shapes() -> None:
+    arguments = {name: t.to("meta") for name, t in _arguments().items()}
+    y, logits = lmoe(**arguments, return_router_logits=True)
+    assert (y.shape, y.device.type, logits.shape) == ((2, 12), "meta", (2, 8))
+    assert "on meta" in explain(**arguments)
+
+
 def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
     t = _arguments(gate_weight=None)
     given = torch.randn(2, 8, requires_grad=True)

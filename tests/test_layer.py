@@ -93,6 +93,15 @@ def test_any_frozen_layer_is_called_and_gets_the_delta(dtype: torch.dtype) -> No
     assert x.grad is not None
 
 
+def test_any_frozen_layer_under_autocast() -> None:
+    layer = _trained(LMoELinear(16, 24, num_experts=4, rank=2))
+    x = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=layer.base_layer(x))
+        layer.base_layer.register_forward_hook(lambda module, args, y: None)  # so that its own forward is called
+        assert torch.equal(layer(x), delta)
+
+
 def test_hooks_of_the_frozen_layer_are_run() -> None:
     layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
     x = torch.randn(3, 8, dtype=torch.float64)
