@@ -142,7 +142,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
 
 def check_name(op: str, name: str) -> None:
     """Raise ValueError for a backend that is not in the table."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
 
 
