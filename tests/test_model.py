@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lmoe_kernels import (
     LMoELinear,
@@ -102,6 +102,81 @@ def test_a_target_that_matches_nothing_leaves_the_model_alone(targets, text: str
     with pytest.raises(ValueError, match="top_k"):
         apply_lmoe(model, "q_proj", top_k=99)
     assert _state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' has its experts already"),
+        ("embed_tokens", "got 'embed_tokens'; 'model.embed_tokens' (Embedding) has no in_features and out_features"),
+    ],
+)
+def test_a_target_that_cannot_be_wrapped_is_told_why(target: str, text: str) -> None:
+    model = _llama()
+    apply_lmoe(model, "q_proj", num_experts=2, rank=2)
+    with pytest.raises(ValueError) as caught:
+        apply_lmoe(model, target)
+    assert str(caught.value) == f"apply_lmoe: target_modules must match linear layers of the model, {text}"
+
+
+def test_gpt2_has_no_linear_layers() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    with pytest.raises(ValueError, match=r"'transformer.h.0.attn.c_attn' \(Conv1D\) has no in_features and out_features"):
+        apply_lmoe(model, "c_attn")
+    with pytest.raises(ValueError, match="got 'all-linear'; the model has none left to wrap, or its output embedding alone"):
+        apply_lmoe(model, "all-linear")
+
+
+@pytest.mark.parametrize("target", [None, 5, ["q_proj", 1], b"q_proj"], ids=repr)
+def test_a_target_is_a_name(target) -> None:
+    with pytest.raises(TypeError) as caught:
+        apply_lmoe(_llama(), target)
+    assert str(caught.value) == f"apply_lmoe: target_modules must be a str or several, got {target!r}"
+    with pytest.raises(TypeError, match=r"apply_lmoe: model must be a torch.nn.Module, got str"):
+        apply_lmoe("llama", "q_proj")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_that_reads_the_weight_of_its_layers() -> None:
+    """T5 asks its last linear layer for the weight's dtype."""
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).double()
+    before = model(input_ids=IDS, labels=IDS).loss
+    names = apply_lmoe(model, "all-linear", num_experts=2, rank=2)
+    assert any(name.endswith(".wo") for name in names)
+    after = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(after, before)
+
+
+def test_layers_that_are_never_called_are_not_wrapped() -> None:
+    """Attention multiplies by out_proj.weight itself, and an encoder layer by its linears' where no gradient is wanted."""
+    model = nn.Transformer(16, 2, 1, 1, 24, batch_first=True, dropout=0.0, dtype=torch.float64)
+    assert apply_lmoe(model, "all-linear", num_experts=2, rank=2) == ["decoder.layers.0.linear1", "decoder.layers.0.linear2"]
+    for layer in lmoe_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = model(x, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, x), expected)
+    for target, name in (("out_proj", "MultiheadAttention"), ("encoder.layers.0.linear1", "TransformerEncoderLayer")):
+        with pytest.raises(ValueError, match=f"is not called: {name} multiplies by its weight itself"):
+            apply_lmoe(model, target)
+
+
+def test_tied_weights_can_be_tied_again() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    apply_lmoe(model, "lm_head", num_experts=2, rank=2)
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "lm_head.lora_a", "lm_head.lora_b", "lm_head.gate_weight"
+    }  # fmt: skip
 
 
 def test_router_logits_carry_the_losses_gradient() -> None:
