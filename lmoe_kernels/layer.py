@@ -98,9 +98,7 @@ class LMoELinear(nn.Module):
             checks.fail("LMoELinear", "gate_init_std", "be a number of at least 0", repr(gate_init_std))
         if backend is not None:
             check_name("LMoELinear", backend)
-        weight = getattr(linear, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(linear.parameters(), torch.empty(0))
+        weight = weight_of(linear)
         if dtype is None:
             dtype = weight.dtype if weight.dtype in checks.DTYPES else torch.float32
         elif dtype not in checks.DTYPES:
@@ -190,6 +188,12 @@ class LMoELinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies do not take the last forward's logits along, whose graph cannot be copied."""
         return {**self.__dict__, "router_logits": None}
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The tensor whose device and dtype are the layer's."""
+    weight = getattr(linear, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(linear.parameters(), torch.empty(0))
 
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
