@@ -67,6 +67,9 @@ def wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
 def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     """The router logits of the last forward, by layer; of the layers with `output_router_logits` that have run.
 
+    Under gradient checkpointing take `use_reentrant=False`: the reentrant kind runs its forward without gradients, and a
+    loss on these logits would train nothing.
+
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """

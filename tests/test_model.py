@@ -184,17 +184,35 @@ def test_router_z_loss() -> None:
     torch.testing.assert_close(router_z_loss(logits, mask), router_z_loss(logits[:4]))
 
 
+@pytest.mark.parametrize("loss", [balance_loss, router_z_loss])
+def test_losses_are_in_fp32_under_autocast(loss) -> None:
+    logits = torch.randn(70, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(logits)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, loss(logits))
+
+
+@pytest.mark.parametrize("loss", [balance_loss, router_z_loss])
+def test_losses_over_layers_on_several_devices(loss) -> None:
+    """As of a model whose layers are spread over GPUs; the meta device stands for another one."""
+    assert loss([torch.empty(7, 3, device="meta"), torch.randn(7, 3)]).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (([],), "router_logits must be a tensor (..., E) or several, got none (is output_router_logits set?)"),
         (([1.0],), "router_logits must be a tensor (..., E) or several, got ['float']"),
+        (({"q_proj": torch.zeros(2, 3)},), "router_logits must be a tensor (..., E) or several, got dict"),
+        ((None,), "router_logits must be a tensor (..., E) or several, got NoneType"),
+        ((torch.zeros(2, 3), 1, [1, 1]), "mask must be a torch.Tensor, got list"),
         ((torch.zeros(2, 3), 4), "top_k must be in 1 .. E = 3, got 4"),
         ((torch.zeros(2, 3), 1, torch.ones(3)), "mask must have the tokens' shape (2,), got (3,)"),
     ],
 )
 def test_bad_input_of_the_losses(arguments: tuple, text: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         balance_loss(*arguments)
     assert str(caught.value) == f"balance_loss: {text}"
 
