@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lmoe_kernels import dispatch, explain, lmoe, lmoe_linear, use_backend
 from tests.problems import Case, leaves_of, make_problem
@@ -143,6 +144,13 @@ def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
     given = torch.randn(2, 8, requires_grad=True)
     _, logits = lmoe(**t | {"gate_logits": given}, return_router_logits=True, backend=backend)
     assert logits is given
+
+
+def test_forward_mode_derivatives_are_refused(backend: str) -> None:
+    """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
+    arguments = _arguments()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        lmoe(**arguments | {"x": forward_ad.make_dual(arguments["x"], arguments["x"])}, backend=backend)
 
 
 def test_saved_bytes(backend: str) -> None:
