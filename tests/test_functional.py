@@ -146,6 +146,7 @@ def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
     assert logits is given
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives_are_refused(backend: str) -> None:
     """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
     arguments = _arguments()
