@@ -214,10 +214,15 @@ def test_sharded_and_data_parallel_models(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         save_lmoe(nn.parallel.DistributedDataParallel(copy.deepcopy(model)), tmp_path / "ddp")
-        sharded = with_experts(llama())
+        sharded = copy.deepcopy(model)
+        for layer in lmoe_layers(sharded).values():
+            layer.reset_parameters()
         fully_shard(sharded)
         assert load_lmoe(sharded, tmp_path / "ddp") == list(lmoe_layers(model))
         save_lmoe(sharded, tmp_path / "fsdp")
+        torch.testing.assert_close(sharded(IDS).logits, model(IDS).logits)
+        sharded(IDS).logits.sum().backward()
+        assert all(p.grad is not None for p in sharded.parameters() if p.requires_grad)
     finally:
         distributed.destroy_process_group()
     files = [load_file(tmp_path / kind / "lmoe.safetensors") for kind in ("ddp", "fsdp")]
