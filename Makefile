@@ -49,6 +49,7 @@ check: lint types test ## All that must be green before a change lands
 
 clean: ## Remove what was built, the environment too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -f lmoe_kernels/_cuda*.so lmoe_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): requirements-dev.txt pyproject.toml

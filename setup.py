@@ -24,7 +24,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 ARCHS = ("80", "90", "100", "120")
-WISH = os.environ.get("LMOE_BUILD_CUDA", "auto")
+WISH = os.environ.get("LMOE_BUILD_CUDA") or "auto"
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Compiler:
 
 def find_compiler() -> Compiler | str:
     """nvcc, or why there is none."""
+    if WISH not in ("auto", "0", "1"):
+        raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA must be auto, 0 or 1, got {WISH!r}")
     if WISH == "0":
         return "LMOE_BUILD_CUDA=0 asked to leave it out"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -59,8 +61,8 @@ def find_compiler() -> Compiler | str:
     if version is None:
         return f"{path} --version tells no release"
     known = re.findall(r"compute_(\w+)", _output(path, "--list-gpu-arch"))
-    wanted = os.environ.get("LMOE_CUDA_ARCHS")
-    if wanted is None:
+    wanted = os.environ.get("LMOE_CUDA_ARCHS", "").strip(" ;")
+    if not wanted:
         archs = [arch for arch in ARCHS if arch in known]
         return Compiler(path, version[1], (*archs[:-1], f"{archs[-1]}+PTX")) if archs else f"nvcc {version[1]} is too old"
     archs = [arch.strip() for arch in wanted.split(";") if arch.strip()]

@@ -36,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be one that torch sees, got 'cuda' without a GPU")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # now, before anything is measured for it
+    except OSError as error:
+        parser.error(f"--out must be a folder that can be written, got {str(options.out)!r}: {error.strerror}")
     torch.set_num_threads(options.threads)
     chosen, named = _grids(options, device)
     known = rows()

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.report import Results
 
-# Okabe and Ito's palette: told apart with any colour vision. Ours are the blue and the green ones.
+# Okabe and Ito's palette: told apart with any colour vision. Ours are blue, green and black.
 COLOURS = {
     "frozen": "#555555", "peft": "#E69F00", "loop": "#D55E00", "eager": "#CC79A7",
     "torch": "#0072B2", "triton": "#009E73", "cuda": "#000000",

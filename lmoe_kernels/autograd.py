@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from lmoe_kernels import ops
@@ -34,7 +35,8 @@ def apply(
     args = (x, lora_a, lora_b, gate_weight, gate_logits, weight, base, scaling, mixing, top_k)
     if torch._C._are_functorch_transforms_active():
         return _TransformableFunction.apply(*args, True, backend)[:2]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7]):
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7])
+    if backward or forward_ad._current_level >= 0:  # forward mode is refused by the Function; an op would lose the tangent
         return _Function.apply(*args, True, backend)[:2]
     return ops.forward(*args, return_logits, backend)[:2]
 

@@ -131,7 +131,8 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     """
     name = backend if backend is not None else _preferred
     if name is None:
-        return next(b.name for b in BACKENDS.values() if not (b.why_not_unasked(problem) or b.why_not(problem)))
+        # why_not first: a compiled call is then not bound to sizes that only a backend which cannot run would ask for
+        return next(b.name for b in BACKENDS.values() if not (b.why_not(problem) or b.why_not_unasked(problem)))
     check_name(op, name)
     reason = BACKENDS[name].why_not(problem)
     if reason is not None:
@@ -141,7 +142,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
 
 def check_name(op: str, name: str) -> None:
     """Raise ValueError for a backend that is not in the table."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from lmoe_kernels import autograd, checks, dispatch
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
 
 
 def lmoe(
@@ -50,10 +51,10 @@ def lmoe(
         TypeError: a type or dtype is not supported.
     Source: L-MoE, arXiv 2510.17898.
     """
+    x, base = _autocast(x), _autocast(base)
     checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
-    x, base = _autocast(x), _autocast(base)
     return _call(
         "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, return_router_logits,
         backend,
@@ -88,8 +89,8 @@ def lmoe_linear(
     Raises:
         ValueError, TypeError: as `lmoe`.
     """
-    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
     x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
     return _call(
         "lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, weight, bias, scaling, mixing, top_k,
@@ -116,8 +117,9 @@ def explain(
     Raises:
         ValueError, TypeError: as `lmoe`.
     """
+    x = _autocast(x)
     checks.check_call("explain", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
-    return dispatch.explain_choice("lmoe", _problem(_autocast(x), lora_b), backend)
+    return dispatch.explain_choice("lmoe", _problem(x, lora_b), backend)
 
 
 def _call(
@@ -160,8 +162,11 @@ def _flat(t: _MaybeTensor) -> _MaybeTensor:
 
 
 def _autocast(t: _MaybeTensor) -> _MaybeTensor:
-    """The tensor as autocast's matrix products would take it. Trained parameters are left alone: they may be fp32."""
-    if t is None or not torch.is_autocast_enabled(t.device.type) or t.dtype == torch.float64:
+    """The tensor as autocast's matrix products would take it; what they leave alone, or the checks will refuse, as it is.
+
+    Trained parameters and an outside router's logits are not cast: they may be fp32.
+    """
+    if not isinstance(t, Tensor) or t.dtype not in _CAST or t.is_meta or not torch.is_autocast_enabled(t.device.type):
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
 

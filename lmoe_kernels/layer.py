@@ -29,7 +29,8 @@ class LMoELinear(nn.Module):
     Attributes:
         base_layer: the frozen layer. lora_a: (E, R, I) or (1, R, I). lora_b: (E, R, O), zero at the start, so that a new
         layer gives what the frozen one gives. gate_weight: (E, I).
-        router_logits: (..., E) of the last forward, or None.
+        weight, bias: the frozen layer's, for who asks for their dtype or device. Who multiplies by them misses the experts.
+        router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
     Raises:
         ValueError, TypeError: an option does not fit; in forward, as `lmoe`.
     """
@@ -52,7 +53,8 @@ class LMoELinear(nn.Module):
 
         Args:
             linear: any module with `in_features` and `out_features`. The product of a plain `nn.Linear` is computed
-                together with the delta; of any other class (a quantised one, say) the own forward is called.
+                together with the delta; of any other class (a quantised one, say), or of one with hooks or a forward of
+                its own, the forward is called.
             dtype: of experts and gate; None for the weight's, or fp32 where that is not a floating dtype of `lmoe`.
             options: the keywords of `LMoELinear`.
         Raises:
@@ -77,7 +79,11 @@ class LMoELinear(nn.Module):
         gate_init_std: float = 0.02,
         output_router_logits: bool = False,
         backend: str | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            known = ", ".join(map(repr, LMoELinear._wrap.__kwdefaults__ or ()))
+            checks.fail("LMoELinear", "options", f"be among {known}", ", ".join(map(repr, unknown)), TypeError)
         in_features, out_features = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
         if not isinstance(in_features, int) or not isinstance(out_features, int):
             got = type(linear).__name__
@@ -88,11 +94,11 @@ class LMoELinear(nn.Module):
             checks.fail("LMoELinear", "alpha", "be None or a number", type(alpha).__name__, TypeError)
         scaling = 1.0 if alpha is None else alpha / rank
         checks.check_options("LMoELinear", num_experts, scaling, mixing, top_k)
+        if not isinstance(gate_init_std, Real) or not gate_init_std >= 0:
+            checks.fail("LMoELinear", "gate_init_std", "be a number of at least 0", repr(gate_init_std))
         if backend is not None:
             check_name("LMoELinear", backend)
-        weight = getattr(linear, "weight", None)
-        if not isinstance(weight, Tensor):
-            weight = next(linear.parameters(), torch.empty(0))
+        weight = weight_of(linear)
         if dtype is None:
             dtype = weight.dtype if weight.dtype in checks.DTYPES else torch.float32
         elif dtype not in checks.DTYPES:
@@ -139,8 +145,25 @@ class LMoELinear(nn.Module):
         return result
 
     @property
+    def weight(self) -> Any:
+        """The frozen layer's weight: some models read its dtype (transformers' T5)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The frozen layer's bias."""
+        return self.base_layer.bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Who ties this layer's weight to an embedding's means the frozen layer's."""
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
     def num_trainable_parameters(self) -> int:
-        """Elements of experts and gate that are trained."""
+        """How many numbers of this layer are trained: those of experts and gate, unless the user says otherwise."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def config(self) -> dict[str, Any]:
@@ -167,10 +190,17 @@ class LMoELinear(nn.Module):
         return {**self.__dict__, "router_logits": None}
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """The tensor whose device and dtype are the layer's."""
+    weight = getattr(linear, "weight", None)
+    return weight if isinstance(weight, Tensor) else next(linear.parameters(), torch.empty(0))
+
+
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer does nothing but `F.linear` on plain tensors, so that its product may be fused."""
     return (
         type(layer) is nn.Linear
+        and "forward" not in layer.__dict__  # replaced on the object, as accelerate does where it moves weights
         and type(layer.weight) in (Tensor, nn.Parameter)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )

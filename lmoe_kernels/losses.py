@@ -1,6 +1,6 @@
 """Losses on router logits, which keep the gate from collapsing onto few experts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -15,13 +15,13 @@ def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask:
         chosen = one_hot(logits.topk(top_k).indices).sum(-2).mean(0) / top_k;  mean = logits.softmax(-1).mean(0)
         loss = E * (chosen * mean).sum()
     Args:
-        router_logits: (..., E), or several of them: then the mean over them, layer by layer.
+        router_logits: (..., E), or several of them, on any devices: then the mean over them, layer by layer.
         top_k: how many experts count as chosen for a token. With dense gates 1, the strongest.
         mask: (...) bool or number, the tokens that count (padding: 0); None for all.
     Returns:
         a scalar in fp32 (fp64 for fp64). The gradient flows through `mean`; the choice has none.
     Raises:
-        ValueError: no logits, a top_k outside 1..E, or a mask of another shape.
+        ValueError: no logits, a top_k outside 1..E, or a mask of another shape. TypeError: no tensors.
     Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6.
     """
 
@@ -30,7 +30,7 @@ def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask:
         check_positive_int("balance_loss", "top_k", top_k, at_most=("E", experts))
         best = logits.topk(top_k, dim=1).indices
         chosen = torch.zeros_like(logits).scatter_(1, best, 1.0 / top_k)
-        return experts * ((weights @ chosen) * (weights @ logits.softmax(dim=1))).sum()
+        return experts * (_mean(chosen, weights) * _mean(logits.softmax(dim=1), weights)).sum()
 
     return _mean_over_layers("balance_loss", router_logits, mask, loss)
 
@@ -43,16 +43,28 @@ def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None 
     Args, Returns, Raises: as `balance_loss`.
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
-    return _mean_over_layers("router_z_loss", router_logits, mask, lambda logits, w: w @ logits.logsumexp(dim=1).square())
+
+    def loss(logits: Tensor, weights: Tensor) -> Tensor:
+        return _mean(logits.logsumexp(dim=1, keepdim=True).square(), weights).squeeze()
+
+    return _mean_over_layers("router_z_loss", router_logits, mask, loss)
+
+
+def _mean(rows: Tensor, weights: Tensor) -> Tensor:
+    """The mean of rows (T, ...) under weights (T). Not a matrix product: autocast would round that."""
+    return (weights[:, None] * rows).sum(dim=0)
 
 
 def _mean_over_layers(op: str, router_logits: Tensor | Iterable[Tensor], mask: Tensor | None, loss) -> Tensor:
-    """Apply loss(logits (T, E), weights (T) summing to one) to every layer's logits, and average."""
+    """Apply loss(logits (T, E), weights (T) summing to one) to every layer's logits; the mean, on the first one's device."""
+    must = "be a tensor (..., E) or several"
+    if not isinstance(router_logits, Iterable) or isinstance(router_logits, Mapping):
+        fail(op, "router_logits", must, type(router_logits).__name__, TypeError)
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     if not layers or any(not isinstance(logits, Tensor) or logits.dim() == 0 for logits in layers):
         got = [type(logits).__name__ for logits in layers]
-        fail(op, "router_logits", "be a tensor (..., E) or several", got or "none (is output_router_logits set?)")
-    return torch.stack([loss(*_tokens(op, logits, mask)) for logits in layers]).mean()
+        fail(op, "router_logits", must, got or "none (is output_router_logits set?)")
+    return torch.stack([loss(*_tokens(op, logits, mask)).to(layers[0].device) for logits in layers]).mean()
 
 
 def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -60,6 +72,8 @@ def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
     flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     if mask is None:
         return flat, flat.new_full((flat.shape[0],), 1.0 / max(1, flat.shape[0]))
+    if not isinstance(mask, Tensor):
+        fail(op, "mask", "be a torch.Tensor", type(mask).__name__, TypeError)
     if mask.shape != logits.shape[:-1]:
         fail(op, "mask", f"have the tokens' shape {tuple(logits.shape[:-1])}", tuple(mask.shape))
     counted = mask.reshape(-1).to(flat)

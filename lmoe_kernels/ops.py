@@ -1,10 +1,10 @@
 """The two operations as torch.library ops: what torch.compile, torch.export and the profiler see.
 
 `lmoe_kernels::forward` and `lmoe_kernels::backward` are functional, return a fixed tuple of tensors, and alias none of their
-inputs; a result that is not asked for is an empty tensor. Their bodies hold what all backends share: rows made contiguous,
-autocast kept out, and the frozen product in the delta-first order. The backend writes the (small) delta, and the frozen GEMM
-then adds into it with beta = 1, so that the second half of that read-modify-write hides in a compute-bound GEMM and only the
-small term is rounded before the sum.
+inputs; a result that is not asked for is an empty tensor. They have no gradients of their own: these are `autograd`'s. Their
+bodies hold what all backends share: rows made contiguous, autocast and autograd kept out, and the frozen product in the
+delta-first order. The backend writes the (small) delta, and the frozen GEMM then adds into it with beta = 1, so that the
+second half of that read-modify-write hides in a compute-bound GEMM and only the small term is rounded before the sum.
 """
 
 from contextlib import nullcontext
@@ -52,7 +52,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x weight^T + base + delta. With `save` also logits (empty where given from outside) and u."""
     x = _rows(x)
-    with _no_autocast(x):
+    with _no_autocast(x), _no_autograd():
         y, logits, u = dispatch.load(backend).forward(
             x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_logits), _rows(base),
             scaling, mixing, top_k, save,
@@ -80,7 +80,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     """The gradients that `output_mask` asks for, the others empty."""
     dy, x = _rows(dy), _rows(x)
-    with _no_autocast(dy):
+    with _no_autocast(dy), _no_autograd():
         grads = dispatch.load(backend).backward(
             dy, _dense(dlogits_in), x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(logits), u,
             scaling, mixing, top_k, tuple(output_mask[:4]),
@@ -130,6 +130,11 @@ def _no_autocast(x: Tensor) -> nullcontext | torch.autocast:
     """Inside an op the dtypes are settled: autocast, where it is on, must not touch the fp32 parts."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
+
+
+def _no_autograd() -> nullcontext | torch.no_grad:
+    """Likewise gradients: off already, save where an op is called as it is, by an exported model say."""
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 _NOTHING = nullcontext()

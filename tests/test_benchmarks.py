@@ -162,6 +162,7 @@ def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (["--tokens", "1,0"], "argument --tokens: must be positive integers, like 1,1024, got '1,0'"),
         (["--threads", "0"], "argument --threads: must be a positive integer, got '0'"),
+        (["--out", __file__], f"--out must be a folder that can be written, got {__file__!r}: File exists"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

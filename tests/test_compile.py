@@ -1,4 +1,4 @@
-"""The ops as PyTorch's machinery sees them: opcheck, torch.compile, torch.func.
+"""The ops as PyTorch's machinery sees them: opcheck, torch.compile, torch.export, torch.func.
 
 What is compared is compared in float64, where a wrong formula shows and the order of a sum does not.
 """
@@ -6,7 +6,7 @@ What is compared is compared in float64, where a wrong formula shows and the ord
 import pytest
 import torch
 
-from lmoe_kernels import lmoe, ops, use_backend
+from lmoe_kernels import LMoELinear, lmoe, ops, use_backend
 from tests.problems import Case, leaves_of, make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs the ops sample by sample
@@ -55,7 +55,7 @@ def test_compile_fullgraph_forward_and_backward(compiler: str) -> None:
 
 
 def test_compiled_function_follows_dynamic_sizes_and_the_chosen_backend() -> None:
-    t = make_problem(Case(T=40), torch.float64).tensors
+    t = make_problem(Case(T=100), torch.float64).tensors
     graphs = []
 
     def keep(graph, _):
@@ -65,13 +65,22 @@ def test_compiled_function_follows_dynamic_sizes_and_the_chosen_backend() -> Non
     compiled = torch.compile(
         lambda x: lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"]), fullgraph=True, dynamic=True, backend=keep
     )
-    for tokens in (6, 9, 40):
+    for tokens in (6, 9, 40, 100):  # to both sides of 64, where the choice among a GPU's backends changes
         x = t["x"][:tokens]
         torch.testing.assert_close(compiled(x), lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"]))
     assert len(graphs) == 1
     with use_backend("reference"):
         compiled(t["x"])
     assert "'reference'" in graphs[-1].code or "reference" in str(graphs[-1].graph)
+
+
+def test_an_exported_layer_runs_with_any_number_of_tokens() -> None:
+    layer = LMoELinear(12, 8, num_experts=3, rank=2, dtype=torch.float64)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(100, 12, dtype=torch.float64)
+    exported = torch.export.export(layer, (x[:7],), dynamic_shapes=({0: torch.export.Dim("T")},))
+    assert ops.forward in {node.target for node in exported.graph.nodes}
+    torch.testing.assert_close(exported.module()(x), layer(x))  # gradients are on here, and the parameters ask for them
 
 
 def test_func_grad_and_vmap() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lmoe_kernels import dispatch, explain, lmoe, lmoe_linear, use_backend
 from tests.problems import Case, leaves_of, make_problem
@@ -113,11 +114,44 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
 
 
+@pytest.mark.parametrize("halves", [["gate_logits"], ["base"], ["x"], ["lora_a", "lora_b"]], ids=" ".join)
+def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
+    """Under autocast a router or a layer beside gives half precision while x is still fp32, or the other way round."""
+    arguments = _arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
+    arguments |= {name: arguments[name].bfloat16() for name in halves}
+    cast = arguments | {name: arguments[name].bfloat16() for name in ("x", "base")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(lmoe(**arguments), lmoe(**cast))
+        del arguments["base"]
+        assert "torch.bfloat16 on cpu" in explain(**arguments)
+
+
+def test_autocast_casts_no_integers() -> None:
+    arguments = _arguments(weight=torch.ones(12, 16, dtype=torch.int8), bias=None)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="weight must have a dtype of"):
+        lmoe_linear(**arguments)
+
+
+def test_the_meta_device_tells_shapes() -> None:
+    arguments = {name: t.to("meta") for name, t in _arguments().items()}
+    y, logits = lmoe(**arguments, return_router_logits=True)
+    assert (y.shape, y.device.type, logits.shape) == ((2, 12), "meta", (2, 8))
+    assert "on meta" in explain(**arguments)
+
+
 def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
     t = _arguments(gate_weight=None)
     given = torch.randn(2, 8, requires_grad=True)
     _, logits = lmoe(**t | {"gate_logits": given}, return_router_logits=True, backend=backend)
     assert logits is given
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_forward_mode_derivatives_are_refused(backend: str) -> None:
+    """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
+    arguments = _arguments()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        lmoe(**arguments | {"x": forward_ad.make_dual(arguments["x"], arguments["x"])}, backend=backend)
 
 
 def test_saved_bytes(backend: str) -> None:

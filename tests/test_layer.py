@@ -93,6 +93,15 @@ def test_any_frozen_layer_is_called_and_gets_the_delta(dtype: torch.dtype) -> No
     assert x.grad is not None
 
 
+def test_any_frozen_layer_under_autocast() -> None:
+    layer = _trained(LMoELinear(16, 24, num_experts=4, rank=2))
+    x = torch.randn(5, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=layer.base_layer(x))
+        layer.base_layer.register_forward_hook(lambda module, args, y: None)  # so that its own forward is called
+        assert torch.equal(layer(x), delta)
+
+
 def test_hooks_of_the_frozen_layer_are_run() -> None:
     layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
     x = torch.randn(3, 8, dtype=torch.float64)
@@ -100,6 +109,25 @@ def test_hooks_of_the_frozen_layer_are_run() -> None:
     layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(1) or y + 1)
     torch.testing.assert_close(layer(x), plain + 1)
     assert seen == [1]
+
+
+def test_a_forward_that_replaces_the_frozen_layers_is_called() -> None:
+    """As accelerate replaces it, to bring an offloaded weight in."""
+    layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    plain, own = layer(x), layer.base_layer.forward
+    layer.base_layer.forward = lambda x: own(x) + 1
+    torch.testing.assert_close(layer(x), plain + 1)
+
+
+def test_weight_and_bias_are_the_frozen_layers() -> None:
+    layer = LMoELinear(8, 12, num_experts=3, rank=2)
+    assert layer.weight is layer.base_layer.weight
+    assert layer.bias is layer.base_layer.bias
+    embedding = nn.Embedding(12, 8)
+    layer.weight = embedding.weight
+    assert layer.base_layer.weight is embedding.weight
+    assert set(dict(layer.named_parameters(recurse=False))) == {"lora_a", "lora_b", "gate_weight"}
 
 
 def test_deepcopy_state_dict_and_repr() -> None:
@@ -152,6 +180,15 @@ BAD = [
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
     ({"mixing": "mean"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'mean'"),
     ({"alpha": "16"}, TypeError, "alpha must be None or a number, got str"),
+    ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be a number of at least 0, got -0.1"),
+    ({"backend": 3}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got 3"),
+    ({"backend": []}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got []"),
+    (
+        {"r": 8, "lora_alpha": 16},
+        TypeError,
+        "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'shared_a', 'gate_init_std', "
+        "'output_router_logits', 'backend', got 'r', 'lora_alpha'",
+    ),
     (
         {"dtype": torch.int8},
         TypeError,

@@ -1,15 +1,10 @@
-"""Whole models: apply_lmoe, the losses over layers, save and load."""
-
-import copy
-import json
-from pathlib import Path
+"""Whole models: apply_lmoe, the losses over layers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lmoe_kernels import (
     LMoELinear,
@@ -17,31 +12,9 @@ from lmoe_kernels import (
     balance_loss,
     collect_router_logits,
     lmoe_layers,
-    load_lmoe,
     router_z_loss,
-    save_lmoe,
 )
-
-IDS = torch.arange(24).view(2, 12)
-
-
-def _llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()  # results that are compared differ by a formula, not by rounding
-
-
-def _with_experts(model: nn.Module, **options) -> nn.Module:
-    apply_lmoe(model, ["q_proj", "down_proj"], num_experts=3, rank=2, **options)
-    for layer in lmoe_layers(model).values():
-        nn.init.normal_(layer.lora_b)
-    return model
-
-
-def _state(model: nn.Module) -> dict:
-    return {name: (type(m), [p.requires_grad for p in m.parameters()]) for name, m in model.named_modules()}
+from tests.models import IDS, llama, state, with_experts
 
 
 @pytest.mark.parametrize(
@@ -57,7 +30,7 @@ def _state(model: nn.Module) -> dict:
     ],
 )
 def test_targets(targets, count: int) -> None:
-    model = _llama()
+    model = llama()
     before = model(IDS).logits
     names = apply_lmoe(model, targets, num_experts=2, rank=2)
     assert len(names) == count
@@ -68,7 +41,7 @@ def test_targets(targets, count: int) -> None:
 
 
 def test_a_second_call_keeps_the_first_layers_trained() -> None:
-    model = _llama()
+    model = llama()
     apply_lmoe(model, "q_proj", num_experts=2, rank=2)
     apply_lmoe(model, "all-linear", num_experts=4, rank=1)
     assert {layer.num_experts for layer in lmoe_layers(model).values()} == {2, 4}
@@ -93,19 +66,92 @@ def test_a_layer_under_two_names_stays_one() -> None:
     ],
 )
 def test_a_target_that_matches_nothing_leaves_the_model_alone(targets, text: str) -> None:
-    model = _llama()
-    before = _state(model)
+    model = llama()
+    before = state(model)
     with pytest.raises(ValueError) as caught:
         apply_lmoe(model, targets)
     assert str(caught.value).startswith(f"apply_lmoe: target_modules must {text}")
-    assert _state(model) == before
+    assert state(model) == before
     with pytest.raises(ValueError, match="top_k"):
         apply_lmoe(model, "q_proj", top_k=99)
-    assert _state(model) == before
+    assert state(model) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [
+        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' has its experts already"),
+        ("embed_tokens", "got 'embed_tokens'; 'model.embed_tokens' (Embedding) has no in_features and out_features"),
+    ],
+)
+def test_a_target_that_cannot_be_wrapped_is_told_why(target: str, text: str) -> None:
+    model = llama()
+    apply_lmoe(model, "q_proj", num_experts=2, rank=2)
+    with pytest.raises(ValueError) as caught:
+        apply_lmoe(model, target)
+    assert str(caught.value) == f"apply_lmoe: target_modules must match linear layers of the model, {text}"
+
+
+def test_gpt2_has_no_linear_layers() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    with pytest.raises(ValueError, match=r"'transformer.h.0.attn.c_attn' \(Conv1D\) has no in_features and out_features"):
+        apply_lmoe(model, "c_attn")
+    with pytest.raises(ValueError, match="got 'all-linear'; the model has none left to wrap, or its output embedding alone"):
+        apply_lmoe(model, "all-linear")
+
+
+@pytest.mark.parametrize("target", [None, 5, ["q_proj", 1], b"q_proj"], ids=repr)
+def test_a_target_is_a_name(target) -> None:
+    with pytest.raises(TypeError) as caught:
+        apply_lmoe(llama(), target)
+    assert str(caught.value) == f"apply_lmoe: target_modules must be a str or several, got {target!r}"
+    with pytest.raises(TypeError, match=r"apply_lmoe: model must be a torch.nn.Module, got str"):
+        apply_lmoe("llama", "q_proj")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_that_reads_the_weight_of_its_layers() -> None:
+    """T5 asks its last linear layer for the weight's dtype."""
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).double()
+    before = model(input_ids=IDS, labels=IDS).loss
+    names = apply_lmoe(model, "all-linear", num_experts=2, rank=2)
+    assert any(name.endswith(".wo") for name in names)
+    after = model(input_ids=IDS, labels=IDS).loss
+    torch.testing.assert_close(after, before)
+
+
+def test_layers_that_are_never_called_are_not_wrapped() -> None:
+    """Attention multiplies by out_proj.weight itself, and an encoder layer by its linears' where no gradient is wanted."""
+    model = nn.Transformer(16, 2, 1, 1, 24, batch_first=True, dropout=0.0, dtype=torch.float64)
+    assert apply_lmoe(model, "all-linear", num_experts=2, rank=2) == ["decoder.layers.0.linear1", "decoder.layers.0.linear2"]
+    for layer in lmoe_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    expected = model(x, x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x, x), expected)
+    for target, name in (("out_proj", "MultiheadAttention"), ("encoder.layers.0.linear1", "TransformerEncoderLayer")):
+        with pytest.raises(ValueError, match=f"is not called: {name} multiplies by its weight itself"):
+            apply_lmoe(model, target)
+
+
+def test_tied_weights_can_be_tied_again() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+            tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    apply_lmoe(model, "lm_head", num_experts=2, rank=2)
+    model.tie_weights()
+    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+    assert set(dict(model.lm_head.named_parameters(recurse=False))) == {"lora_a", "lora_b", "gate_weight"}
 
 
 def test_router_logits_carry_the_losses_gradient() -> None:
-    model = _with_experts(_llama(), output_router_logits=True)
+    model = with_experts(llama(), output_router_logits=True)
     assert collect_router_logits(model) == {}
     model(IDS)
     logits = collect_router_logits(model)
@@ -138,23 +184,41 @@ def test_router_z_loss() -> None:
     torch.testing.assert_close(router_z_loss(logits, mask), router_z_loss(logits[:4]))
 
 
+@pytest.mark.parametrize("loss", [balance_loss, router_z_loss])
+def test_losses_are_in_fp32_under_autocast(loss) -> None:
+    logits = torch.randn(70, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = loss(logits)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, loss(logits))
+
+
+@pytest.mark.parametrize("loss", [balance_loss, router_z_loss])
+def test_losses_over_layers_on_several_devices(loss) -> None:
+    """As of a model whose layers are spread over GPUs; the meta device stands for another one."""
+    assert loss([torch.empty(7, 3, device="meta"), torch.randn(7, 3)]).device.type == "meta"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (([],), "router_logits must be a tensor (..., E) or several, got none (is output_router_logits set?)"),
         (([1.0],), "router_logits must be a tensor (..., E) or several, got ['float']"),
+        (({"q_proj": torch.zeros(2, 3)},), "router_logits must be a tensor (..., E) or several, got dict"),
+        ((None,), "router_logits must be a tensor (..., E) or several, got NoneType"),
+        ((torch.zeros(2, 3), 1, [1, 1]), "mask must be a torch.Tensor, got list"),
         ((torch.zeros(2, 3), 4), "top_k must be in 1 .. E = 3, got 4"),
         ((torch.zeros(2, 3), 1, torch.ones(3)), "mask must have the tokens' shape (2,), got (3,)"),
     ],
 )
 def test_bad_input_of_the_losses(arguments: tuple, text: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises((ValueError, TypeError)) as caught:
         balance_loss(*arguments)
     assert str(caught.value) == f"balance_loss: {text}"
 
 
 def test_trains_under_gradient_checkpointing() -> None:
-    model = _with_experts(_llama(), output_router_logits=True).train()
+    model = with_experts(llama(), output_router_logits=True).train()
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -165,132 +229,3 @@ def test_trains_under_gradient_checkpointing() -> None:
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("options", [{}, {"alpha": 5, "top_k": 2, "mixing": "outputs", "shared_a": True}], ids=str)
-def test_save_and_load(options: dict, tmp_path: Path) -> None:
-    base = _llama()
-    model = _with_experts(copy.deepcopy(base), **options)
-    expected = model(IDS).logits
-    save_lmoe(model, tmp_path / "new" / "folder")
-    assert sorted(f.name for f in (tmp_path / "new" / "folder").iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
-    fresh = copy.deepcopy(base)
-    assert load_lmoe(fresh, tmp_path / "new" / "folder", output_router_logits=True) == list(lmoe_layers(model))
-    assert torch.equal(fresh(IDS).logits, expected)
-    assert collect_router_logits(fresh)
-    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
-        n for n, p in model.named_parameters() if p.requires_grad
-    }
-    changed = _with_experts(copy.deepcopy(base), **options)
-    load_lmoe(changed, tmp_path / "new" / "folder")
-    assert torch.equal(changed(IDS).logits, expected)
-
-
-def _edit_config(change):
-    def edit(folder: Path) -> None:
-        path = folder / "lmoe_config.json"
-        config = json.loads(path.read_text())
-        change(config)
-        path.write_text(json.dumps(config))
-
-    return edit
-
-
-def _edit_tensors(change):
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / "lmoe.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "lmoe.safetensors")
-
-    return edit
-
-
-Q = "model.layers.0.self_attn.q_proj"
-DAMAGES = {
-    "not JSON": (lambda f: (f / "lmoe_config.json").write_text("{"), ValueError, "must be JSON, got Expecting"),
-    "another format": (
-        _edit_config(lambda c: c.update(format="peft")),
-        ValueError,
-        "must say format 'lmoe_kernels', got 'peft'",
-    ),
-    "a later version": (_edit_config(lambda c: c.update(version=2)), ValueError, "must be of version 1, got 2"),
-    "no layers": (_edit_config(lambda c: c.update(layers=[])), ValueError, "must map layers to their options, got []"),
-    "unknown layer": (
-        _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
-        ValueError,
-        "layer 'foo' must be a linear layer of the model, got none of that name",
-    ),
-    "unknown option": (
-        _edit_config(lambda c: c["layers"][Q].update(dropout=1)),
-        ValueError,
-        f"layer {Q!r} must have the options",
-    ),
-    "bad option": (_edit_config(lambda c: c["layers"][Q].update(top_k=7)), ValueError, "top_k must be in 1 .. E = 3, got 7"),
-    "no config": (lambda f: (f / "lmoe_config.json").unlink(), FileNotFoundError, "lmoe_config.json"),
-    "no tensors": (lambda f: (f / "lmoe.safetensors").unlink(), FileNotFoundError, "lmoe.safetensors does not exist"),
-    "not safetensors": (
-        lambda f: (f / "lmoe.safetensors").write_bytes(b"PK"),
-        ValueError,
-        "must be a safetensors file, got",
-    ),
-    "missing tensor": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_a")), ValueError, f"got 1 missing: '{Q}.lora_a'"),
-    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 foreign: 'alien'"),
-    "misshapen tensor": (
-        _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 15)})),
-        ValueError,
-        f"tensor '{Q}.lora_a' must have shape (3, 2, 16), got (3, 2, 15)",
-    ),
-    "integer tensor": (
-        _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 16, dtype=torch.int8)})),
-        ValueError,
-        f"tensor '{Q}.lora_a' must have a dtype of",
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("has_layers", [False, True], ids=["plain model", "model with layers"])
-def test_a_bad_file_leaves_the_model_as_it_was(damage: str, has_layers: bool, tmp_path: Path) -> None:
-    save_lmoe(_with_experts(_llama()), tmp_path)
-    edit, error, text = DAMAGES[damage]
-    edit(tmp_path)
-    model = _with_experts(_llama()) if has_layers else _llama()
-    before, tensors = _state(model), copy.deepcopy(model.state_dict())
-    if has_layers and damage == "bad option":
-        text = "must have the model's options"
-    elif has_layers and damage == "unknown option":
-        text = f"layer {Q!r} must have the model's options"
-    with pytest.raises(error) as caught:
-        load_lmoe(model, tmp_path)
-    assert text in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert _state(model) == before
-    assert all(torch.equal(t, tensors[name]) for name, t in model.state_dict().items())
-
-
-def test_a_model_with_other_layers_is_refused(tmp_path: Path) -> None:
-    save_lmoe(_with_experts(_llama()), tmp_path)
-    model = _llama()
-    apply_lmoe(model, "k_proj", num_experts=3, rank=2)
-    with pytest.raises(ValueError, match=r"must name the model's L-MoE layer 'model.layers.0.self_attn.k_proj'"):
-        load_lmoe(model, tmp_path)
-
-
-def test_saving_a_model_without_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save_lmoe: model must have L-MoE layers"):
-        save_lmoe(_llama(), tmp_path)
-
-
-def test_a_failed_save_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _with_experts(_llama())
-    save_lmoe(model, tmp_path)
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
-
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    nn.init.normal_(lmoe_layers(model)[Q].lora_b)
-    with pytest.raises(OSError, match="no space left"):
-        save_lmoe(model, tmp_path)
-    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
