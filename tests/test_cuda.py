@@ -27,8 +27,10 @@ from tests.problems import (
 HALVES = [torch.bfloat16, torch.float16]
 
 
-# Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile.
+# Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile, more
+# experts than a warp has lanes.
 WAYS_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
+WAYS_CASES.append(Case(T=5, I=24, O=40, E=40, R=2, top_k=3))
 
 
 @pytest.fixture(params=["one pass", "stages", "shrink in parts"])

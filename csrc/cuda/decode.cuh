@@ -179,10 +179,7 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
         }
     }
     __syncthreads();
-    for (int64_t t = threadIdx.x; t < p.T; t += DECODE_THREADS) {
-        gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, t * p.E, gates + t * p.E);
-    }
-    __syncthreads();
+    gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, 0, gates, p.E, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * rank_rows, v + t * p.E * p.R, r);

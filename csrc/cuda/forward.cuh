@@ -56,11 +56,8 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(ForwardParams p) {
             logits[row * E + c - rank_rows] = value;
         }
     });
-    for (int i = threadIdx.x; i < tokens; i += THREADS) {
-        const bool own = p.gate_weight != nullptr;
-        gate_softmax<S>(p, own ? logits : p.logits, own ? i * E : (t0 + i) * E, gates + i * E);
-    }
-    __syncthreads();  // the gates are there for all
+    const bool own = p.gate_weight != nullptr;
+    gate_softmax<S>(p, own ? logits : p.logits, own ? 0 : t0 * E, gates, E, tokens);
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
         const int row = i / R;
         mix<S>(p, gates + row * E, v, v, i % R,

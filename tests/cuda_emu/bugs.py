@@ -86,7 +86,7 @@ BUGS = (
     ),
     Bug(
         "gates mixed before they are there",
-        "cuda/forward.cuh",
+        "cuda/stages.cuh",
         "    __syncthreads();  // the gates are there for all\n",
         "",
         "is off by",
