@@ -59,6 +59,11 @@ def test_fp32_parameters_on_every_way(case: Case, dtype: torch.dtype, way: str, 
     _compare_all(make_problem(case, dtype, param_dtype=torch.float32))
 
 
+@pytest.mark.parametrize("case", [Case(T=40, I=4096, O=40, E=2, R=4), Case(T=40, I=40, O=4096, E=2, R=4)], ids=str)
+def test_long_sums_in_fp32(case: Case, way: str, watch) -> None:
+    _compare_all(make_problem(case, torch.float32))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", [Case(T=66, I=1032, O=1040, E=3, R=5, top_k=2), Case(T=129, I=40, O=1536)], ids=str)
 def test_shapes_that_take_parts_by_themselves(case: Case, dtype: torch.dtype, emulated_cuda, watch) -> None:

@@ -20,7 +20,7 @@ struct ForwardLayout {
     int64_t v, logits, gates, bytes;
 
     static __host__ __device__ ForwardLayout of(int64_t E, int64_t R) {
-        constexpr int SHRINK = Shrink<S, WIDE>::SMEM, SWEEP = Expand<S>::SWEEP_SMEM;
+        constexpr int SHRINK = Shrink<S, WIDE<S>>::SMEM, SWEEP = Expand<S>::SWEEP_SMEM;
         ForwardLayout at = {};
         at.v = SHRINK > SWEEP ? SHRINK : SWEEP;  // (BLOCK_T, E R), whole steps of expand; before mix it holds u
         at.logits = at.v + (E * R + BLOCK_K<S> - 1) / BLOCK_K<S> * Expand<S>::P::T::BYTES;  // (BLOCK_T, E) fp32

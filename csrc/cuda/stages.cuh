@@ -15,13 +15,16 @@ template <class S>
 using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
 // Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once, and up to 64
-// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing.
-constexpr int WIDE = 160, NARROW = 64;
+// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing. In fp32, where
+// the FMAs are the bound and each product has two sums, 96 at a time.
+template <class S>
+constexpr int WIDE = sizeof(S) == 4 ? 96 : 160;
+constexpr int NARROW = 64;
 
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE>::SMEM, "the rest needs more than what was before it");
-    return columns > NARROW ? Shrink<S, WIDE>::SMEM : Shrink<S, NARROW>::SMEM;
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the rest needs more than what was before it");
+    return columns > NARROW ? Shrink<S, WIDE<S>>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 
 template <class Tile, class Store>
@@ -41,7 +44,7 @@ __device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, 
                                        int64_t first, int64_t last, Store store) {
     for (int64_t column = 0; column < factors.rows;) {
         if (factors.rows - column > NARROW) {
-            column = shrink_columns<Shrink<S, WIDE>>(smem, rows, t0, factors, column, first, last, store);
+            column = shrink_columns<Shrink<S, WIDE<S>>>(smem, rows, t0, factors, column, first, last, store);
         } else {
             column = shrink_columns<Shrink<S, NARROW>>(smem, rows, t0, factors, column, first, last, store);
         }
