@@ -91,6 +91,11 @@ class BuildPython(build_py):
 class BuildExtension(build_ext):
     """Compiles with nvcc under ninja."""
 
+    def run(self) -> None:
+        """Build the extension, and beside its sources where that was asked for."""
+        self.beside_sources = self.editable_mode or self.inplace  # setuptools clears `inplace` while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         """Build it, record what became of it, and stop where it was asked for and cannot be built."""
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -98,18 +103,22 @@ class BuildExtension(build_ext):
         failure = self.run_ninja(ext, out)
         info = {"cuda": "built", "nvcc": COMPILER.version, "archs": " ".join(COMPILER.archs)}
         if failure is not None:
-            out.unlink(missing_ok=True)
+            for stale in (out, ROOT / "lmoe_kernels" / out.name) if self.beside_sources else (out,):
+                stale.unlink(missing_ok=True)
             info = {"cuda": failure}
+            print(f"lmoe_kernels: the CUDA extension is left out: {failure}")
             if WISH == "1":
                 raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA=1, but {failure}")
-        for root in {out.parents[1], ROOT} if self.editable_mode or self.inplace else {out.parents[1]}:
+        for root in {out.parents[1], ROOT} if self.beside_sources else {out.parents[1]}:
             record(root, info)
 
     def run_ninja(self, ext: Extension, out: Path) -> str | None:
         """Build the extension; None, or what went wrong."""
-        import ninja  # here: asking for metadata must not need the build's requirements
-        import pybind11
-
+        try:  # here: asking for metadata must not need the build's requirements
+            import ninja
+            import pybind11
+        except ImportError as error:
+            return f"the build needs ninja and pybind11: {error}"
         temporary = Path(self.build_temp).resolve() / ext.name
         temporary.mkdir(parents=True, exist_ok=True)
         includes = ["-I", pybind11.get_include(), "-I", sysconfig.get_paths()["include"]]

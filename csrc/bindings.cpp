@@ -89,8 +89,8 @@ void check_addresses(const ForwardParams& p) {
     check_address("logits", p.logits, p.logits_fp32, p.dtype);
 }
 
-template <class Params, class Argument>
-auto launcher(void (*launch)(Argument, int, void*)) {
+template <class Params>
+auto launcher(void (*launch)(const Params&, int, void*)) {
     return [launch](const Params& p, int device, uintptr_t stream) {
         check_addresses(p);
         launch(p, device, reinterpret_cast<void*>(stream));
@@ -117,8 +117,8 @@ PYBIND11_MODULE(_cuda, m) {
     auto def = [&m](const char* name, auto function) {
         m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));
     };
-    def("forward", launcher<ForwardParams>(&lmoe::forward));
-    def("backward", launcher<BackwardParams>(&lmoe::backward));
-    def("decode", launcher<DecodeParams>(&lmoe::decode));
+    def("forward", launcher(&lmoe::forward));
+    def("backward", launcher(&lmoe::backward));
+    def("decode", launcher(&lmoe::decode));
     m.def("processors", &lmoe::processors, py::arg("device"));
 }

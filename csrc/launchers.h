@@ -8,9 +8,7 @@ namespace lmoe {
 
 void forward(const ForwardParams& params, int device, void* stream);
 void backward(const BackwardParams& params, int device, void* stream);
-
-// params.barrier is filled in here.
-void decode(DecodeParams params, int device, void* stream);
+void decode(const DecodeParams& params, int device, void* stream);
 
 // Multiprocessors of a device. Throws where the device cannot run the kernels: a driver too old, an architecture left out.
 int processors(int device);

@@ -115,7 +115,6 @@ struct DecodeParams : ForwardParams {
     int64_t chunks;       // ceil(I / chunk), 1 where I is 0
     int64_t column_tile;  // columns of y that a block makes at a time, a multiple of 8
     int blocks;           // not more than run at the same time
-    int barrier;          // index of the grid-wide barrier, the launcher's
 };
 
 }  // namespace lmoe

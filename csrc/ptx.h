@@ -8,13 +8,14 @@
 #include "cuda_emu.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #define DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
 #define LAUNCH(kernel, grid, block, smem, stream, params) kernel<<<grid, block, smem, stream>>>(params)
 
-// All blocks of the grid run at the same time, as a grid-wide barrier needs.
+// All blocks of the grid run at the same time, as grid_barrier needs.
 template <class Params>
 cudaError_t launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int smem, cudaStream_t stream, Params params) {
     void* arguments[] = {&params};
@@ -74,17 +75,9 @@ __device__ __forceinline__ void store_vector(void* global, uint4 v) {
                  : "memory");
 }
 
-__device__ __forceinline__ unsigned add_release(unsigned* address, unsigned value) {
-    unsigned before;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
-    return before;
-}
-
-__device__ __forceinline__ unsigned load_acquire(const unsigned* address) {
-    unsigned value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return value;
-}
+// All threads of a cooperative launch meet. The driver gives each launch a barrier of its own, so that launches of several
+// streams, and replays of graphs, never meet on one.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -98,7 +98,8 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
         return (torch.randn(shape) * scale).to(device=device, dtype=to)
 
     gate_weight = draw(case.E, case.I, scale=case.I**-0.5, to=param_dtype)
-    pool = draw(8 * case.T + 8, case.I)
+    choosy = case.top_k is not None and case.top_k < case.E
+    pool = draw(8 * case.T + 8 if choosy else case.T, case.I)
     pool_logits = pool.double() @ gate_weight.double().t()
     if case.outside_logits:
         pool_logits = draw(len(pool), case.E)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -26,8 +27,10 @@ from tests.problems import (
 HALVES = [torch.bfloat16, torch.float16]
 
 
-# Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile.
+# Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile, more
+# experts than a warp has lanes.
 WAYS_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
+WAYS_CASES.append(Case(T=5, I=24, O=40, E=40, R=2, top_k=3))
 
 
 @pytest.fixture(params=["one pass", "stages", "shrink in parts"])
@@ -54,6 +57,11 @@ def test_every_way_is_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype
 @pytest.mark.parametrize("case", [CASES[6], CASES[8], Case(T=66, I=40, O=56, E=9, R=16)], ids=str)
 def test_fp32_parameters_on_every_way(case: Case, dtype: torch.dtype, way: str, watch) -> None:
     _compare_all(make_problem(case, dtype, param_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("case", [Case(T=40, I=4096, O=40, E=2, R=4), Case(T=40, I=40, O=4096, E=2, R=4)], ids=str)
+def test_long_sums_in_fp32(case: Case, way: str, watch) -> None:
+    _compare_all(make_problem(case, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -128,10 +136,26 @@ def test_rows_that_start_anywhere(emulated_cuda, watch) -> None:
         assert torch.equal(y, dense)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"), [(torch.float32, None), *((half, p) for half in HALVES for p in (None, torch.float32))]
+)
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_decode_of_long_rows(tokens: int, dtype: torch.dtype, param_dtype: torch.dtype | None, emulated_cuda, watch) -> None:
+    """Chunks of several steps, the last one cut short, and the same bits where rows do not start on 16 bytes."""
+    case = Case(T=tokens, I=2056, O=24, E=2, R=3)
+    plan = configs.decode_plan(tokens, case.I, case.O, 2, 2, 3, True, dtype.itemsize, emulated_cuda.processors(0))
+    assert plan is not None
+    assert (plan.chunk, plan.chunks) == (768, 3)
+    problem = make_problem(case, dtype, param_dtype=param_dtype)
+    _compare_all(problem)
+    anywhere = torch.nn.functional.pad(problem.tensors["x"], (1, 0))[:, 1:]
+    assert torch.equal(problem.call("cuda", x=anywhere)[0], problem.call("cuda")[0])
+
+
 def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, monkeypatch, watch) -> None:
     problem = make_problem(Case(T=5, I=520, O=70, E=4, R=8), torch.bfloat16)
     results = []
-    for processors in (1, 2, 5):
+    for processors in (1, 2, 3):
         plan = configs.decode_plan(5, 520, 70, 4, 4, 8, True, 2, processors)
         assert plan is not None
         assert plan.blocks <= processors
@@ -204,6 +228,16 @@ def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypa
     monkeypatch.setattr(_module(forward_module), "one_pass_smem", lambda *sizes: 59392)
     with pytest.raises(RuntimeError, match=r"forward_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
+
+
+def test_a_refused_launch_is_told_once(emulated_cuda, monkeypatch) -> None:
+    problem = make_problem(Case(T=2), torch.bfloat16)
+    forward, plan = _module(forward_module), configs.decode_plan
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: replace(plan(*sizes), blocks=emulated_cuda.processors(0) + 1))
+    with pytest.raises(RuntimeError, match="decode_fwd_kernel: too many blocks in cooperative launch"):
+        problem.call("cuda")
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
+    problem.call("cuda")
 
 
 def test_the_reason_of_a_missing_extension_is_told(monkeypatch, tmp_path) -> None:

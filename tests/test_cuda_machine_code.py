@@ -96,6 +96,9 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
             assert re.search(r"STG\S*\.128", code), f"{name}: 16-byte stores"
         if kernel in (*WRITERS, "decode_fwd"):  # of the base; of the weights
             assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
+        if kernel == "decode_fwd":  # a vector of weights and of x in each of four steps
+            together = max(len(re.findall(r"LDG\S*\.128", part)) for part in re.split(r"\bFFMA\b", code))
+            assert together >= 8, f"{name}: only {together} 16-byte loads on the way together"
     assert len(seen) == len(KERNELS) * len(DTYPES)
 
 

@@ -99,9 +99,9 @@ __device__ __forceinline__ void store_dv(const BackwardParams& p, int64_t t, int
     static_cast<S*>(p.dv)[t * p.v_stride + column] = from_float<S>(p.scaling * value);
 }
 
-// A block owns BLOCK_T tokens, as in shrink_fwd_kernel.
+// A block owns BLOCK_T tokens, as in shrink_fwd_kernel. The registers of three blocks on a processor are too few for fp32.
 template <class S>
-__global__ void __launch_bounds__(THREADS) shrink_bwd_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(THREADS, sizeof(S) == 4 ? 2 : 3) shrink_bwd_kernel(BackwardParams p) {
     DYNAMIC_SMEM(smem);
     const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
     shrink<S>(smem, dy_of<S>(p), t0, b_of<S>(p), 0, p.O,

@@ -1,26 +1,23 @@
 // Launches the forward of few tokens.
 #include "decode.cuh"
 
-#include <atomic>
-
 #include "launch.cuh"
 
 namespace lmoe {
 
-void decode(DecodeParams p, int device, void* queue) {
-    static std::atomic<unsigned> launches{0};
+void decode(const DecodeParams& p, int device, void* queue) {
     if (p.T == 0 || p.O == 0) return;
     const DeviceGuard guard(device);
-    p.barrier = static_cast<int>(launches.fetch_add(1, std::memory_order_relaxed) % BARRIERS);
+    const auto stream = static_cast<cudaStream_t>(queue);
     with_dtype(p.dtype, [&](auto scalar) {
         using S = decltype(scalar);
         if (DecodeLayout::of(p, sizeof(S)).bytes != p.smem) {
             throw std::logic_error("lmoe: decode_fwd_kernel: configs.py and decode.cuh count shared memory differently");
         }
+        const auto kernel = decode_fwd_kernel<S>;
         const int smem = static_cast<int>(p.smem);
-        allow_shared_memory(decode_fwd_kernel<S>, smem);
-        check("decode_fwd_kernel", launch_cooperative(decode_fwd_kernel<S>, dim3(p.blocks), dim3(DECODE_THREADS), smem,
-                                                      static_cast<cudaStream_t>(queue), p));
+        allow_shared_memory(kernel, smem);
+        check("decode_fwd_kernel", launch_cooperative(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p));
     });
 }
 

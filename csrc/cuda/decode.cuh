@@ -11,24 +11,14 @@
 namespace lmoe {
 
 constexpr int DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * 32;
-constexpr int LANE_FEATURES = 8;  // of a chunk, at a time
+constexpr int LANE_FEATURES = 8;  // that a lane takes together
 constexpr int TOKEN_GROUP = 8;    // tokens whose sums a thread keeps in registers
+constexpr int SUMS = 4;           // of chunks, that a thread adds up at a time
 
-// A launch takes the next barrier, so that two are on one barrier only with BARRIERS launches between them.
-constexpr int BARRIERS = 1 << 14;
-static __device__ unsigned barriers[BARRIERS];
-
-// All blocks of the grid meet. The first block adds what the others leave to 2^31: the top bit flips when all have come, and
-// the low bits are zero again.
-__device__ __forceinline__ void grid_barrier(unsigned* barrier) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const unsigned before = add_release(barrier, blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u);
-        while (((before ^ load_acquire(barrier)) & 0x80000000u) == 0) {
-        }
-    }
-    __syncthreads();
-}
+// How many times LANE_FEATURES of a row a lane has on the way at a time, of so many tokens as well: few tokens are bound by
+// the memory's latency, so nearly all of a chunk, as far as 128 registers go.
+template <class S, int TOKENS>
+constexpr int BATCH = sizeof(S) * TOKENS > 16 ? 2 : 4;
 
 // Byte offsets in shared memory.
 struct DecodeLayout {
@@ -48,32 +38,111 @@ struct DecodeLayout {
     }
 };
 
-// partial[chunk, t, c] for one row c of the factors and one chunk of features, by one warp.
-template <class S>
-__device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int item) {
-    const int rows = static_cast<int>(factors.rows);  // 32 bits where they do: a 64-bit division is a call
-    const int64_t c = item % rows, chunk = item / rows;
-    const int64_t first = chunk * p.chunk, last = smaller(first + p.chunk, p.I);
-    const int lane = threadIdx.x % 32;
-    for (int64_t t0 = 0; t0 < p.T; t0 += TOKEN_GROUP) {
-        float sum[TOKEN_GROUP] = {};
-        for (int64_t col = first + lane * LANE_FEATURES; col < last; col += 32 * LANE_FEATURES) {
-            float weights[LANE_FEATURES];
-            Place::of<LANE_FEATURES>(factors, c, col, factors.rows).load<S>(weights);
+// LANE_FEATURES features as they lie in memory, on 16 bytes.
+template <class Element>
+struct Features {
+    alignas(16) Element element[LANE_FEATURES];
+
+    __device__ __forceinline__ void load(const Element* from) {
 #pragma unroll
-            for (int i = 0; i < TOKEN_GROUP; ++i) {
-                if (t0 + i >= p.T) break;
-                float features[LANE_FEATURES];
-                Place::of<LANE_FEATURES>(x, t0 + i, col, p.T).load<S>(features);
+        for (int i = 0; i < LANE_FEATURES / VECTOR<Element>; ++i) {
+            reinterpret_cast<uint4*>(element)[i] = reinterpret_cast<const uint4*>(from)[i];
+        }
+    }
+};
+
+// sum[i] += this lane's share of the dot of `weights`, a row, with token i of x's; I is a multiple of LANE_FEATURES and all
+// rows lie on 16 bytes. All loads of a batch stand before the first use of one, and none in a branch: what lies beyond
+// `last` is loaded from within.
+template <class S, class W, int TOKENS>
+__device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weights, const S* x, int64_t x_stride, int tokens,
+                                            int first, int last) {
+    constexpr int STEPS = BATCH<S, TOKENS>, STRIDE = 32 * LANE_FEATURES;
+    for (int col = first + threadIdx.x % 32 * LANE_FEATURES; col < last; col += STEPS * STRIDE) {
+        Features<W> weight[STEPS];
+        Features<S> features[STEPS][TOKENS];
 #pragma unroll
-                for (int j = 0; j < LANE_FEATURES; ++j) sum[i] += features[j] * weights[j];
-            }
+        for (int step = 0; step < STEPS; ++step) {
+            const int at = static_cast<int>(smaller(col + step * STRIDE, last - LANE_FEATURES));
+            weight[step].load(weights + at);
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) features[step][i].load(x + smaller(i, tokens - 1) * x_stride + at);
         }
 #pragma unroll
-        for (int i = 0; i < TOKEN_GROUP; ++i) {
+        for (int step = 0; step < STEPS; ++step) {
+            const bool inside = col + step * STRIDE < last;
 #pragma unroll
-            for (int flip = 16; flip > 0; flip /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], flip);
-            if (lane == i && t0 + i < p.T) p.partial[(chunk * p.T + t0 + i) * factors.rows + c] = sum[i];
+            for (int i = 0; i < TOKENS; ++i) {
+                float dot = 0.f;
+#pragma unroll
+                for (int j = 0; j < LANE_FEATURES; ++j) {
+                    dot += to_float(features[step][i].element[j]) * to_float(weight[step].element[j]);
+                }
+                sum[i] = inside ? sum[i] + dot : sum[i];
+            }
+        }
+    }
+}
+
+// The same for one token and rows that lie anywhere.
+template <class S>
+__device__ __forceinline__ void dot_anywhere(float (&sum)[1], const Matrix& factors, int64_t c, const Matrix& x, int64_t t,
+                                             int first, int last) {
+    for (int col = first + threadIdx.x % 32 * LANE_FEATURES; col < last; col += 32 * LANE_FEATURES) {
+        float weights[LANE_FEATURES], features[LANE_FEATURES], dot = 0.f;
+        Place::of<LANE_FEATURES>(factors, c, col, factors.rows).load<S>(weights);
+        Place::of<LANE_FEATURES>(x, t, col, x.rows).load<S>(features);
+#pragma unroll
+        for (int j = 0; j < LANE_FEATURES; ++j) dot += features[j] * weights[j];
+        sum[0] += dot;
+    }
+}
+
+// partial[chunk, t, c] for one row c of the factors and one chunk of features, by one warp, TOKENS tokens at a time.
+template <class S, int TOKENS, bool VECTORS>
+__device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int item) {
+    const int rows = static_cast<int>(factors.rows), T = static_cast<int>(p.T), lane = threadIdx.x % 32;
+    const int c = item % rows, chunk = item / rows;  // 32 bits where they do: a 64-bit division is a call
+    const int first = chunk * static_cast<int>(p.chunk), last = static_cast<int>(smaller(first + p.chunk, p.I));
+    for (int t0 = 0; t0 < T; t0 += TOKENS) {
+        float sum[TOKENS] = {};
+        if constexpr (VECTORS) {
+            const Place row = Place::of<LANE_FEATURES>(factors, c, 0, rows);
+            const S* tokens = static_cast<const S*>(x.first) + t0 * x.stride;
+            if (row.fp32) {
+                dot_vectors(sum, static_cast<const float*>(row.data) + row.index, tokens, x.stride, T - t0, first, last);
+            } else {
+                dot_vectors(sum, static_cast<const S*>(row.data) + row.index, tokens, x.stride, T - t0, first, last);
+            }
+        } else {
+            dot_anywhere<S>(sum, factors, c, x, t0, first, last);
+        }
+#pragma unroll
+        for (int flip = 16; flip > 0; flip /= 2) {
+#pragma unroll
+            for (int i = 0; i < TOKENS; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], flip);
+        }
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) {
+            if (lane == i && t0 + i < T) p.partial[(static_cast<int64_t>(chunk) * T + t0 + i) * rows + c] = sum[i];
+        }
+    }
+}
+
+// All of the grid's rows and chunks.
+template <class S>
+__device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors) {
+    const bool aligned = x.first_aligned && factors.first_aligned && (factors.second == nullptr || factors.second_aligned);
+    const int items = static_cast<int>(p.chunks * factors.rows), warps = static_cast<int>(gridDim.x) * DECODE_WARPS;
+    for (int item = static_cast<int>(blockIdx.x * DECODE_WARPS + threadIdx.x / 32); item < items; item += warps) {
+        if (!aligned || p.I % LANE_FEATURES != 0) {
+            shrink_chunk<S, 1, false>(p, x, factors, item);
+        } else if (p.T == 1) {
+            shrink_chunk<S, 1, true>(p, x, factors, item);
+        } else if (p.T <= 4) {
+            shrink_chunk<S, 4, true>(p, x, factors, item);
+        } else {
+            shrink_chunk<S, TOKEN_GROUP, true>(p, x, factors, item);
         }
     }
 }
@@ -86,23 +155,31 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     S* v = reinterpret_cast<S*>(smem + at.v);
     float* logits = reinterpret_cast<float*>(smem + at.logits);
     float* gates = reinterpret_cast<float*>(smem + at.gates);
-    for (int i = threadIdx.x; i < static_cast<int>(p.T) * columns; i += DECODE_THREADS) {
-        const int64_t t = i / columns, c = i % columns;
-        float sum = 0.f;
-        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += p.partial[chunk * p.T * columns + i];
-        if (c < rank_rows) {
-            u[t * rank_rows + c] = from_float<S>(sum);
-            if (blockIdx.x == 0 && p.u != nullptr) static_cast<S*>(p.u)[t * rank_rows + c] = from_float<S>(sum);
-        } else {
-            logits[t * p.E + c - rank_rows] = sum;
-            if (blockIdx.x == 0 && p.logits != nullptr) static_cast<float*>(p.logits)[t * p.E + c - rank_rows] = sum;
+    const int count = static_cast<int>(p.T) * columns;
+    for (int first = threadIdx.x; first < count; first += SUMS * DECODE_THREADS) {
+        float sums[SUMS] = {};
+        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+#pragma unroll
+            for (int j = 0; j < SUMS; ++j) {
+                sums[j] += p.partial[chunk * count + smaller(first + j * DECODE_THREADS, count - 1)];
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < SUMS; ++j) {
+            const int i = first + j * DECODE_THREADS;
+            if (i >= count) break;
+            const int64_t t = i / columns, c = i % columns;
+            if (c < rank_rows) {
+                u[t * rank_rows + c] = from_float<S>(sums[j]);
+                if (blockIdx.x == 0 && p.u != nullptr) static_cast<S*>(p.u)[t * rank_rows + c] = from_float<S>(sums[j]);
+            } else {
+                logits[t * p.E + c - rank_rows] = sums[j];
+                if (blockIdx.x == 0 && p.logits != nullptr) static_cast<float*>(p.logits)[t * p.E + c - rank_rows] = sums[j];
+            }
         }
     }
     __syncthreads();
-    for (int64_t t = threadIdx.x; t < p.T; t += DECODE_THREADS) {
-        gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, t * p.E, gates + t * p.E);
-    }
-    __syncthreads();
+    gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, 0, gates, p.E, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * rank_rows, v + t * p.E * p.R, r);
@@ -160,11 +237,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodePar
         copy_async_commit();
     };
     load_factors(blockIdx.x);
-    const int items = static_cast<int>(p.chunks * a.rows), warps = static_cast<int>(gridDim.x) * DECODE_WARPS;
-    for (int item = static_cast<int>(blockIdx.x * DECODE_WARPS + threadIdx.x / 32); item < items; item += warps) {
-        shrink_chunk<S>(p, x, a, item);
-    }
-    grid_barrier(barriers + p.barrier);
+    shrink_decode<S>(p, x, a);
+    grid_barrier();
     mix_decode<S>(p, smem, at, static_cast<int>(a.rows));
 
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {

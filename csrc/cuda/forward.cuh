@@ -20,7 +20,7 @@ struct ForwardLayout {
     int64_t v, logits, gates, bytes;
 
     static __host__ __device__ ForwardLayout of(int64_t E, int64_t R) {
-        constexpr int SHRINK = Shrink<S, WIDE>::SMEM, SWEEP = Expand<S>::SWEEP_SMEM;
+        constexpr int SHRINK = Shrink<S, WIDE<S>>::SMEM, SWEEP = Expand<S>::SWEEP_SMEM;
         ForwardLayout at = {};
         at.v = SHRINK > SWEEP ? SHRINK : SWEEP;  // (BLOCK_T, E R), whole steps of expand; before mix it holds u
         at.logits = at.v + (E * R + BLOCK_K<S> - 1) / BLOCK_K<S> * Expand<S>::P::T::BYTES;  // (BLOCK_T, E) fp32
@@ -56,11 +56,8 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(ForwardParams p) {
             logits[row * E + c - rank_rows] = value;
         }
     });
-    for (int i = threadIdx.x; i < tokens; i += THREADS) {
-        const bool own = p.gate_weight != nullptr;
-        gate_softmax<S>(p, own ? logits : p.logits, own ? i * E : (t0 + i) * E, gates + i * E);
-    }
-    __syncthreads();  // the gates are there for all
+    const bool own = p.gate_weight != nullptr;
+    gate_softmax<S>(p, own ? logits : p.logits, own ? 0 : t0 * E, gates, E, tokens);
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
         const int row = i / R;
         mix<S>(p, gates + row * E, v, v, i % R,

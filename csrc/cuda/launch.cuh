@@ -10,7 +10,9 @@
 namespace lmoe {
 
 inline void check(const char* what, cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("lmoe: CUDA ") + what + ": " + cudaGetErrorString(error));
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // it is told here: the next launch's check must not find it again
+    throw std::runtime_error(std::string("lmoe: CUDA ") + what + ": " + cudaGetErrorString(error));
 }
 
 // A launch that the driver refuses is told at once; a kernel that fails later is told by a later call, as always in CUDA.

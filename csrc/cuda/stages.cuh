@@ -15,13 +15,16 @@ template <class S>
 using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
 // Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once, and up to 64
-// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing.
-constexpr int WIDE = 160, NARROW = 64;
+// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing. In fp32, where
+// the FMAs are the bound and each product has two sums, 96 at a time.
+template <class S>
+constexpr int WIDE = sizeof(S) == 4 ? 96 : 160;
+constexpr int NARROW = 64;
 
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE>::SMEM, "the rest needs more than what was before it");
-    return columns > NARROW ? Shrink<S, WIDE>::SMEM : Shrink<S, NARROW>::SMEM;
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the rest needs more than what was before it");
+    return columns > NARROW ? Shrink<S, WIDE<S>>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 
 template <class Tile, class Store>
@@ -41,7 +44,7 @@ __device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, 
                                        int64_t first, int64_t last, Store store) {
     for (int64_t column = 0; column < factors.rows;) {
         if (factors.rows - column > NARROW) {
-            column = shrink_columns<Shrink<S, WIDE>>(smem, rows, t0, factors, column, first, last, store);
+            column = shrink_columns<Shrink<S, WIDE<S>>>(smem, rows, t0, factors, column, first, last, store);
         } else {
             column = shrink_columns<Shrink<S, NARROW>>(smem, rows, t0, factors, column, first, last, store);
         }
@@ -96,26 +99,37 @@ __device__ inline bool is_kept(const ForwardParams& p, const void* logits, int64
     return before < p.top_k;
 }
 
-// The gates of one token, from the logits that begin at element `row`, by one thread.
+// The gates of some tokens, gates[t * gates_stride + e] from logits[first + t * E + e], by all threads of the block; ends
+// with all of them in step. A token's experts are shared out among as many lanes as there are experts, 32 at most.
 template <class S>
-__device__ inline void gate_softmax(const ForwardParams& p, const void* logits, int64_t row, float* gates) {
-    float largest = -INFINITY, sum = 0.f;
-    for (int64_t e = 0; e < p.E; ++e) largest = fmaxf(largest, load<S>(logits, row + e, p.logits_fp32));
-    for (int64_t e = 0; e < p.E; ++e) {
-        const float logit = load<S>(logits, row + e, p.logits_fp32);
-        gates[e] = is_kept<S>(p, logits, row, e, logit) ? expf(logit - largest) : 0.f;
-        sum += gates[e];
+__device__ __forceinline__ void gate_softmax(const ForwardParams& p, const void* logits, int64_t first, float* gates,
+                                             int64_t gates_stride, int tokens) {
+    const int E = static_cast<int>(p.E);
+    int lanes = 1;  // of a token, a power of two
+    while (lanes < E && lanes < 32) lanes *= 2;
+    const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // no lane leaves early: all shuffle
+        const bool own = t0 + t < tokens;
+        const int64_t row = first + (own ? t0 + t : 0) * p.E;
+        float* out = gates + (t0 + t) * gates_stride;
+        float largest = -INFINITY, sum = 0.f;
+        for (int e = lane; e < E; e += lanes) largest = fmaxf(largest, load<S>(logits, row + e, p.logits_fp32));
+        for (int flip = lanes / 2; flip > 0; flip /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, flip));
+        for (int e = lane; own && e < E; e += lanes) {
+            const float logit = load<S>(logits, row + e, p.logits_fp32);
+            const float gate = is_kept<S>(p, logits, row, e, logit) ? expf(logit - largest) : 0.f;
+            sum += out[e] = gate;
+        }
+        for (int flip = lanes / 2; flip > 0; flip /= 2) sum += __shfl_xor_sync(~0u, sum, flip);
+        for (int e = lane; own && e < E; e += lanes) out[e] /= sum;
     }
-    for (int64_t e = 0; e < p.E; ++e) gates[e] /= sum;
+    __syncthreads();  // the gates are there for all
 }
 
-// The gates of some tokens into scratch, one thread a token; ends with all threads in step.
+// The gates of some tokens, from the logits in memory into scratch.
 template <class S>
 __device__ __forceinline__ void gates_of_tokens(const ForwardParams& p, int64_t t0, int tokens) {
-    for (int i = threadIdx.x; i < tokens; i += THREADS) {
-        gate_softmax<S>(p, p.logits, (t0 + i) * p.E, p.scratch + (t0 + i) * p.scratch_stride);
-    }
-    __syncthreads();  // the gates are in scratch
+    gate_softmax<S>(p, p.logits, t0 * p.E, p.scratch + t0 * p.scratch_stride, p.scratch_stride, tokens);
 }
 
 // v of one token and rank r, for all experts; u and v are the token's, and may be the same memory; at(c): where its column c

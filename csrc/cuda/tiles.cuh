@@ -269,14 +269,19 @@ struct Product {
     // acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, BLOCK_K] @ [BLOCK_K, WARP_COLS]
     static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q) {
         if constexpr (sizeof(S) == 4) {
+            Accumulators part = {};  // of this step: one sum over thousands of products would round each time at its full size
 #pragma unroll 1
             for (int k = 0; k < BLOCK_K<S>; ++k) {
                 for_each_accumulator([&](int i, int n, int half, int row, int col) {
                     const float left = P::element(p, row, k);
-                    acc[i][n][half * 2] += left * Q::element(q, col, k);
-                    acc[i][n][half * 2 + 1] += left * Q::element(q, col + 1, k);
+                    part[i][n][half * 2] += left * Q::element(q, col, k);
+                    part[i][n][half * 2 + 1] += left * Q::element(q, col + 1, k);
                 });
             }
+            for_each_accumulator([&](int i, int n, int half, int, int) {
+                acc[i][n][half * 2] += part[i][n][half * 2];
+                acc[i][n][half * 2 + 1] += part[i][n][half * 2 + 1];
+            });
         } else {
             const int row = first_row(), col = first_col();
 #pragma unroll

@@ -86,7 +86,7 @@ BUGS = (
     ),
     Bug(
         "gates mixed before they are there",
-        "cuda/forward.cuh",
+        "cuda/stages.cuh",
         "    __syncthreads();  // the gates are there for all\n",
         "",
         "is off by",
@@ -126,7 +126,7 @@ BUGS = (
     Bug(
         "no barrier of the grid",
         "cuda/decode.cuh",
-        "    grid_barrier(barriers + p.barrier);\n",
+        "    grid_barrier();\n",
         "    __syncthreads();\n",
         "is off by",
         is_race=True,
@@ -134,8 +134,15 @@ BUGS = (
     Bug(
         "a barrier of the grid that one block does not reach",
         "cuda/decode.cuh",
-        "    grid_barrier(barriers + p.barrier);\n",
-        "    if (blockIdx.x + 1 < gridDim.x) grid_barrier(barriers + p.barrier);\n",
+        "    grid_barrier();\n",
+        "    if (blockIdx.x + 1 < gridDim.x) grid_barrier();\n",
         "waits for ever",
+    ),
+    Bug(
+        "a barrier of the grid in a launch that is not cooperative",
+        "cuda/decode.cu",
+        'check("decode_fwd_kernel", launch_cooperative(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p));',
+        'LAUNCH(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p); check_launch("decode_fwd_kernel");',
+        "a grid-wide barrier in a launch that is not cooperative",
     ),
 )

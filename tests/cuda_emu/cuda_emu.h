@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 #include "machine.h"
 
@@ -72,7 +73,7 @@ constexpr cudaError_t cudaSuccess = 0;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return emu::last_error.empty() ? cudaSuccess : 1; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::error_is_told, true) ? cudaSuccess : 1; }
 inline const char* cudaGetErrorString(cudaError_t) { return emu::last_error.c_str(); }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
     *value = emu::options.processors;
@@ -91,8 +92,13 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
 
 template <class Params>
 cudaError_t launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int smem, cudaStream_t, Params params) {
-    emu::launch(grid, block, smem, true, [=] { kernel(params); });
-    return cudaGetLastError();
+    if (grid.x > static_cast<unsigned>(emu::options.processors)) {
+        emu::last_error = "too many blocks in cooperative launch";
+        emu::error_is_told = false;
+    } else {
+        emu::launch(grid, block, smem, true, [=] { kernel(params); });
+    }
+    return emu::error_is_told ? cudaSuccess : 1;
 }
 
 inline void __syncthreads() { emu::block_barrier(); }
@@ -121,12 +127,17 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
 
 inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
 
-inline unsigned add_release(unsigned* address, unsigned value) {
-    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
-}
-inline unsigned load_acquire(const unsigned* address) {
-    emu::spin();
-    return __atomic_load_n(address, __ATOMIC_ACQUIRE);
+// Of a launch that is not cooperative CUDA aborts, too.
+inline void grid_barrier() {
+    if (!emu::grid->together) return emu::fail("a grid-wide barrier in a launch that is not cooperative");
+    __syncthreads();
+    if (emu::self->id == 0) {
+        const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+        const unsigned before = __atomic_fetch_add(&emu::grid->met, 1u, __ATOMIC_ACQ_REL);
+        do emu::spin();
+        while (__atomic_load_n(&emu::grid->met, __ATOMIC_ACQUIRE) < before - before % blocks + blocks);
+    }
+    __syncthreads();
 }
 
 inline void copy_async(void* shared, const void* global, int bytes) { emu::start_copy(shared, global, bytes); }

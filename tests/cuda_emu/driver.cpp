@@ -80,6 +80,7 @@ struct Problem {
         generator.seed(seed);
         T = coin() ? draw(1, 9) : draw(60, 70);
         I = coin() ? draw(1, 12) * 8 : draw(1, 90);
+        if (seed % 7 == 3) I = 256 + I * 8;  // rows of several steps of the one-launch forward, and several chunks
         O = coin() ? draw(1, 20) * 8 : draw(1, 150);
         E = draw(1, 6);
         R = coin() ? 8 : draw(1, 7);
@@ -126,7 +127,8 @@ int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 void run_decode(const Problem& problem, DecodeParams p) {
     const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, rows = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
-    p.chunk = 256, p.chunks = up(p.I, 256) / 256, p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
+    p.chunk = problem.I > 700 ? 1024 : 512, p.chunks = up(p.I, p.chunk) / p.chunk;
+    p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
     p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) +
              up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) + 256 * p.column_tile;
     const Tensor partial = make(p.chunks * p.T * rows, Dtype::fp32);

@@ -78,6 +78,8 @@ struct Grid {
     int live = 0;
     uint64_t random_state = 1;
     Fiber host;
+    bool together = false;  // all blocks at the same time
+    unsigned met = 0;       // blocks at the barriers of the grid, so far
     std::string error;
 
     uint64_t random() {
@@ -90,6 +92,7 @@ struct Grid {
 inline Grid* grid = nullptr;
 inline Fiber* self = nullptr;
 inline std::string last_error;  // of the last launch
+inline bool error_is_told = true;  // cudaGetLastError has returned it: until then it is every later launch's, too
 
 EMU_OUTLINE inline void go_to(Fiber& next) {
     Fiber* me = self;
@@ -289,6 +292,7 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
     g.grid = grid_size;
     g.block = block_size;
     g.body = std::move(body);
+    g.together = together;
     g.random_state = options.seed * 0x9E3779B97F4A7C15ull | 1;
     last_error.clear();
     EMU_TSAN(g.host.tsan = __tsan_get_current_fiber();)
@@ -313,7 +317,9 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
         self = &g.host;
         run_next();
         EMU_TSAN(for (auto& block : g.resident) for (auto& f : block.fibers) __tsan_destroy_fiber(f.tsan);)
-        if (!g.error.empty()) last_error = "block " + std::to_string(order[first]) + ": " + g.error;
+        if (g.error.empty()) continue;
+        last_error = "block " + std::to_string(order[first]) + ": " + g.error;
+        error_is_told = false;
     }
     grid = nullptr;
     ++options.seed;
