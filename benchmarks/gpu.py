@@ -73,7 +73,7 @@ def tune(shape: Shape, device: torch.device) -> Iterator[Row]:
         for tile in _around(chosen):
             plan = replace(plans[name], **{stage: tile})
             yield _timed(shape, f"{name}.{stage}", tile, tile == chosen, name, plan, calls[name])
-    chosen = configs.wgrad_plan(shape.T, shape.O, [E * R], x.dtype, chip)
+    chosen = configs.wgrad_plan(shape.T, shape.O, (E * R,), x.dtype, chip)
     v = torch.randn(shape.T, E, R, device=device, dtype=x.dtype)
 
     def wgrad() -> object:

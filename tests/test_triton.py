@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels import explain, lmoe
-from lmoe_kernels.backends.triton import configs
+from lmoe_kernels.backends.triton import configs, launch
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
 from lmoe_kernels.backends.triton.launch import dot_constants
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
@@ -91,6 +91,17 @@ def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> Non
         products.allow_tf32 = False
 
 
+@pytest.mark.parametrize("arch, precision", [("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx950", "ieee")])
+def test_no_tf32_where_triton_has_none(arch: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "chip_of", lambda device: Chip(arch, 104, 64 << 10))
+    products = torch.backends.cuda.matmul
+    try:
+        products.allow_tf32 = True
+        assert dot_constants(torch.empty(1))["PRECISION"] == precision
+    finally:
+        products.allow_tf32 = False
+
+
 def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
     for chip in CHIPS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -98,10 +109,11 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
                 for T in (0, 1, 16, 300, 8192, 200_000):
                     sizes = Sizes(T, 4096, 1000, E, E, R)
                     forward, backward = (plan(sizes, dtype, chip) for plan in (configs.forward_plan, configs.backward_plan))
-                    assert forward == configs.forward_plan(sizes, dtype, chip)
-                    wgrad = configs.wgrad_plan(T, 4096, [E * R, E], dtype, chip)
+                    assert forward == configs.forward_plan.__wrapped__(sizes, dtype, chip)
+                    wgrad = configs.wgrad_plan(T, 4096, (E * R, E), dtype, chip)
                     assert wgrad.splits * wgrad.tokens >= T
                     assert (wgrad.splits - 1) * wgrad.tokens < max(T, 1), "a part without tokens"
+                    assert dtype != torch.float32 or wgrad.tokens <= 2048, "a long sum in fp32"
                     for splits, features in ((forward.splits, 4096), (backward.splits, 1000)):
                         assert 1 <= splits <= -(-features // forward.shrink.F)
                     for tile in (forward.shrink, forward.expand, backward.shrink, backward.expand, wgrad.tile):
