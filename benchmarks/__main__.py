@@ -3,6 +3,8 @@
 import argparse
 import re
 import sys
+import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ Where none of --shapes, --tokens, --experts, --rank and --dtype is given, the si
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; 1 where a row gave a wrong result or failed."""
+    begun = time.monotonic()
     parser = _parser()
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -53,10 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     plan = model.plan_for(device, options.quick)
     whole = [] if named else [model.Models(plan, device, effort)]
     try:
-        for visit in range(effort.visits):
-            for job in (*whole, *groups):
-                progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
-                job.visit()
+        for visit, job in product(range(effort.visits), (*whole, *groups)):
+            if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
+                environment["stopped"] = f"after step {progress.done} of {progress.total}, its minutes were over"
+                break
+            progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
+            job.visit()
     except KeyboardInterrupt:
         environment["stopped"] = f"at step {progress.done} of {progress.total}, by the user"
     progress.end()
@@ -126,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_names(rows()), metavar="NAME,...", help=", ".join(rows()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help=f"default here: {default_device}")
     parser.add_argument("--threads", type=_count, default=2, help="threads of the CPU's operations (default 2)")
+    parser.add_argument("--minutes", type=_count, metavar="N", help="begin no further table after N minutes")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), metavar="DIR", help="default build/benchmarks")
     return parser
 
