@@ -121,6 +121,20 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
                         assert min(tile.T, tile.F, tile.ER, tile.E) >= 16, "less than a dot takes"
 
 
+@pytest.mark.parametrize("features", [2048, 4096, 14336])
+def test_lengths_that_vary_meet_few_kernels(features: int) -> None:
+    """What a plan fixes of the kernels' constants; each kind is compiled on its first call."""
+    kinds = set()
+    for T in range(1, 16385, 16):
+        sizes = Sizes(T, features, features, 8, 8, 16)
+        forward, backward = (
+            plan(sizes, torch.bfloat16, CHIPS[1])
+            for plan in (configs.forward_plan.__wrapped__, configs.backward_plan.__wrapped__)
+        )
+        kinds.add((forward, backward))
+    assert len(kinds) <= 10
+
+
 def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
     h200 = CHIPS[1]
 

@@ -237,7 +237,8 @@ def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) 
     """Parts of the features that a shrink sums apart: 1 where its tiles of tokens fill half the chip.
 
     Parts are written and read in fp32, `8 columns` bytes a token each, and want a launch of their own: half the chip can
-    draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least.
+    draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least,
+    and their number a power of two: the mix, which unrolls its loop over them, is compiled for each number that a run meets.
     Two parts are taken of more than 128 experts, whose gates spill beside the mix of 64 tokens: that gives the mix a kernel
     and a tile of its own.
     """
@@ -245,7 +246,8 @@ def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) 
     if 2 * tiles >= chip.processors or tile.E > 128:
         return 1 if tile.E <= 128 else 2
     programs = tiles * ceil_div(columns, tile.ER)
-    splits = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
+    most = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
+    splits = 1 << (most.bit_length() - 1)
     of_split = ceil_div(features, splits * tile.F) * tile.F  # whole steps: what is left over takes no part of its own
     return max(1, ceil_div(features, max(of_split, 1)))
 
