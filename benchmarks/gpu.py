@@ -8,9 +8,10 @@ is written as soon as it is known, and after --minutes nothing further is begun 
 
 Guessed for 16 cores from the time of compiling elsewhere, with nothing run: tests 3 minutes with pytest-xdist and 10
 without, tiles 8, experts 3, sanitizers 8; one visit of all tables of the suite 40, those of the goals first. On a machine
-that is lent for ten minutes at a time, with the extension built at the start of each:
+that is lent for ten minutes at a time, with the extension built at the start of each, for its GPU alone (an H200 is 90):
 
-    make gpu PARTS=tests MINUTES=9;  make gpu PARTS="tiles experts" MINUTES=9;  make gpu PARTS=rows MINUTES=9
+    export LMOE_CUDA_ARCHS=90
+    make gpu PARTS=tests MINUTES=8;  make gpu PARTS="tiles experts" MINUTES=8;  make gpu PARTS=rows MINUTES=8
 
 Was never run on a GPU so far: none was at hand when it was written.
 """
