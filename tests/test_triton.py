@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels import explain, lmoe
+from lmoe_kernels import dispatch, explain, lmoe
 from lmoe_kernels.backends.triton import configs, launch
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
 from lmoe_kernels.backends.triton.launch import dot_constants
@@ -154,6 +154,23 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
     assert "torch      taken" in automatic
     named = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")
     assert "triton     taken: asked for by name" in named
+
+
+@pytest.mark.parametrize("compiler, include, reason", [(None, None, "C compiler"), ("/bin/gcc", "nowhere", "Python.h")])
+def test_where_triton_cannot_build_a_launcher_it_is_not_taken_unasked(
+    compiler: str | None, include: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu = dispatch.Problem(torch.device("cuda", 0), torch.bfloat16, 512, 64, 64, 8, 16)
+    taken = dispatch.BACKENDS["triton"].why_not_unasked
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: compiler)
+    monkeypatch.delenv("CC", raising=False)
+    if include is not None:
+        monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": include})
+    dispatch._why_no_launchers.cache_clear()
+    try:
+        assert reason in (taken(on_a_gpu) or "")
+    finally:
+        dispatch._why_no_launchers.cache_clear()
 
 
 def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
