@@ -1,5 +1,6 @@
 """How the benchmarks sample and sum up, and what they do of a GPU's part. No test looks at a time."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -63,8 +64,12 @@ def test_spread() -> None:
 
 
 def test_a_graph_holds_the_backward_of_a_forward_on_its_own_stream(capturing: list[Callable]) -> None:
-    """Autograd runs a backward on its forward's stream, and another one than the capture's would break it off."""
+    """Autograd runs a backward on its forward's stream, and another one than the capture's would break it off.
+
+    So would a graph of an earlier forward that lives on: it holds the leaves' nodes, and these its stream.
+    """
     forwards: list[bool] = []
+    earlier: list[weakref.ref] = []
     eager = rows()["eager"]
 
     def build(inputs, scope):
@@ -72,13 +77,18 @@ def test_a_graph_holds_the_backward_of_a_forward_on_its_own_stream(capturing: li
 
         def forward():
             forwards.append(bool(capturing))
-            return step.forward()
+            y = step.forward()
+            if not capturing:
+                earlier.append(weakref.ref(y))
+            elif any(ref() is not None for ref in earlier):
+                raise RuntimeError("an eager forward's graph is alive")
+            return y
 
         return step._replace(forward=forward)
 
     group = Group(SMALL, "layer", ["backward"], [replace(eager, build=build)], torch.device("cpu"), LIMITS, BRIEF)
     group.visit()
-    assert [record.launch for record in group.records()] == ["eager", "graph"]
+    assert [(record.launch, record.status) for record in group.records()] == [("eager", "ok"), ("graph", "ok")]
     assert forwards[-1], "the forward ran before the capture"
 
 
