@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 import time
+import traceback
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     plan = model.plan_for(device, options.quick)
     whole = [] if named else [model.Models(plan, device, effort)]
+    broken = 0
     try:
         for visit, job in product(range(effort.visits), (*whole, *groups)):
             if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
                 environment["stopped"] = f"after step {progress.done} of {progress.total}, its minutes were over"
                 break
             progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
-            job.visit()
+            try:
+                job.visit()
+            except Exception:  # what breaks one table must not take the others' results along
+                print(f"\n{job}:\n{traceback.format_exc()}", file=sys.stderr)
+                broken += 1
     except KeyboardInterrupt:
         environment["stopped"] = f"at step {progress.done} of {progress.total}, by the user"
     progress.end()
@@ -78,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     bad = [r for r in (*records, *models) if r.status.startswith(("wrong", "failed"))]
     for record in bad:
         print(f"{record.row}: {record.status}", file=sys.stderr)
-    return int(bool(bad))
+    return int(bool(bad or broken))
 
 
 def _write(results: report.Results, folder: Path) -> None:

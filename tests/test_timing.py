@@ -126,6 +126,24 @@ def test_a_run_whose_minutes_are_over_writes_what_it_has(capturing, tmp_path, ca
     assert "CUDA graph" in (tmp_path / "results.md").read_text()
 
 
+def test_a_table_that_breaks_leaves_the_others_alone(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit, threads = Group.visit, torch.get_num_threads()
+
+    def breaks(group: Group) -> None:
+        if group.shape.tokens == 5:
+            raise RuntimeError("an illegal memory access")
+        visit(group)
+
+    monkeypatch.setattr(Group, "visit", breaks)
+    monkeypatch.setattr(cli, "measure_limits", lambda device, dtypes, quick: LIMITS)
+    monkeypatch.setattr(cli, "QUICK", BRIEF)
+    sizes = ["--shapes", "24x40", "--tokens", "5,6", "--quick", "--rows", "frozen", "--device", "cpu"]
+    assert cli.main([*sizes, "--out", str(tmp_path)]) == 1
+    torch.set_num_threads(threads)
+    assert "an illegal memory access" in capsys.readouterr().err
+    assert {record["shape"]["tokens"] for record in report.load(tmp_path / "results.json")["records"]} == {6}
+
+
 class Steps:
     """A progress bar that shows nothing."""
 
