@@ -116,6 +116,7 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
                     assert dtype != torch.float32 or wgrad.tokens <= 2048, "a long sum in fp32"
                     for splits, features in ((forward.splits, 4096), (backward.splits, 1000)):
                         assert 1 <= splits <= -(-features // forward.shrink.F)
+                        assert dtype != torch.float32 or features <= 1024 * splits, "a long sum in fp32"
                     for tile in (forward.shrink, forward.expand, backward.shrink, backward.expand, wgrad.tile):
                         assert tile.stages >= 2
                         assert min(tile.T, tile.F, tile.ER, tile.E) >= 16, "less than a dot takes"
