@@ -35,9 +35,9 @@ bench: $(READY) ## Measure what the layer costs on this machine
 	$(BIN)/python -m pytest benchmarks/bench_forward.py benchmarks/bench_backward.py benchmarks/bench_layer.py --benchmark-only
 	$(BIN)/python -m benchmarks
 
-gpu: ## Build, test, tune and measure on this machine's GPU, with its own Python and without a network
+gpu: ## Build, test, tune and measure on this machine's GPU, without a network; PARTS="tests rows" MINUTES=9
 	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
 	$(BIN)/python -m benchmarks.static

@@ -159,6 +159,7 @@ if isinstance(COMPILER, str):
     print(f"lmoe_kernels: the CUDA extension is left out: {COMPILER}")
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))]
 setup(
+    license="Apache-2.0",
     ext_modules=[] if isinstance(COMPILER, str) else [Extension("lmoe_kernels._cuda", SOURCES, optional=True)],
     cmdclass={"build_py": BuildPython, "build_ext": BuildExtension},
 )

@@ -3,6 +3,9 @@
 import argparse
 import re
 import sys
+import time
+import traceback
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ Where none of --shapes, --tokens, --experts, --rank and --dtype is given, the si
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; 1 where a row gave a wrong result or failed."""
+    begun = time.monotonic()
     parser = _parser()
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -56,11 +60,18 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     plan = model.plan_for(device, options.quick)
     whole = [] if named else [model.Models(plan, device, effort)]
+    broken = 0
     try:
-        for visit in range(effort.visits):
-            for job in (*whole, *groups):
-                progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
+        for visit, job in product(range(effort.visits), (*whole, *groups)):
+            if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
+                environment["stopped"] = f"after step {progress.done} of {progress.total}, its minutes were over"
+                break
+            progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
+            try:
                 job.visit()
+            except Exception:  # what breaks one table must not take the others' results along
+                print(f"\n{job}:\n{traceback.format_exc()}", file=sys.stderr)
+                broken += 1
     except KeyboardInterrupt:
         environment["stopped"] = f"at step {progress.done} of {progress.total}, by the user"
     progress.end()
@@ -77,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     bad = [r for r in (*records, *models) if r.status.startswith(("wrong", "failed"))]
     for record in bad:
         print(f"{record.row}: {record.status}", file=sys.stderr)
-    return int(bool(bad))
+    return int(bool(bad or broken))
 
 
 def _write(results: report.Results, folder: Path) -> None:
@@ -130,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_names(rows()), metavar="NAME,...", help=", ".join(rows()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help=f"default here: {default_device}")
     parser.add_argument("--threads", type=_count, default=2, help="threads of the CPU's operations (default 2)")
+    parser.add_argument("--minutes", type=_count, metavar="N", help="begin no further table after N minutes")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), metavar="DIR", help="default build/benchmarks")
     return parser
 

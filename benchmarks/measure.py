@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from benchmarks.shapes import Inputs, Shape, make_inputs
 from benchmarks.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
 
 MOST_COPIES = 16  # of the inputs, to rotate past the cache
+LAUNCHES = {"cpu": ("eager",), "cuda": ("eager", "graph")}
 COUNTED = ("counted_bytes", "counted_flops", "counted_seconds")
 CHECKED = 12  # further copies, in bytes, that the check in float64 takes with its gradients
 
@@ -53,6 +56,7 @@ class Group:
         self.limits, self.effort = limits, effort
         self.rows = [row for row in rows if scope in row.scopes]
         self.reasons: dict[str, str] = {}  # of the rows that are not timed
+        self.not_captured: dict[tuple[str, str], str] = {}  # why no CUDA graph holds a phase of a row
         self.right: set[str] = set()  # the rows whose results were checked
         self.samples: dict[tuple[str, str], list[dict[str, list[float]]]] = {}  # of phase and launch: for each visit
         self.weights: dict[str, dict[str, dict[str, Any]]] = {}  # of a phase: what its rows weigh
@@ -63,21 +67,30 @@ class Group:
     def visit(self) -> None:
         """Build every row on fresh inputs, check it the first time, and time all phases."""
         inputs, steps = self._build()
-        for phase in self.phases:
-            calls = {
-                name: [call_of(step, inputs[i].dy, phase) for i, step in enumerate(copies)] for name, copies in steps.items()
-            }
+        for phase, launch in product(self.phases, LAUNCHES[self.device.type]):
+            calls = self._calls(steps, inputs, phase, launch)
             if phase not in self.weights:
                 self.weights[phase] = {
                     name: self._weigh(name, copies[0], steps[name][0], inputs[0], phase) for name, copies in calls.items()
                 }
-            for launch in ("eager", "graph") if self.device.type == "cuda" else ("eager",):
-                timed = calls
-                if launch == "graph":
-                    timed = {name: [capture(call) for call in copies] for name, copies in calls.items()}
-                before = self.samples.get((phase, launch), [])
-                taken = interleave(timed, clock_for(self.device), self.effort, seed=len(before))
-                self.samples[phase, launch] = [*before, taken]  # only now: an interrupted visit leaves no trace
+            before = self.samples.get((phase, launch), [])
+            taken = interleave(calls, clock_for(self.device), self.effort, seed=len(before))
+            self.samples[phase, launch] = [*before, taken]  # only now: an interrupted visit leaves no trace
+            calls.clear()  # a backward's graph that lives on would tie its leaves to this launch's stream
+
+    def _calls(self, steps: dict[str, list[Step]], inputs: list[Inputs], phase: str, launch: str) -> dict[str, list[Call]]:
+        """What is timed of each row, on every copy of the inputs; of a row that no CUDA graph can hold nothing."""
+        calls = {}
+        for name, copies in steps.items():
+            makes = [partial(call_of, step, inputs[i].dy, phase) for i, step in enumerate(copies)]
+            if launch == "eager":
+                calls[name] = [make() for make in makes]
+            elif (phase, name) not in self.not_captured:
+                try:
+                    calls[name] = [capture(make) for make in makes]
+                except Exception as error:  # it must not take the others' results along
+                    self.not_captured[phase, name] = _told(error)
+        return calls
 
     def records(self) -> Iterator[Record]:
         """Every row in every phase that was visited."""
@@ -86,6 +99,9 @@ class Group:
                 common = row.name, row.says, self.scope, phase, launch, self.shape
                 if row.name in self.reasons:
                     yield Record(*common, status=self.reasons[row.name])
+                    continue
+                if launch == "graph" and (phase, row.name) in self.not_captured:
+                    yield Record(*common, status=f"not captured: {self.not_captured[phase, row.name]}")
                     continue
                 seconds = Spread.of([visit[row.name] for visit in visits])
                 if launch == "eager" and self.device.type == "cuda" and seconds.median < REPLAY_ONLY:
@@ -136,8 +152,8 @@ class Group:
         except torch.OutOfMemoryError:
             self.reasons[row.name] = "not run: out of memory"
         except Exception as error:  # a row that breaks must not take the others' results along
-            what = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
-            self.reasons[row.name] = f"not run: torch.compile: {what}" if row.compiled else f"failed: {what}"
+            what = "not run: torch.compile" if row.compiled else "failed"
+            self.reasons[row.name] = f"{what}: {_told(error)}"
         return []
 
     def _weigh(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, Any]:
@@ -157,6 +173,11 @@ class Group:
         if self.scope != "layer" or "frozen" not in weights or "counted_seconds" not in weights[name]:
             return None
         return weights[name]["counted_seconds"] / weights["frozen"]["counted_seconds"]
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def call_of(step: Step, dy: Tensor, phase: str) -> Call:

@@ -17,6 +17,7 @@ from lmoe_kernels import ops
 def available_bytes(device: torch.device) -> int:
     """Memory that is free now; 8 GiB where the system does not tell."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier groups and their graphs gave back is free too
         return torch.cuda.mem_get_info(device)[0]
     try:
         with open("/proc/meminfo") as file:

@@ -147,10 +147,16 @@ def grids(device: torch.device, quick: bool) -> list[Grid]:
     squares = [(2048, 2048), (4096, 4096), (8192, 8192)]
     oblong = [(4096, 14336), (14336, 4096)]
     tokens = [1, 4, 16, 64, 256, 512, 1024, 4096, 8192, 16384]
+    half = ["bfloat16"]
+    goals = (
+        *cross([(4096, 4096)], [8192, 512, 16], eight, sixteen, half),
+        *cross([(8192, 8192), (2048, 2048), (4096, 14336)], [8192], eight, sixteen, half),
+    )
+    others = (*cross(squares, tokens, eight, sixteen, half), *cross(oblong, [1, 16, 512, 8192], eight, sixteen, half))
     return [
-        Grid(cross(squares, tokens, eight, sixteen, ["bfloat16"]), scopes=SCOPES, phases=PHASES),
-        Grid(cross(oblong, [1, 16, 512, 8192], eight, sixteen, ["bfloat16"]), scopes=SCOPES, phases=PHASES),
+        Grid(goals, scopes=SCOPES, phases=PHASES),  # first: a run may have few minutes
+        Grid(cross([(4096, 4096)], [8192], [1, 2, 4, 16, 32, 64], sixteen, half), rows=(*few, "loop")),
+        Grid(tuple(shape for shape in others if shape not in goals), scopes=SCOPES, phases=PHASES),
         Grid(cross([(4096, 4096)], [8192], eight, sixteen, ["float16", "float32"]), phases=PHASES),
-        Grid(cross([(4096, 4096)], [8192], [1, 2, 4, 16, 32, 64], sixteen, ["bfloat16"]), rows=(*few, "loop")),
-        Grid(cross([(4096, 4096)], [8192], eight, [4, 8, 32, 64], ["bfloat16"]), rows=few),
+        Grid(cross([(4096, 4096)], [8192], eight, [4, 8, 32, 64], half), rows=few),
     ]

@@ -110,15 +110,24 @@ def interleave(
     return samples
 
 
-def capture(call: Call) -> Call:
-    """The call as a CUDA graph's replay: what the GPU takes where the host does not hold it up."""
+def capture(make: Callable[[], Call]) -> Call:
+    """A call as a CUDA graph's replay: what the GPU takes where the host does not hold it up.
+
+    `make` builds the call. It does so on the stream of the capture, because autograd runs a backward on the stream of its
+    forward, and another one than the capture's would break the capture off.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        call = make()
         for _ in range(3):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         call()
-    return graph.replay
+
+    def replay(_held: Call = call) -> None:  # a backward reads what its call has kept of the forward
+        graph.replay()
+
+    return replay

@@ -6,12 +6,15 @@ the table from the top and takes the first backend without a reason.
 """
 
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -88,7 +91,25 @@ def _installed(package: str) -> bool:
 
 
 def _why_not_triton_unasked(problem: Problem) -> str | None:
-    return "on a CPU only where it is asked for by name" if problem.device.type == "cpu" else None
+    if problem.device.type == "cpu":
+        return "on a CPU only where it is asked for by name"
+    return _why_no_launchers_here()
+
+
+@_constant_when_compiled
+def _why_no_launchers_here() -> str | None:
+    return _why_no_launchers()
+
+
+@cache
+def _why_no_launchers() -> str | None:
+    """Triton compiles its launchers in C where it runs, and small images have not what that takes."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler for its launchers: no gcc, no clang, no CC"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
+        return "Triton finds no Python.h for its launchers"
+    return None
 
 
 def _only_by_name(problem: Problem) -> str:

@@ -95,7 +95,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     param_dtype = param_dtype or dtype
 
     def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape) * scale).to(device=device, dtype=to)
+        return (torch.randn(shape, device=device) * scale).to(to)
 
     gate_weight = draw(case.E, case.I, scale=case.I**-0.5, to=param_dtype)
     choosy = case.top_k is not None and case.top_k < case.E

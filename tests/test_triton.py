@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels import explain, lmoe
-from lmoe_kernels.backends.triton import configs
+from lmoe_kernels import dispatch, explain, lmoe
+from lmoe_kernels.backends.triton import configs, launch
 from lmoe_kernels.backends.triton.configs import Chip, Sizes
 from lmoe_kernels.backends.triton.launch import dot_constants
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
@@ -91,6 +91,17 @@ def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> Non
         products.allow_tf32 = False
 
 
+@pytest.mark.parametrize("arch, precision", [("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx950", "ieee")])
+def test_no_tf32_where_triton_has_none(arch: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "chip_of", lambda device: Chip(arch, 104, 64 << 10))
+    products = torch.backends.cuda.matmul
+    try:
+        products.allow_tf32 = True
+        assert dot_constants(torch.empty(1))["PRECISION"] == precision
+    finally:
+        products.allow_tf32 = False
+
+
 def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
     for chip in CHIPS:
         for dtype in (torch.bfloat16, torch.float32):
@@ -98,15 +109,31 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
                 for T in (0, 1, 16, 300, 8192, 200_000):
                     sizes = Sizes(T, 4096, 1000, E, E, R)
                     forward, backward = (plan(sizes, dtype, chip) for plan in (configs.forward_plan, configs.backward_plan))
-                    assert forward == configs.forward_plan(sizes, dtype, chip)
-                    wgrad = configs.wgrad_plan(T, 4096, [E * R, E], dtype, chip)
+                    assert forward == configs.forward_plan.__wrapped__(sizes, dtype, chip)
+                    wgrad = configs.wgrad_plan(T, 4096, (E * R, E), dtype, chip)
                     assert wgrad.splits * wgrad.tokens >= T
                     assert (wgrad.splits - 1) * wgrad.tokens < max(T, 1), "a part without tokens"
+                    assert dtype != torch.float32 or wgrad.tokens <= 2048, "a long sum in fp32"
                     for splits, features in ((forward.splits, 4096), (backward.splits, 1000)):
                         assert 1 <= splits <= -(-features // forward.shrink.F)
+                        assert dtype != torch.float32 or features <= 1024 * splits, "a long sum in fp32"
                     for tile in (forward.shrink, forward.expand, backward.shrink, backward.expand, wgrad.tile):
                         assert tile.stages >= 2
                         assert min(tile.T, tile.F, tile.ER, tile.E) >= 16, "less than a dot takes"
+
+
+@pytest.mark.parametrize("features", [2048, 4096, 14336])
+def test_lengths_that_vary_meet_few_kernels(features: int) -> None:
+    """What a plan fixes of the kernels' constants; each kind is compiled on its first call."""
+    kinds = set()
+    for T in range(1, 16385, 16):
+        sizes = Sizes(T, features, features, 8, 8, 16)
+        forward, backward = (
+            plan(sizes, torch.bfloat16, CHIPS[1])
+            for plan in (configs.forward_plan.__wrapped__, configs.backward_plan.__wrapped__)
+        )
+        kinds.add((forward, backward))
+    assert len(kinds) <= 10
 
 
 def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
@@ -128,6 +155,23 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
     assert "torch      taken" in automatic
     named = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")
     assert "triton     taken: asked for by name" in named
+
+
+@pytest.mark.parametrize("compiler, include, reason", [(None, None, "C compiler"), ("/bin/gcc", "nowhere", "Python.h")])
+def test_where_triton_cannot_build_a_launcher_it_is_not_taken_unasked(
+    compiler: str | None, include: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu = dispatch.Problem(torch.device("cuda", 0), torch.bfloat16, 512, 64, 64, 8, 16)
+    taken = dispatch.BACKENDS["triton"].why_not_unasked
+    monkeypatch.setattr(dispatch.shutil, "which", lambda name: compiler)
+    monkeypatch.delenv("CC", raising=False)
+    if include is not None:
+        monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": include})
+    dispatch._why_no_launchers.cache_clear()
+    try:
+        assert reason in (taken(on_a_gpu) or "")
+    finally:
+        dispatch._why_no_launchers.cache_clear()
 
 
 def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

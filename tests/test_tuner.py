@@ -1,5 +1,6 @@
 """What `make gpu` times, on CPU tensors and without a clock: that it is what its rows name."""
 
+import json
 from importlib import import_module
 
 import pytest
@@ -36,11 +37,66 @@ def test_every_tile_is_launched_in_the_place_of_the_chosen_one(
     seen: dict[str, list[bool]] = {}
     for row in gpu.tune(gpu.Shape(tokens, 24, 40), torch.device("cpu")):
         assert configs.Tile(**row["tile"]) in launched, row
+        if row["what"].endswith(".splits"):
+            # one pass; or shrink and mix in one kernel, or in two, and in a forward expand
+            kernels = 1 if row["one_pass"] else (1 if row["splits"] == 1 else 2) + 1
+            assert len(launched) == kernels
         seen.setdefault(row["what"], []).append(row["chosen"])
-    assert set(seen) >= {"backward_plan.shrink", "backward_plan.expand", "wgrad_plan"} | {
-        f"forward_plan.{s}" for s in stages
-    }
+    backward = {"backward_plan.shrink", "backward_plan.expand", "backward_plan.splits", "wgrad_plan"}
+    assert set(seen) >= backward | {"forward_plan.splits"} | {f"forward_plan.{s}" for s in stages}
     assert all(chosen[0] and not any(chosen[1:]) for chosen in seen.values())
+
+
+def test_a_tile_that_cannot_run_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cannot(call: gpu.Call) -> float:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(gpu, "median_us", cannot)
+    monkeypatch.setattr(gpu, "BACKENDS", {"torch": gpu.BACKENDS["torch"]})
+    rows = list(gpu.many_experts(3, 8, torch.device("cpu")))
+    assert [row["us"] for row in rows] == [None] * 10
+    assert {row["why"] for row in rows} == {"RuntimeError: out of resource: shared memory"}
+
+
+@pytest.mark.parametrize(
+    "arguments, failing, ran, code",
+    [
+        ([], "", ["tests", "tiles", "experts", "rows", "sanitizers"], 0),
+        ([], "tests", ["tests"], 1),
+        ([], "tiles", ["tests", "tiles", "experts", "rows", "sanitizers"], 1),
+        (["--parts", "rows", "tiles"], "", ["tiles", "rows"], 0),
+        (["--minutes", "3"], "", ["tests", "tiles"], 1),  # a part takes two of them
+    ],
+)
+def test_parts(
+    arguments: list[str], failing: str, ran: list[str], code: int, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def run(part: str, *rest: object) -> int:
+        done.append(part)
+        return int(part == failing)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: 120.0 * len(done))
+    monkeypatch.setattr(gpu, "run", run)
+    assert gpu.main([*arguments, "--out", str(tmp_path / "new")]) == code
+    assert done == ran
+
+
+def test_rows_end_with_the_time_and_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[dict] = []
+
+    def rows():
+        for i in range(5):
+            written.append({"us": i})
+            yield written[-1]
+
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: float(len(written)))
+    gpu._write(tmp_path / "tiles.jsonl", rows(), torch.device("cpu"), 1.5)
+    machine, *kept = map(json.loads, (tmp_path / "tiles.jsonl").read_text().splitlines())
+    assert "packages" in machine
+    assert kept == [{"us": 0}, {"us": 1}]
 
 
 def test_many_experts_are_timed_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def wgrad(
     A second pair, the gate's, shares the reading of the rows where both fit one tile.
     """
     assert rows is not None
-    (T, F), heights = rows.shape, [parameter.numel() // parameter.shape[-1] for _, parameter in pairs]
+    (T, F), heights = rows.shape, tuple(parameter.numel() // parameter.shape[-1] for _, parameter in pairs)
     plan = configs.wgrad_plan(T, F, heights, rows.dtype, chip)
     if len(pairs) == 2 and (heights[0] > plan.tile.ER or heights[1] > plan.tile.E):
         return wgrad(rows, pairs[:1], scaling, chip) + wgrad(rows, pairs[1:], scaling, chip)

@@ -7,6 +7,7 @@ benchmarks.traffic`). `make gpu` times `SEARCH_SPACE` around them.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -96,6 +97,8 @@ class GroupedPlan:
 
 REDUCE = Tile(T=16, F=1024, ER=16)  # a copy with a sum: nothing to choose
 
+remembered = lru_cache(maxsize=4096)  # a plan takes some 10 us to make, a launch as long
+
 # What the tuner tries around a choice; blocks of E, ER and R follow from the sizes.
 SEARCH_SPACE = {
     "T": (64, 128),
@@ -105,6 +108,7 @@ SEARCH_SPACE = {
 }
 
 
+@remembered
 def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     """Which forward kernels run, on which tiles."""
     shrink = shrink_tile(sizes, sizes.E_of_a * sizes.R, dtype, chip)
@@ -112,26 +116,29 @@ def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     # quarters of a wave the two kernels, of which expand has tiles of features too, leave less of the chip idle.
     fits = sizes.E_of_a == sizes.E and sizes.E * sizes.R <= shrink.ER and one_pass_bytes(shrink, dtype) <= chip.shared_memory
     fills = 4 * shrink.tiles_of(sizes.T) >= 3 * chip.processors
+    splits = splits_of(shrink, sizes.T, sizes.E_of_a * sizes.R, sizes.I, dtype, chip)
     return ForwardPlan(
-        shrink if fits and fills else None,
-        splits_of(shrink, sizes.T, sizes.E_of_a * sizes.R, sizes.I, chip),
+        shrink if fits and fills and splits == 1 else None,
+        splits,
         shrink,
         mix_tile(sizes, chip),
         expand_tile(sizes, sizes.E * sizes.R, dtype, chip),
     )
 
 
+@remembered
 def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
     """Which backward kernels run before the weight gradients, on which tiles."""
     shrink = shrink_tile(sizes, sizes.E * sizes.R, dtype, chip)
     return BackwardPlan(
-        splits_of(shrink, sizes.T, sizes.E * sizes.R, sizes.O, chip),
+        splits_of(shrink, sizes.T, sizes.E * sizes.R, sizes.O, dtype, chip),
         shrink,
         mix_tile(sizes, chip),
         expand_tile(sizes, sizes.E_of_a * sizes.R, dtype, chip),
     )
 
 
+@remembered
 def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip) -> GroupedPlan | None:
     """The tiles for tokens grouped by expert, or None where computing all experts costs no more.
 
@@ -159,7 +166,8 @@ def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip
     )
 
 
-def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtype, chip: Chip) -> WgradPlan:
+@remembered
+def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> WgradPlan:
     """The tile and the splits of a weight gradient of `heights[0]` rows, and the gate's `heights[1]` beside it."""
     experts = heights[1] if len(heights) == 2 else 1
     tile = Tile(
@@ -178,6 +186,10 @@ def wgrad_plan(tokens: int, features: int, heights: list[int], dtype: torch.dtyp
     programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
     least = 32 if chip.arch == "interpreter" else 512
     splits = max(1, min(chip.processors // max(programs, 1), tokens // least))
+    if dtype == torch.float32:
+        # Its sums run straight on: over 16384 tokens to an error of 19 epsilons, over 2048 to 7 (simulated). Beside the time
+        # of their products the bytes of more parts are few. The other dtypes' own roundings are far larger than such errors.
+        splits = max(splits, ceil_div(tokens, 2048))
     of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
     return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
 
@@ -222,19 +234,23 @@ def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
     return Tile(T=16 if chip.arch == "interpreter" else 4, F=16, ER=64, E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
 
 
-def splits_of(tile: Tile, tokens: int, columns: int, features: int, chip: Chip) -> int:
+def splits_of(tile: Tile, tokens: int, columns: int, features: int, dtype: torch.dtype, chip: Chip) -> int:
     """Parts of the features that a shrink sums apart: 1 where its tiles of tokens fill half the chip.
 
     Parts are written and read in fp32, `8 columns` bytes a token each, and want a launch of their own: half the chip can
-    draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least.
+    draw most of the memory's bandwidth, so that more is not bought at that price. A part is four steps of the loop at least,
+    and their number a power of two: the mix, which unrolls its loop over them, is compiled for each number that a run meets.
     Two parts are taken of more than 128 experts, whose gates spill beside the mix of 64 tokens: that gives the mix a kernel
-    and a tile of its own.
+    and a tile of its own. In fp32 a part is of 1024 features at most, whose sum has an error of 5 epsilons.
     """
     tiles = tile.tiles_of(tokens)
-    if 2 * tiles >= chip.processors or tile.E > 128:
-        return 1 if tile.E <= 128 else 2
-    programs = tiles * ceil_div(columns, tile.ER)
-    splits = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
+    splits = 1 if tile.E <= 128 else 2
+    if 2 * tiles < chip.processors and tile.E <= 128:
+        programs = tiles * ceil_div(columns, tile.ER)
+        most = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
+        splits = 1 << (most.bit_length() - 1)
+    if dtype == torch.float32:
+        splits = max(splits, block_of(ceil_div(features, 1024), least=1))
     of_split = ceil_div(features, splits * tile.F) * tile.F  # whole steps: what is left over takes no part of its own
     return max(1, ceil_div(features, max(of_split, 1)))
 

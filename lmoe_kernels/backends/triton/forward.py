@@ -2,7 +2,7 @@
 
 one pass    _one_pass_fwd_kernel                                          E * R fits one tile and T fills the chip
 two         _shrink_mix_fwd_kernel, _expand_fwd_kernel                    larger E * R, or half the chip
-three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens: the sum over I is split
+three       _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel       few tokens, or long fp32 sums: I is split
 in groups   see `grouped`                                                 top_k of so many experts that it pays
 """
 

@@ -39,8 +39,14 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, til
     """Start a kernel with those blocks of the tile that it names; an empty grid starts nothing."""
     if 0 in grid:
         return
+    kernel[grid](*args, **constants, **launch_options(kernel, tile))
+
+
+@cache
+def launch_options(kernel: triton.JITFunction, tile: Tile) -> dict[str, int]:
+    """The blocks of the tile that a kernel names, and how it is launched."""
     blocks = {name: size for name, size in tile.blocks().items() if name in kernel.arg_names}
-    kernel[grid](*args, **constants, **blocks, num_warps=tile.warps, num_stages=tile.stages)
+    return blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def accumulator(rows: Tensor) -> torch.dtype:
@@ -49,8 +55,14 @@ def accumulator(rows: Tensor) -> torch.dtype:
 
 
 def dot_constants(rows: Tensor) -> dict[str, object]:
-    """How dots accumulate. fp32 operands are rounded to tf32 only where the user's flags let PyTorch's products do so."""
+    """How dots accumulate.
+
+    fp32 operands are rounded to tf32 only where the user's flags let PyTorch's products do so, and where the chip has it:
+    of AMD's gfx942 alone has, and elsewhere Triton refuses to compile.
+    """
     tf32 = rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if tf32 and (arch := chip_of(rows.device).arch).startswith("gfx"):
+        tf32 = arch == "gfx942"
     acc = tl.float64 if rows.dtype == torch.float64 else tl.float32
     return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee"}
 
