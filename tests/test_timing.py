@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_a_row_that_no_graph_holds_leaves_the_others_alone(capturing: list[Calla
 def test_a_run_whose_minutes_are_over_writes_what_it_has(capturing, tmp_path, capsys, monkeypatch) -> None:
     clock = iter([0.0, 50.0, 70.0])  # at the start, and before each step
     threads = torch.get_num_threads()
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(cli, "measure_limits", lambda device, dtypes, quick: LIMITS)
     monkeypatch.setattr(cli, "QUICK", BRIEF)
     monkeypatch.setattr(cli, "Progress", lambda total: Steps())
