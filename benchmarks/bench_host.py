@@ -22,27 +22,30 @@ from lmoe_kernels import dispatch, lmoe
 from lmoe_kernels.backends.cuda import extension
 from tests.cuda_emu.build import build_extension
 
+PROCESSORS = 132
+CALLS, ROUNDS = 1000, 40
+
 
 def stub_launches(cache: Path) -> None:
     """Put bindings and launchers that launch nothing behind the cuda backend, for this process."""
     library = build_extension(cache, seed=1)
-    ctypes.CDLL(str(library.__file__)).emu_set_running(0)
+    ctypes.CDLL(str(library.__file__)).emu_launch_nothing(PROCESSORS)
     extension.library = lambda: library
     extension.queue = lambda tensor: (0, 0)
-    extension.processors = lambda index: 132
+    extension.processors = lambda index: PROCESSORS
     dispatch.BACKENDS["cuda"] = replace(dispatch.BACKENDS["cuda"], why_not=lambda problem: None)
 
 
-def microseconds(call: Callable[[], object], calls: int = 1000, rounds: int = 40) -> str:
+def microseconds(call: Callable[[], object]) -> str:
     """The mean time of a call: the least of some rounds, and their median."""
-    for _ in range(calls):
+    for _ in range(CALLS):
         call()
     times = []
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         start = time.process_time()
-        for _ in range(calls):
+        for _ in range(CALLS):
             call()
-        times.append((time.process_time() - start) / calls * 1e6)
+        times.append((time.process_time() - start) / CALLS * 1e6)
     return f"{min(times):5.1f} ({statistics.median(times):5.1f})"
 
 

@@ -1,8 +1,11 @@
 """How the benchmarks sample and sum up, and what they do of a GPU's part. No test looks at a time."""
 
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +18,7 @@ from benchmarks.limits import Limits
 from benchmarks.measure import LAUNCHES, Group
 from benchmarks.shapes import DTYPES, PHASES, Shape, grids
 from benchmarks.timing import QUICK, Call, Effort, Spread, interleave
+from tests.cuda_emu import build
 
 BRIEF = Effort(visits=1, seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=0.0, cpu_products=2**33)
 LIMITS = Limits(1e9, dict.fromkeys(DTYPES, 1e12), dict.fromkeys(DTYPES, 1e11), cache_bytes=1)
@@ -143,6 +147,17 @@ def test_a_table_that_breaks_leaves_the_others_alone(tmp_path, capsys, monkeypat
     torch.set_num_threads(threads)
     assert "an illegal memory access" in capsys.readouterr().err
     assert {record["shape"]["tokens"] for record in report.load(tmp_path / "results.json")["records"]} == {6}
+
+
+def test_the_cost_of_the_host_is_counted_where_nothing_is_launched(request: pytest.FixtureRequest) -> None:
+    """In a process of its own: the emulator launches nothing from then on."""
+    if build.COMPILER is None:
+        pytest.skip("no g++ to compile the launchers")
+    program = "from benchmarks import bench_host as b; b.CALLS = b.ROUNDS = 2; b.main()"
+    command = [sys.executable, "-c", program, "--cache", str(request.config.cache.mkdir("cuda_emu"))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["T=1", "T=16", "T=512"]
 
 
 class Steps:

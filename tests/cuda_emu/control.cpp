@@ -6,4 +6,7 @@ extern "C" __attribute__((visibility("default"))) void emu_set_schedule(uint64_t
     emu::options.early_copies = early_copies != 0;
 }
 
-extern "C" __attribute__((visibility("default"))) void emu_set_running(int running) { emu::options.running = running != 0; }
+extern "C" __attribute__((visibility("default"))) void emu_launch_nothing(int processors) {
+    emu::options.running = false;
+    emu::options.processors = processors;
+}
