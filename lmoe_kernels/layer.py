@@ -17,7 +17,7 @@ class LMoELinear(nn.Module):
     """A drop-in `nn.Linear` whose weight is frozen and whose experts and gate are trained.
 
     Semantics:
-        y = base_layer(x) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, scaling=alpha / rank, ...)
+        y = frozen_layer(x) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, scaling=alpha / rank, ...)
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
         num_experts, rank: E and R.
@@ -27,7 +27,7 @@ class LMoELinear(nn.Module):
         gate_init_std: standard deviation of the gate's initial weights.
         output_router_logits: keep the logits of the last forward in `router_logits`, for losses on them.
     Attributes:
-        base_layer: the frozen layer. lora_a: (E, R, I) or (1, R, I). lora_b: (E, R, O), zero at the start, so that a new
+        frozen_layer: the frozen layer. lora_a: (E, R, I) or (1, R, I). lora_b: (E, R, O), zero at the start, so that a new
         layer gives what the frozen one gives. gate_weight: (E, I).
         weight, bias: the frozen layer's, for who asks for their dtype or device. Who multiplies by them misses the experts.
         router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
@@ -110,7 +110,7 @@ class LMoELinear(nn.Module):
         self.gate_init_std, self.output_router_logits, self.backend = gate_init_std, output_router_logits, backend
         self.router_logits: Tensor | None = None
 
-        self.base_layer = linear.requires_grad_(False)
+        self.frozen_layer = linear.requires_grad_(False)
         like = {"device": weight.device, "dtype": dtype}
         self.lora_a = nn.Parameter(torch.empty(1 if shared_a else num_experts, rank, in_features, **like))
         self.lora_b = nn.Parameter(torch.empty(num_experts, rank, out_features, **like))
@@ -135,7 +135,7 @@ class LMoELinear(nn.Module):
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
-        base = self.base_layer
+        base = self.frozen_layer
         if _is_plain_linear(base):
             result = lmoe_linear(x, base.weight, base.bias, *factors, **options)
         else:
@@ -147,17 +147,17 @@ class LMoELinear(nn.Module):
     @property
     def weight(self) -> Any:
         """The frozen layer's weight: some models read its dtype (transformers' T5)."""
-        return self.base_layer.weight
+        return self.frozen_layer.weight
 
     @property
     def bias(self) -> Any:
         """The frozen layer's bias."""
-        return self.base_layer.bias
+        return self.frozen_layer.bias
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Who ties this layer's weight to an embedding's means the frozen layer's."""
         if name in ("weight", "bias"):
-            setattr(self.base_layer, name, value)
+            setattr(self.frozen_layer, name, value)
         else:
             super().__setattr__(name, value)
 

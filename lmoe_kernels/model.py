@@ -51,7 +51,7 @@ def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
 
 def wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer that can be wrapped, under every name that it has: not those that are wrapped already, or never called."""
-    taken = {id(layer.base_layer) for layer in lmoe_layers(model).values()}
+    taken = {id(layer.frozen_layer) for layer in lmoe_layers(model).values()}
     taken |= {id(layer) for m in model.modules() if isinstance(m, _PASS_THEIR_LAYERS_BY) for layer in m.children()}
     return {
         name: module

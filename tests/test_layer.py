@@ -28,7 +28,7 @@ def test_a_new_layer_is_the_frozen_layer(bias: bool, dtype: torch.dtype) -> None
 
 def test_arguments_come_in_the_order_of_nn_linear() -> None:
     layer = LMoELinear(12, 20, False, "cpu", torch.float64, num_experts=3, rank=2, alpha=4)
-    assert (layer.in_features, layer.out_features, layer.base_layer.bias) == (12, 20, None)
+    assert (layer.in_features, layer.out_features, layer.frozen_layer.bias) == (12, 20, None)
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
     assert (layer.lora_a.shape, layer.lora_b.shape, layer.gate_weight.shape) == ((3, 2, 12), (3, 2, 20), (3, 12))
     assert layer.scaling == 2.0
@@ -41,7 +41,7 @@ def test_forward_is_base_and_delta() -> None:
     delta = lmoe(
         x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, scaling=2.0, top_k=2, mixing="outputs"
     )  # fmt: skip
-    torch.testing.assert_close(layer(x), layer.base_layer(x) + delta)
+    torch.testing.assert_close(layer(x), layer.frozen_layer(x) + delta)
 
 
 def test_only_experts_and_gate_are_trained() -> None:
@@ -97,8 +97,8 @@ def test_any_frozen_layer_under_autocast() -> None:
     layer = _trained(LMoELinear(16, 24, num_experts=4, rank=2))
     x = torch.randn(5, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=layer.base_layer(x))
-        layer.base_layer.register_forward_hook(lambda module, args, y: None)  # so that its own forward is called
+        delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=layer.frozen_layer(x))
+        layer.frozen_layer.register_forward_hook(lambda module, args, y: None)  # so that its own forward is called
         assert torch.equal(layer(x), delta)
 
 
@@ -106,7 +106,7 @@ def test_hooks_of_the_frozen_layer_are_run() -> None:
     layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
     x = torch.randn(3, 8, dtype=torch.float64)
     plain, seen = layer(x), []
-    layer.base_layer.register_forward_hook(lambda module, args, y: seen.append(1) or y + 1)
+    layer.frozen_layer.register_forward_hook(lambda module, args, y: seen.append(1) or y + 1)
     torch.testing.assert_close(layer(x), plain + 1)
     assert seen == [1]
 
@@ -115,18 +115,18 @@ def test_a_forward_that_replaces_the_frozen_layers_is_called() -> None:
     """As accelerate replaces it, to bring an offloaded weight in."""
     layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
     x = torch.randn(3, 8, dtype=torch.float64)
-    plain, own = layer(x), layer.base_layer.forward
-    layer.base_layer.forward = lambda x: own(x) + 1
+    plain, own = layer(x), layer.frozen_layer.forward
+    layer.frozen_layer.forward = lambda x: own(x) + 1
     torch.testing.assert_close(layer(x), plain + 1)
 
 
 def test_weight_and_bias_are_the_frozen_layers() -> None:
     layer = LMoELinear(8, 12, num_experts=3, rank=2)
-    assert layer.weight is layer.base_layer.weight
-    assert layer.bias is layer.base_layer.bias
+    assert layer.weight is layer.frozen_layer.weight
+    assert layer.bias is layer.frozen_layer.bias
     embedding = nn.Embedding(12, 8)
     layer.weight = embedding.weight
-    assert layer.base_layer.weight is embedding.weight
+    assert layer.frozen_layer.weight is embedding.weight
     assert set(dict(layer.named_parameters(recurse=False))) == {"lora_a", "lora_b", "gate_weight"}
 
 
@@ -142,7 +142,7 @@ def test_deepcopy_state_dict_and_repr() -> None:
     other = LMoELinear(8, 12, num_experts=3, rank=2, top_k=2, shared_a=True)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
-    assert set(layer.state_dict()) == {"base_layer.weight", "base_layer.bias", "lora_a", "lora_b", "gate_weight"}
+    assert set(layer.state_dict()) == {"frozen_layer.weight", "frozen_layer.bias", "lora_a", "lora_b", "gate_weight"}
     shown = "in_features=8, out_features=12, num_experts=3, rank=2, scaling=1.0, mixing=factors, top_k=2, shared_a=True"
     assert shown in repr(layer)
 
@@ -152,7 +152,7 @@ def test_to_dtype_and_meta_device() -> None:
     assert {p.device.type for p in layer.parameters()} == {"meta"}
     layer = layer.to_empty(device="cpu").to(torch.bfloat16)
     layer.reset_parameters()
-    layer.base_layer.reset_parameters()
+    layer.frozen_layer.reset_parameters()
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     assert layer(torch.randn(4, 8).bfloat16()).isfinite().all()
 

@@ -46,7 +46,7 @@ def test_a_second_call_keeps_the_first_layers_trained() -> None:
     apply_lmoe(model, "all-linear", num_experts=4, rank=1)
     assert {layer.num_experts for layer in lmoe_layers(model).values()} == {2, 4}
     assert all(layer.num_trainable_parameters for layer in lmoe_layers(model).values())
-    assert not any(isinstance(layer.base_layer, LMoELinear) for layer in lmoe_layers(model).values())
+    assert not any(isinstance(layer.frozen_layer, LMoELinear) for layer in lmoe_layers(model).values())
 
 
 def test_a_layer_under_two_names_stays_one() -> None:
@@ -146,7 +146,7 @@ def test_tied_weights_can_be_tied_again() -> None:
     )  # fmt: skip
     apply_lmoe(model, "lm_head", num_experts=2, rank=2)
     model.tie_weights()
-    assert model.lm_head.base_layer.weight is model.model.embed_tokens.weight
+    assert model.lm_head.frozen_layer.weight is model.model.embed_tokens.weight
     assert set(dict(model.lm_head.named_parameters(recurse=False))) == {"lora_a", "lora_b", "gate_weight"}
 
 
