@@ -5,7 +5,8 @@ from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
-from lmoe_kernels.model import apply_lmoe, collect_router_logits, lmoe_layers
+from lmoe_kernels.model import apply_lmoe, collect_router_logits
+from lmoe_kernels.targets import lmoe_layers
 from lmoe_kernels.version import __version__
 
 __all__ = [

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lmoe_kernels import checks
 from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
-from lmoe_kernels.model import lmoe_layers, replace_modules, wrappable_layers
+from lmoe_kernels.model import replace_modules
+from lmoe_kernels.naming import unwrapped
+from lmoe_kernels.targets import lmoe_layers, wrappable_layers
 
 WEIGHTS, CONFIG = "lmoe.safetensors", "lmoe_config.json"
 FORMAT = "lmoe_kernels"
@@ -33,7 +35,7 @@ def save_lmoe(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ValueError: the model has no L-MoE layers. ImportError: safetensors is not installed.
     """
     save_file = _safetensors("save_lmoe").save_file
-    layers = lmoe_layers(_unwrapped(model))
+    layers = lmoe_layers(unwrapped(model))
     if not layers:
         checks.fail("save_lmoe", "model", "have L-MoE layers (see apply_lmoe)", "none")
     tensors = {key: _gathered(parameter.detach()).contiguous() for key, parameter in _parameters(layers).items()}
@@ -73,7 +75,7 @@ def load_lmoe(
         ValueError: a file is not what `save_lmoe` writes; a layer or tensor is missing, foreign or misshapen; a layer is on
             the meta device.
     """
-    source, model = Path(directory), _unwrapped(model)
+    source, model = Path(directory), unwrapped(model)
     configs = _read_config(source / CONFIG)
     tensors = _read_tensors(source / WEIGHTS)
     options = {"backend": backend, "output_router_logits": output_router_logits}
@@ -100,17 +102,6 @@ def load_lmoe(
     if made:
         replace_modules(model, {name: made[id(linear)] for name, linear in linears.items() if id(linear) in made})
     return list(configs)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model whose names the files hold, where torch.compile or data parallelism has put one around it."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
-            model = compiled
-        else:
-            return model
 
 
 def _gathered(tensor: Any) -> Tensor:

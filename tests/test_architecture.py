@@ -16,13 +16,14 @@ STOREYS = [
     {"__init__", "info"},
     {"checkpoint"},
     {"model"},
+    {"targets"},
     {"layer"},
     {"functional", "losses"},
     {"autograd"},
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"checks", "reference", "version"},
+    {"checks", "distributed", "naming", "reference", "version"},
 ]
 LEVEL = {module: level for level, storey in enumerate(STOREYS) for module in storey}
 
