@@ -105,3 +105,31 @@ def test_gate_softmax_keeps_the_largest() -> None:
     gates = reference.gate_softmax(logits, top_k=2)
     torch.testing.assert_close(gates, torch.tensor([[0.0, 0.5, 0.0, 0.5], [0.5, 0.5, 0.0, 0.0]], dtype=F64))
     torch.testing.assert_close(reference.gate_softmax(logits, top_k=4), logits.softmax(dim=-1))
+
+
+def test_fp32_parameters_of_the_reference_never_pass_through_half_precision() -> None:
+    """Beside bf16 tokens, logits and gradients have the error of fp32 sums over the same numbers."""
+    case = Case(T=19, E=4)
+    problem = make_problem(case, torch.bfloat16, param_dtype=torch.float32)
+    t, options = problem.tensors, (case.scaling, case.mixing, case.top_k)
+    factors = t["lora_a"], t["lora_b"], t["gate_weight"]
+    _, logits, u = reference.forward(t["x"], *factors, None, None, *options, True)
+    assert logits is not None
+    assert u is not None
+
+    def in_dtype(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The logits, and the gradients of bf16 problem and saved tensors, computed in another dtype."""
+        x, dy, dlogits, *weights = (s.to(dtype) for s in (t["x"], problem.dy, problem.dlogits, *factors))
+        wanted = (False, True, True, True)
+        grads = reference.backward(dy, dlogits, x, *weights, logits.to(dtype), u.to(dtype), *options, wanted)
+        own = reference.forward(x, *weights, None, None, *options, True)[1]
+        assert own is not None
+        return dict(zip(("logits", "lora_a", "lora_b", "gate_weight"), (own, *grads[1:]), strict=True))
+
+    wanted = (False, True, True, True)
+    grads = reference.backward(problem.dy, problem.dlogits, t["x"], *factors, logits, u, *options, wanted)
+    plain, true = in_dtype(torch.float32), in_dtype(F64)
+    for name, ours in zip(plain, (logits, *grads[1:]), strict=True):
+        assert ours is not None
+        assert ours.dtype == torch.float32
+        assert_no_worse(name, ours, [plain[name]], true[name])
