@@ -5,7 +5,14 @@ from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
-from lmoe_kernels.model import apply_lmoe, collect_router_logits
+from lmoe_kernels.model import (
+    apply_lmoe,
+    collect_router_logits,
+    disable_lmoe,
+    print_trainable_parameters,
+    remove_lmoe,
+    train_lmoe,
+)
 from lmoe_kernels.targets import lmoe_layers
 from lmoe_kernels.version import __version__
 
@@ -15,12 +22,16 @@ __all__ = [
     "apply_lmoe",
     "balance_loss",
     "collect_router_logits",
+    "disable_lmoe",
     "explain",
     "lmoe",
     "lmoe_layers",
     "lmoe_linear",
     "load_lmoe",
+    "print_trainable_parameters",
+    "remove_lmoe",
     "router_z_loss",
     "save_lmoe",
+    "train_lmoe",
     "use_backend",
 ]

@@ -1,188 +1,222 @@
-"""Save and load the experts and gates of a model: tensors as safetensors, options as JSON, never code."""
+"""Save and load what was trained: experts, gates and modules_to_save, under their names in the plain model."""
 
-import json
 import os
-from importlib import import_module
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
+from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
+from lmoe_kernels.contents import adapter_of, digest_of_base, places_of_layer, places_of_module
+from lmoe_kernels.distributed import by_one_process, fill, why_no_new_parameters
 from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
 from lmoe_kernels.model import replace_modules
-from lmoe_kernels.naming import unwrapped
-from lmoe_kernels.targets import lmoe_layers, wrappable_layers
+from lmoe_kernels.naming import plain_modules
+from lmoe_kernels.targets import wrappable_layers
 
-WEIGHTS, CONFIG = "lmoe.safetensors", "lmoe_config.json"
-FORMAT = "lmoe_kernels"
-FORMAT_VERSION = 1
+_Directory = str | os.PathLike[str]
 
 
-def save_lmoe(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the L-MoE layers of a model, without the frozen layers, to `lmoe.safetensors` and `lmoe_config.json`.
+def save_lmoe(model: nn.Module, directory: _Directory) -> None:
+    """Write what was trained of a model, without the frozen layers, to `lmoe.safetensors` and `lmoe_config.json`.
 
-    The directory is made where there is none. Each file is complete or not there: it takes its name when it is written, so
-    several processes may save the same model to one place. Sharded parameters (FSDP2's) are gathered: call it on every rank.
+    The directory is made where there is none. Names are those of the plain model, whatever wraps it or its parts. Sharded
+    parameters (FSDP1's and FSDP2's) are gathered: call it on every process; the first one writes. Where every process holds
+    the whole model, any number of them may call it for one place.
 
     Args:
-        model: with L-MoE layers; what torch.compile or DistributedDataParallel makes of one is saved under its own names.
+        model: with L-MoE layers, plain or wrapped (torch.compile, activation checkpointing, DDP, FSDP, PEFT).
         directory: where to write.
-    Raises:
-        ValueError: the model has no L-MoE layers. ImportError: safetensors is not installed.
-    """
-    save_file = _safetensors("save_lmoe").save_file
-    layers = lmoe_layers(unwrapped(model))
-    if not layers:
-        checks.fail("save_lmoe", "model", "have L-MoE layers (see apply_lmoe)", "none")
-    tensors = {key: _gathered(parameter.detach()).contiguous() for key, parameter in _parameters(layers).items()}
-    configs = {name: layer.config() for name, layer in layers.items()}
-    config = {"format": FORMAT, "version": FORMAT_VERSION, "layers": configs}
 
-    target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".lmoe-", dir=target) as partial:
-        save_file(tensors, Path(partial, WEIGHTS), metadata={"format": "pt"})
-        Path(partial, CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in (WEIGHTS, CONFIG):
-            Path(partial, file).replace(target / file)
+    Raises:
+        ValueError: the model has no L-MoE layers, or one of them lies on the meta device.
+        ImportError: safetensors is not installed.
+    """
+    safetensors("save_lmoe")
+    adapter = adapter_of("save_lmoe", model)
+    by_one_process("save_lmoe", model, lambda: write_adapter(directory, adapter))
 
 
 def load_lmoe(
     model: nn.Module,
-    directory: str | os.PathLike[str],
+    directory: _Directory | Iterable[_Directory],
     *,
     backend: str | None = None,
     output_router_logits: bool = False,
 ) -> list[str]:
     """Give a model the L-MoE layers that `save_lmoe` wrote: layers that it lacks are made, those that it has are filled.
 
-    Where layers are made, everything but experts and gates is frozen, as by `apply_lmoe`. Experts that were saved in fp32
-    stay so (master weights); others take the dtype of the layer that they stand beside. Everything is checked before
-    anything is changed: after an error the model is as it was.
+    Where layers are made in a model that has none, everything else is frozen, as by `apply_lmoe`. Experts that were saved
+    in fp32 stay so (master weights); others take the dtype of the layer that they stand beside. Everything is checked
+    before anything is changed: after an error the model is as it was.
 
     Args:
-        model: the model that was saved, with or without its L-MoE layers.
-        directory: where `save_lmoe` wrote.
+        model: the model that was saved, with or without its L-MoE layers, plain or wrapped. To a distributed model no
+            layers can be added: load first, or fill layers that it has.
+        directory: where `save_lmoe` wrote; or several of these, each for layers of its own.
         backend, output_router_logits: of the layers that are made, see `LMoELinear`.
+
     Returns:
-        the names of the layers.
+        the names of the layers in the plain model.
+
     Raises:
-        FileNotFoundError: a file is missing. ImportError: safetensors is not installed.
-        ValueError: a file is not what `save_lmoe` writes; a layer or tensor is missing, foreign or misshapen; a layer is on
-            the meta device.
+        FileNotFoundError: a file is missing.
+        ImportError: safetensors is not installed.
+        ValueError: a file is not what `save_lmoe` writes, or is another model's; a layer or tensor is missing, foreign or
+            misshapen; two directories name one layer; a layer is on the meta device.
     """
-    source, model = Path(directory), unwrapped(model)
-    configs = _read_config(source / CONFIG)
-    tensors = _read_tensors(source / WEIGHTS)
-    options = {"backend": backend, "output_router_logits": output_router_logits}
-    present = lmoe_layers(model)
-    missing = sorted(present.keys() - configs.keys())
-    if missing:
-        _fail(CONFIG, f"name the model's L-MoE layer {missing[0]!r}", f"{len(configs)} other layers")
+    several = [directory] if isinstance(directory, str | os.PathLike) else directory
+    directories = [Path(part) for part in several]
+    adapter = _merged(model, directories)
+    present = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+    named = {id(present[name]) for name in adapter.layers if name in present}
+    for name, layer in present.items():
+        if id(layer) not in named:
+            got = f"{len(adapter.layers)} other layers (several directories may be given)"
+            _fail("directory", f"hold the model's L-MoE layer {name!r}", got)
     linears = wrappable_layers(model)
-    plans = {name: present.get(name) or _plan(name, linears, config, options) for name, config in configs.items()}
-    for name, plan in plans.items():
-        if plan.config() != configs[name]:
-            _fail(f"layer {name!r}", f"have the model's options {plan.config()}", configs[name])
-        if (present[name].lora_a if name in present else weight_of(linears[name])).is_meta:
-            _fail(f"layer {name!r}", "hold numbers (see torch.nn.Module.to_empty)", "one on the meta device")
-    _check_tensors(plans, tensors)
+    made = [name for name in adapter.layers if name not in present]
+    if made and (reason := why_no_new_parameters(model)) is not None:
+        _fail("model", "get its L-MoE layers before it is distributed", f"one {reason}")
+    options = {"backend": backend, "output_router_logits": output_router_logits}
+    for name, config in adapter.layers.items():
+        _check_layer(name, config, present.get(name), linears, adapter.tensors, options)
+    saved = _check_modules(model, adapter)
+    _check_keys(adapter)
+    _check_shared(adapter, present | linears)
 
-    made: dict[int, LMoELinear] = {}
-    for name, config in configs.items():
-        if name not in present:
-            dtype = torch.float32 if tensors[f"{name}.lora_a"].dtype == torch.float32 else None
-            plans[name] = made[id(linears[name])] = LMoELinear.from_linear(linears[name], dtype, **config, **options)
-    for key, parameter in _parameters(plans).items():
-        parameter.data.copy_(_sharded_as(parameter, tensors[key]))
-    if made:
-        replace_modules(model, {name: made[id(linear)] for name, linear in linears.items() if id(linear) in made})
-    return list(configs)
-
-
-def _gathered(tensor: Any) -> Tensor:
-    """All of a tensor, where it is sharded over processes (a DTensor)."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    layers = {name: present[name] for name in adapter.layers if name in present}
+    layers |= _make(made, linears, adapter, options)
+    places = {key: place for name, layer in layers.items() for key, place in places_of_layer(name, layer).items()}
+    places |= {key: place for name, module in saved.items() for key, place in places_of_module(name, module).items()}
+    fill(model, places, adapter.tensors)
+    new = {id(linears[name]): layers[name] for name in made}
+    aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
+    replace_modules(model, aliases, adapter.modules_to_save)
+    return list(adapter.layers)
 
 
-def _sharded_as(parameter: Any, tensor: Tensor) -> Tensor:
-    """A tensor as the parameter that it is copied to is sharded."""
-    if not hasattr(parameter, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor  # here: few models are sharded, and the import is slow
-
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
-
-
-def _read_config(path: Path) -> dict[str, dict[str, Any]]:
-    """The options of every layer."""
-    _must_exist(path)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        _fail(f"{path}", "be JSON", error)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        _fail(f"{path}", f"say format {FORMAT!r}", repr(config.get("format") if isinstance(config, dict) else config))
-    if config.get("version") != FORMAT_VERSION:
-        _fail(f"{path}", f"be of version {FORMAT_VERSION}", config.get("version"))
-    layers = config.get("layers")
-    if not isinstance(layers, dict) or not layers or not all(isinstance(c, dict) for c in layers.values()):
-        _fail(f"{path}", "map layers to their options", repr(layers))
-    return layers
+def _merged(model: nn.Module, directories: list[Path]) -> Adapter:
+    """What the directories hold together, each for layers of its own, all of this model."""
+    if not directories:
+        _fail("directory", "be one or several", "none")
+    adapters = [read_adapter("load_lmoe", directory) for directory in directories]
+    merged = Adapter({}, {}, [], None)
+    for directory, adapter in zip(directories, adapters, strict=True):
+        # the layers' own checks say more where a layer is missing or misshapen: the digest tells what they cannot see
+        if adapter.base is not None and adapter.base != digest_of_base(model):
+            known = plain_modules(model)
+            foreign = next((name for name in adapter.layers if name not in known), None)
+            got = "a model of other linear layers" if foreign is None else f"a model without its layer {foreign!r}"
+            _fail("model", f"have the linear layers of the one that was saved to {directory}", got)
+        for name in [*adapter.layers, *adapter.modules_to_save]:
+            if name in merged.layers or name in merged.modules_to_save:
+                _fail(f"layer {name!r}", "come from one directory", f"two, the second {directory}")
+        merged.layers.update(adapter.layers)
+        merged.tensors.update(adapter.tensors)
+        merged.modules_to_save.extend(adapter.modules_to_save)
+    return merged
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    _must_exist(path)
-    library = _safetensors("load_lmoe")
-    try:
-        return library.load_file(path)
-    except Exception as error:  # safetensors raises its own SafetensorError, which it does not export everywhere
-        _fail(f"{path}", "be a safetensors file", error)
-
-
-def _plan(name: str, linears: dict[str, nn.Module], config: dict[str, Any], options: dict[str, Any]) -> LMoELinear:
-    """The layer that the checkpoint describes, without memory: to see whether it can be made, and of which shapes."""
-    if name not in linears:
-        _fail(f"layer {name!r}", "be a linear layer of the model", "none of that name")
+def _check_layer(
+    name: str,
+    config: dict[str, Any],
+    present: LMoELinear | None,
+    linears: Mapping[str, nn.Module],
+    tensors: Mapping[str, Tensor],
+    options: dict[str, Any],
+) -> None:
+    """Whether the layer can be made or filled: its options, the shapes of its tensors, the layer that it stands beside."""
+    where = f"layer {name!r}"
+    if present is None and name not in linears:
+        _fail(where, "be a linear layer of the model", "none of that name")
     if config.keys() != set(CONFIG_KEYS):
-        _fail(f"layer {name!r}", f"have the options {sorted(CONFIG_KEYS)}", sorted(config))
-    linear: Any = linears[name]
-    return LMoELinear(linear.in_features, linear.out_features, bias=False, device="meta", **config, **options)
+        _fail(where, f"have the options {sorted(CONFIG_KEYS)}", sorted(config))
+    if present is not None and present.config() != config:
+        _fail(where, f"have the model's options {present.config()}", config)
+    layer: Any = linears[name] if present is None else present
+    try:
+        for count in ("num_experts", "rank"):
+            checks.check_positive_int(f"load_lmoe: {where}", count, config[count])
+        experts, rank, shared = config["num_experts"], config["rank"], config["shared_a"]
+        shapes = {
+            "lora_a": (1 if shared else experts, rank, layer.in_features),
+            "lora_b": (experts, rank, layer.out_features),
+            "gate_weight": (experts, layer.in_features),
+        }
+        for key, shape in shapes.items():
+            _check_tensor(f"{name}.{key}", tensors, shape)
+        # the sizes are those of tensors that exist: what remains to be checked costs no memory on the meta device
+        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False, "device": "meta"}
+        LMoELinear(**sizes, **config, **options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
+    if (weight_of(layer) if present is None else present.lora_a).is_meta:
+        _fail(where, "hold numbers (see torch.nn.Module.to_empty)", "one on the meta device")
 
 
-def _parameters(layers: dict[str, LMoELinear]) -> dict[str, nn.Parameter]:
-    """Experts and gates by their keys in the checkpoint."""
-    return {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.named_parameters(recurse=False)}
+def _check_tensor(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    if key not in tensors:
+        _fail(WEIGHTS, "hold the tensors of the layers, no more and no less", f"1 missing: {key!r}")
+    if tensors[key].shape != shape:
+        _fail(f"tensor {key!r}", f"have shape {shape}", tuple(tensors[key].shape))
+    if tensors[key].dtype not in checks.DTYPES:
+        _fail(f"tensor {key!r}", f"have a dtype of {', '.join(map(str, checks.DTYPES))}", tensors[key].dtype)
 
 
-def _check_tensors(layers: dict[str, LMoELinear], tensors: dict[str, Tensor]) -> None:
-    parameters = _parameters(layers)
-    for what, keys in (("missing", parameters.keys() - tensors.keys()), ("foreign", tensors.keys() - parameters.keys())):
-        if keys:
-            shown = ", ".join(map(repr, sorted(keys)[:3])) + (", ..." if len(keys) > 3 else "")
-            _fail(WEIGHTS, "hold the tensors of the layers, no more and no less", f"{len(keys)} {what}: {shown}")
-    for key, parameter in parameters.items():
-        if tensors[key].shape != parameter.shape:
-            _fail(f"tensor {key!r}", f"have shape {tuple(parameter.shape)}", tuple(tensors[key].shape))
-        if tensors[key].dtype not in checks.DTYPES:
-            _fail(f"tensor {key!r}", f"have a dtype of {', '.join(map(str, checks.DTYPES))}", tensors[key].dtype)
+def _check_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
+    """The modules of modules_to_save, by name: each there, its tensors of the model's shapes."""
+    modules = plain_modules(model)
+    for name in adapter.modules_to_save:
+        if name not in modules:
+            _fail(f"module {name!r}", "be one of the model", "none of that name")
+        for key, (module, part) in places_of_module(name, modules[name]).items():
+            if key not in adapter.tensors:
+                _fail(WEIGHTS, "hold the tensors of modules_to_save", f"1 missing: {key!r}")
+            shape = tuple(getattr(module, part).shape)
+            if adapter.tensors[key].shape != shape:
+                _fail(f"tensor {key!r}", f"have shape {shape}", tuple(adapter.tensors[key].shape))
+    return {name: modules[name] for name in adapter.modules_to_save}
 
 
-def _must_exist(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"load_lmoe: {path} does not exist")
+def _check_keys(adapter: Adapter) -> None:
+    """No tensor may belong to nobody."""
+    owners = (*adapter.layers, *adapter.modules_to_save)
+    keys = ("lora_a", "lora_b", "gate_weight")
+    known = {f"{name}.{key}" for name in adapter.layers for key in keys}
+    beside = tuple(f"{name}." for name in adapter.modules_to_save)
+    foreign = sorted(key for key in adapter.tensors if key not in known and not key.startswith(beside))
+    if foreign and owners:
+        shown = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
+        _fail(WEIGHTS, "hold the tensors of the layers, no more and no less", f"{len(foreign)} foreign: {shown}")
+
+
+def _check_shared(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    """Two layers of the checkpoint that are one in this model must be equal: else one of them would be lost."""
+    first: dict[int, str] = {}
+    for name in adapter.layers:
+        other = first.setdefault(id(modules[name]), name)
+        for key in ("lora_a", "lora_b", "gate_weight"):
+            if not torch.equal(adapter.tensors[f"{name}.{key}"], adapter.tensors[f"{other}.{key}"]):
+                _fail("model", f"have two layers {other!r} and {name!r}", "one that is shared, for two sets of experts")
+
+
+def _make(
+    names: list[str], linears: Mapping[str, nn.Module], adapter: Adapter, options: dict[str, Any]
+) -> dict[str, LMoELinear]:
+    """New layers for these names; one for a linear layer of several names."""
+    made: dict[int, LMoELinear] = {}
+    for name in names:
+        linear, dtype = linears[name], torch.float32
+        if adapter.tensors[f"{name}.lora_a"].dtype != torch.float32 and weight_of(linear).dtype in checks.DTYPES:
+            dtype = weight_of(linear).dtype
+        if id(linear) not in made:
+            made[id(linear)] = LMoELinear.from_linear(linear, dtype, **adapter.layers[name], **options)
+    return {name: made[id(linears[name])] for name in names}
 
 
 def _fail(argument: str, must: str, got: object) -> NoReturn:
     checks.fail("load_lmoe", argument, must, got)
-
-
-def _safetensors(op: str) -> ModuleType:
-    try:
-        return import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(f"{op}: safetensors must be installed: pip install safetensors") from error

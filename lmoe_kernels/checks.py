@@ -3,6 +3,7 @@
 Only shapes, dtypes and devices are looked at, never values: no check waits for a GPU.
 """
 
+import math
 from numbers import Real
 from typing import NoReturn
 
@@ -60,12 +61,23 @@ def check_call(
 
 def check_options(op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None) -> None:
     """Check what is neither tensor nor size."""
-    if not isinstance(scaling, Real):
-        fail(op, "scaling", "be a number", type(scaling).__name__, TypeError)
+    check_finite(op, "scaling", scaling, "be a finite number")
     if mixing not in MIXINGS:
         fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(mixing))
     if top_k is not None:
         check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
+
+
+def check_finite(op: str, name: str, value: float, must: str, at_least: float = -math.inf) -> None:
+    """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
+    if not isinstance(value, Real):
+        fail(op, name, must, type(value).__name__, TypeError)
+    try:
+        fits = math.isfinite(value) and value >= at_least
+    except OverflowError:
+        fail(op, name, must, "an integer beyond the range of a float")
+    if not fits:
+        fail(op, name, must, repr(value))
 
 
 def check_positive_int(op: str, name: str, value: int, at_most: tuple[str, int] | None = None) -> None:

@@ -1,6 +1,17 @@
-"""Models whose parameters lie on several processes: which they are, and what cannot be done with them."""
+"""Models whose parameters lie on several processes: which they are, what cannot be done with them, whole tensors to and fro.
 
-from torch import nn
+FSDP2 (`fully_shard`) makes parameters DTensors, each of which is gathered by itself. FSDP1 flattens those of a unit into one
+tensor: they are whole only while the unit is summoned.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+Places = Mapping[str, tuple[nn.Module, str]]  # tensors by key: the module that holds one, and its name there
 
 
 def why_no_new_parameters(model: nn.Module) -> str | None:
@@ -8,8 +19,90 @@ def why_no_new_parameters(model: nn.Module) -> str | None:
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             return "in DistributedDataParallel already, which would not average the gradients of new parameters"
-        if "_fsdp_wrapped_module" in module._modules:
+        if _is_fsdp1_unit(module):
             return "in FullyShardedDataParallel already, which would not shard new parameters"
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if any(_is_dtensor(parameter) for parameter in model.parameters()):
         return "sharded already (fully_shard), which would leave new parameters out"
     return None
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether no process holds the whole model, so that every process must take part in gathering it."""
+    return any(map(_is_fsdp1_unit, model.modules())) or any(map(_is_dtensor, model.parameters()))
+
+
+def gathered(model: nn.Module, places: Places) -> dict[str, Tensor]:
+    """The whole tensors, on every process. Where the model is sharded, all processes must call this."""
+    whole: dict[str, Tensor] = {}
+
+    def take(key: str, tensor: Any) -> None:
+        tensor = tensor.full_tensor() if _is_dtensor(tensor) else tensor
+        whole[key] = tensor.detach().clone()  # what FSDP1 summons is gone afterwards
+
+    _visit(model, places, take, writeback=False)
+    return {key: whole[key] for key in places}
+
+
+def fill(model: nn.Module, places: Places, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a model, each process its part."""
+
+    def put(key: str, tensor: Any) -> None:
+        source = tensors[key]
+        if _is_dtensor(tensor):
+            from torch.distributed.tensor import distribute_tensor  # few models are sharded, and the import is slow
+
+            source = distribute_tensor(source.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        tensor.data.copy_(source)
+
+    _visit(model, places, put, writeback=True)
+
+
+def by_one_process(op: str, model: nn.Module, write: Callable[[], None]) -> None:
+    """Run `write` on one process of a sharded model, and wait for it on the others; an error is raised on all.
+
+    Where every process holds a whole model (a plain one, data parallelism) each runs it: often only one calls at all.
+    """
+    if not (is_sharded(model) and distributed.is_available() and distributed.is_initialized()):
+        write()
+        return
+    error: Exception | None = None
+    if distributed.get_rank() == 0:
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    told = [None if error is None else str(error)]
+    distributed.broadcast_object_list(told)
+    if error is not None:
+        raise error
+    if told[0] is not None:
+        raise RuntimeError(f"{op}: process 0 could not write: {told[0]}")
+
+
+def _visit(model: nn.Module, places: Places, act: Callable[[str, Any], None], writeback: bool) -> None:
+    """Call act(key, tensor) for every place, unit by unit of FSDP1: at no time is more than one unit whole."""
+    units = [module for module in model.modules() if _is_fsdp1_unit(module)]
+    # modules() visits outer units first, so that a module is left with the innermost unit around it
+    unit_of = {id(module): unit for unit in units for module in unit.modules() if module is not unit}
+    with torch.no_grad():
+        for unit in (None, *units):
+            mine = {key: place for key, place in places.items() if unit_of.get(id(place[0])) is unit}
+            if not mine:
+                continue
+            with nullcontext() if unit is None else _summoned(unit, writeback):
+                for key, (module, name) in mine.items():
+                    act(key, getattr(module, name))
+
+
+def _summoned(unit: nn.Module, writeback: bool) -> AbstractContextManager[None]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback)
+
+
+def _is_fsdp1_unit(module: nn.Module) -> bool:
+    return "_fsdp_wrapped_module" in module._modules
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")

@@ -1,6 +1,7 @@
 """`LMoELinear`: a frozen linear layer with a trained mixture of LoRA experts beside it."""
 
-from numbers import Real
+import warnings
+from difflib import get_close_matches
 from typing import Any, TypeGuard
 
 import torch
@@ -11,6 +12,7 @@ from lmoe_kernels.dispatch import check_name
 from lmoe_kernels.functional import lmoe, lmoe_linear
 
 CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "shared_a")
+_NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha"}
 
 
 class LMoELinear(nn.Module):
@@ -18,21 +20,30 @@ class LMoELinear(nn.Module):
 
     Semantics:
         y = frozen_layer(x) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, scaling=alpha / rank, ...)
+
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
         num_experts, rank: E and R.
-        alpha: the delta is scaled by alpha / rank; None for a scaling of 1.
+        alpha: the delta is scaled by alpha / rank; None for `default_alpha`.
         mixing, top_k, backend: see `lmoe`.
         shared_a: one A for all experts, a B for each.
-        gate_init_std: standard deviation of the gate's initial weights.
+        gate_init_std: standard deviation of the gate's initial weights; None for 1 / sqrt(in_features), under which router
+            logits do not depend on the width.
         output_router_logits: keep the logits of the last forward in `router_logits`, for losses on them.
+
     Attributes:
-        frozen_layer: the frozen layer. lora_a: (E, R, I) or (1, R, I). lora_b: (E, R, O), zero at the start, so that a new
-        layer gives what the frozen one gives. gate_weight: (E, I).
-        weight, bias: the frozen layer's, for who asks for their dtype or device. Who multiplies by them misses the experts.
+        frozen_layer: the frozen layer.
+        lora_a: (E, R, I) or (1, R, I).
+        lora_b: (E, R, O), zero at the start, so that a new layer gives what the frozen one gives.
+        gate_weight: (E, I). All three are fp32 beside a layer of lower precision (fp64 beside fp64): in bf16 the small
+            steps of an optimizer are lost in rounding.
+        weight, bias: the frozen layer's, for code that asks for their dtype. A product with them misses the experts.
         router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
+        disabled: whether forward leaves the experts out, see `disable_lmoe`.
+
     Raises:
-        ValueError, TypeError: an option does not fit; in forward, as `lmoe`.
+        ValueError: an option does not fit; in forward, as `lmoe`.
+        TypeError: an option has the wrong type or name; in forward, as `lmoe`.
     """
 
     def __init__(
@@ -52,13 +63,15 @@ class LMoELinear(nn.Module):
         """Wrap a layer, which is frozen and kept, not copied.
 
         Args:
-            linear: any module with `in_features` and `out_features`. The product of a plain `nn.Linear` is computed
-                together with the delta; of any other class (a quantised one, say), or of one with hooks or a forward of
-                its own, the forward is called.
-            dtype: of experts and gate; None for the weight's, or fp32 where that is not a floating dtype of `lmoe`.
+            linear: any module with `in_features` and `out_features`, or transformers' Conv1D. The product of a plain
+                `nn.Linear` is computed together with the delta; of any other class (a quantised one, say), or of one with
+                hooks or a forward of its own, the forward is called.
+            dtype: of experts and gate; None for fp32, or fp64 beside an fp64 layer.
             options: the keywords of `LMoELinear`.
+
         Raises:
-            TypeError: the module has no `in_features` and `out_features`.
+            ValueError: an option does not fit.
+            TypeError: the module is no linear layer, or an option has the wrong type or name.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -76,56 +89,77 @@ class LMoELinear(nn.Module):
         mixing: str = "factors",
         top_k: int | None = None,
         shared_a: bool = False,
-        gate_init_std: float = 0.02,
+        gate_init_std: float | None = None,
         output_router_logits: bool = False,
         backend: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
-            known = ", ".join(map(repr, LMoELinear._wrap.__kwdefaults__ or ()))
-            checks.fail("LMoELinear", "options", f"be among {known}", ", ".join(map(repr, unknown)), TypeError)
-        in_features, out_features = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
-        if not isinstance(in_features, int) or not isinstance(out_features, int):
+            known = tuple(LMoELinear._wrap.__kwdefaults__ or ())
+            got = ", ".join(_asked_for(name, known) for name in unknown)
+            checks.fail("LMoELinear", "options", f"be among {', '.join(map(repr, known))}", got, TypeError)
+        features = features_of(linear)
+        if features is None:
             got = type(linear).__name__
             checks.fail("LMoELinear", "linear", "be a module with in_features and out_features", got, TypeError)
         checks.check_positive_int("LMoELinear", "num_experts", num_experts)
         checks.check_positive_int("LMoELinear", "rank", rank)
-        if alpha is not None and not isinstance(alpha, Real):
-            checks.fail("LMoELinear", "alpha", "be None or a number", type(alpha).__name__, TypeError)
-        scaling = 1.0 if alpha is None else alpha / rank
-        checks.check_options("LMoELinear", num_experts, scaling, mixing, top_k)
-        if not isinstance(gate_init_std, Real) or not gate_init_std >= 0:
-            checks.fail("LMoELinear", "gate_init_std", "be a number of at least 0", repr(gate_init_std))
+        if alpha is not None:
+            checks.check_finite("LMoELinear", "alpha", alpha, "be None or a finite number")
+        if not isinstance(shared_a, bool):
+            checks.fail("LMoELinear", "shared_a", "be a bool", type(shared_a).__name__, TypeError)
+        alpha = default_alpha(num_experts, rank, mixing) if alpha is None else alpha
+        checks.check_options("LMoELinear", num_experts, alpha / rank, mixing, top_k)
+        if gate_init_std is not None:
+            checks.check_finite(
+                "LMoELinear", "gate_init_std", gate_init_std, "be None or a number of at least 0", at_least=0
+            )
         if backend is not None:
             check_name("LMoELinear", backend)
         weight = weight_of(linear)
         if dtype is None:
-            dtype = weight.dtype if weight.dtype in checks.DTYPES else torch.float32
+            dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         elif dtype not in checks.DTYPES:
             checks.fail("LMoELinear", "dtype", f"be one of {', '.join(map(str, checks.DTYPES))}", dtype, TypeError)
 
-        self.in_features, self.out_features = in_features, out_features
-        self.num_experts, self.rank, self.alpha, self.scaling = num_experts, rank, alpha, scaling
+        self.in_features, self.out_features = features
+        self.num_experts, self.rank, self.alpha, self.scaling = num_experts, rank, alpha, alpha / rank
         self.mixing, self.top_k, self.shared_a = mixing, top_k, shared_a
         self.gate_init_std, self.output_router_logits, self.backend = gate_init_std, output_router_logits, backend
         self.router_logits: Tensor | None = None
+        self.disabled = False
 
-        self.frozen_layer = linear.requires_grad_(False)
-        like = {"device": weight.device, "dtype": dtype}
-        self.lora_a = nn.Parameter(torch.empty(1 if shared_a else num_experts, rank, in_features, **like))
-        self.lora_b = nn.Parameter(torch.empty(num_experts, rank, out_features, **like))
-        self.gate_weight = nn.Parameter(torch.empty(num_experts, in_features, **like))
+        parameters = {
+            key: nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for key, shape in self.shapes().items()
+        }
+        self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
+        self.frozen_layer = linear.requires_grad_(False)  # last: an error before leaves the layer as it was
         self.reset_parameters()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of experts and gate, by name."""
+        return {
+            "lora_a": (1 if self.shared_a else self.num_experts, self.rank, self.in_features),
+            "lora_b": (self.num_experts, self.rank, self.out_features),
+            "gate_weight": (self.num_experts, self.in_features),
+        }
 
     def reset_parameters(self) -> None:
         """Draw A as PEFT does (Kaiming uniform, a = sqrt 5, over I), B zero, the gate normal. The frozen layer stays."""
         bound = self.in_features**-0.5 if self.in_features else 0.0
         nn.init.uniform_(self.lora_a, -bound, bound)
         nn.init.zeros_(self.lora_b)
-        nn.init.normal_(self.gate_weight, std=self.gate_init_std)
+        nn.init.normal_(self.gate_weight, std=bound if self.gate_init_std is None else self.gate_init_std)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to y (..., O)."""
+        if self.router_logits is not None:
+            self.router_logits = None  # no loss may see an older batch's, should this forward fail or keep none
+        base = self.frozen_layer
+        if self.disabled:
+            return base(x)
+        if self.training and not torch.compiler.is_compiling():
+            self._warn_of_a_frozen_part()
         factors = self.lora_a, self.lora_b
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
@@ -135,7 +169,6 @@ class LMoELinear(nn.Module):
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
-        base = self.frozen_layer
         if _is_plain_linear(base):
             result = lmoe_linear(x, base.weight, base.bias, *factors, **options)
         else:
@@ -143,6 +176,25 @@ class LMoELinear(nn.Module):
         if isinstance(result, tuple):
             result, self.router_logits = result
         return result
+
+    def _warn_of_a_frozen_part(self) -> None:
+        """PEFT freezes what it does not know when it wraps a model that has L-MoE layers already."""
+        trained = [p.requires_grad for p in (self.lora_a, self.lora_b, self.gate_weight)]
+        if any(trained) and not all(trained) and self.num_experts > 1 and torch.is_grad_enabled():
+            warnings.warn(
+                "LMoELinear: some of lora_a, lora_b, gate_weight are trained and some are frozen. get_peft_model after "
+                "apply_lmoe does that: call it before, or train_lmoe(model) after it.",
+                stacklevel=3,
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the frozen layer's tensors under the names of the plain model too, as files of the plain model have them."""
+        own = (*self._parameters, *self._modules)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            rest = key.removeprefix(prefix)
+            if rest.partition(".")[0] not in own:
+                state_dict.setdefault(f"{prefix}frozen_layer.{rest}", state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def weight(self) -> Any:
@@ -155,7 +207,7 @@ class LMoELinear(nn.Module):
         return self.frozen_layer.bias
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Who ties this layer's weight to an embedding's means the frozen layer's."""
+        """Redirect weight and bias to the frozen layer, so that tying them to an embedding's works."""
         if name in ("weight", "bias"):
             setattr(self.frozen_layer, name, value)
         else:
@@ -190,6 +242,22 @@ class LMoELinear(nn.Module):
         return {**self.__dict__, "router_logits": None}
 
 
+def default_alpha(num_experts: int, rank: int, mixing: str) -> float:
+    """The alpha of a layer that is given none."""
+    return float(rank)
+
+
+def features_of(linear: nn.Module) -> tuple[int, int] | None:
+    """In and out features of a linear layer; None where a module is none."""
+    features = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    if isinstance(features[0], int) and isinstance(features[1], int):
+        return features[0], features[1]
+    weight, width = getattr(linear, "weight", None), getattr(linear, "nf", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and width == weight.shape[1]:  # transformers' Conv1D
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
 def weight_of(linear: nn.Module) -> Tensor:
     """The tensor whose device and dtype are the layer's."""
     weight = getattr(linear, "weight", None)
@@ -204,3 +272,9 @@ def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
         and type(layer.weight) in (Tensor, nn.Parameter)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )
+
+
+def _asked_for(name: str, known: tuple[str, ...]) -> str:
+    """An unknown option, with the one that was perhaps meant."""
+    meant = _NAMES_IN_PEFT.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
+    return f"{name!r} (did you mean {meant!r}?)" if meant else repr(name)

@@ -1,68 +1,205 @@
-"""What works on whole models: put L-MoE layers into one, collect their router logits."""
+"""What works on whole models: put L-MoE layers into one, switch them off, take them out, look at what is trained."""
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import why_no_new_parameters
 from lmoe_kernels.layer import LMoELinear
-from lmoe_kernels.naming import actual_names
-from lmoe_kernels.targets import lmoe_layers, matches, wrappable_layers
+from lmoe_kernels.naming import actual_names, plain_modules, unwrapped
+from lmoe_kernels.targets import (
+    ALL_LINEAR,
+    heads,
+    hint_for_layers,
+    lmoe_layers,
+    mark_saved,
+    matches,
+    means,
+    nearest,
+    saved_modules,
+    stacked_experts,
+    wrappable_layers,
+)
 
 
-def apply_lmoe(model: nn.Module, target_modules: str | Iterable[str], **options: Any) -> list[str]:
-    r"""Put an `LMoELinear` around linear layers of a model, in place, and freeze everything else.
+def apply_lmoe(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    *,
+    modules_to_save: str | Iterable[str] = (),
+    **options: Any,
+) -> list[str]:
+    r"""Put an `LMoELinear` around linear layers of a model, in place.
+
+    The first call freezes everything but experts, gates and `modules_to_save`; a later one freezes no more than the layers
+    that it wraps. In a PEFT model nothing else is frozen, and an adapted layer gets its experts below PEFT's adapter: both
+    are trained.
 
     Args:
-        model: any module; its layers with `in_features` and `out_features` can be targets, save those that
-            `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call.
+        model: any module; its layers with `in_features` and `out_features` (and transformers' Conv1D) can be targets, save
+            those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call.
         target_modules: names of layers, one or several: a whole name ("model.layers.0.self_attn.q_proj"), the end of one
-            ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every
-            such layer but the output embedding.
+            ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every such
+            layer but the model's heads (a transformers model's output embedding, its classifier, what else it has around
+            its base model). Names are those of the plain model, whatever wraps it.
+        modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
+            initialised classifier, say.
         options: the keywords of `LMoELinear`, and `dtype` as in `LMoELinear.from_linear`.
+
     Returns:
         the names of the layers that were changed, in the model's order.
+
     Raises:
-        ValueError: a target matches no layer; why, or the nearest names, are told. The model is then as it was.
+        ValueError: a target matches nothing; why, or the nearest names, are told. A model that is distributed already
+            (DDP, FSDP): apply before. The model is then as it was.
         TypeError: `model` is no module, or a target no name.
     """
     if not isinstance(model, nn.Module):
         fail("apply_lmoe", "model", "be a torch.nn.Module", type(model).__name__, TypeError)
-    several = isinstance(target_modules, Iterable) and not isinstance(target_modules, str)
-    targets: list[Any] = list(target_modules) if several else [target_modules]
-    if not all(isinstance(target, str) for target in targets):
-        fail("apply_lmoe", "target_modules", "be a str or several", repr(target_modules), TypeError)
+    targets, saved = _names("target_modules", target_modules), _names("modules_to_save", modules_to_save)
+    if not targets:
+        fail("apply_lmoe", "target_modules", "name at least one layer", targets)
     if (reason := why_no_new_parameters(model)) is not None:
         fail("apply_lmoe", "model", "get its L-MoE layers before it is distributed", f"one {reason}")
-    linears = wrappable_layers(model)
-    chosen = matches(model, targets, linears)
-    layers = {id(linears[name]): LMoELinear.from_linear(linears[name], **options) for name in chosen}
-    replace_modules(model, {name: layers[id(linears[name])] for name in chosen})
+    modules = {name: module for name, module in plain_modules(model).items() if name}
+    whole = matches(model, "modules_to_save", saved, modules, lambda target: nearest(target, modules)) if saved else []
+    parts = {id(part) for name in whole for part in modules[name].modules()}
+    linears = {name: linear for name, linear in wrappable_layers(model).items() if id(linear) not in parts}
+    chosen = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
+
+    trained = {id(linear): [p for p in linear.parameters() if p.requires_grad] for linear in linears.values()}
+    layers: dict[int, LMoELinear] = {}
+    try:
+        for name in chosen:
+            if id(linears[name]) not in layers:
+                layers[id(linears[name])] = LMoELinear.from_linear(linears[name], **options)
+    except BaseException:
+        for parameter in (p for linear in layers for p in trained[linear]):
+            parameter.requires_grad_(True)
+        raise
+    _warn_of_what_is_left(model, targets, whole)
+    replace_modules(model, {name: layers[id(linears[name])] for name in chosen}, whole)
     return chosen
+
+
+def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_to_save: Iterable[str] = ()) -> None:
+    """Set the layers at these names of the plain model; the first ones freeze what they, PEFT and modules_to_save leave."""
+    actual, modules = actual_names(model), plain_modules(model)
+    if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
+        model.requires_grad_(False)
+    for name, layer in layers.items():
+        parent, _, child = actual[name].rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
+    train_lmoe(model)
+    for name in modules_to_save:
+        mark_saved(modules[name])
+    pretrained.install(unwrapped(model))
+
+
+def train_lmoe(model: nn.Module) -> None:
+    """Let experts, gates and modules_to_save be trained, whatever has been frozen since; nothing else is changed.
+
+    `peft.get_peft_model` freezes gates where it wraps a model that has L-MoE layers already: call this after it.
+    """
+    for layer in lmoe_layers(model).values():
+        for key in layer.shapes():
+            getattr(layer, key).requires_grad_(True)
+    for module in saved_modules(model).values():
+        module.requires_grad_(True)
+
+
+def remove_lmoe(model: nn.Module) -> list[str]:
+    """Put the frozen layers back in the place of all L-MoE layers; experts and gates are gone.
+
+    The frozen layers are the very modules that were wrapped, bit for bit, and stay frozen (`requires_grad_(True)` to train
+    them). Modules that were given as modules_to_save keep what they have learned.
+
+    Returns:
+        the names of the layers in the plain model.
+    """
+    layers = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+    actual = actual_names(model)
+    for name, layer in layers.items():
+        parent, _, child = actual[name].rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.frozen_layer)
+    pretrained.restore(unwrapped(model))
+    return list(layers)
+
+
+@contextmanager
+def disable_lmoe(model: nn.Module) -> Iterator[None]:
+    """Within this block the model computes as the frozen model does. It holds for all threads that run the model.
+
+    Example:
+        with disable_lmoe(model), torch.no_grad():
+            reference_logits = model(ids).logits
+    """
+    layers = list(lmoe_layers(model).values())
+    before = [layer.disabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.disabled = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.disabled = disabled
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many numbers of a model are trained, and how many it has, as PEFT does; tied ones count once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained, every = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
+    print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / max(every, 1):.4f}")
 
 
 def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     """The router logits of the last forward, by layer; of the layers with `output_router_logits` that have run.
 
     Under gradient checkpointing take `use_reentrant=False`: the reentrant kind runs its forward without gradients, and a
-    loss on these logits would train nothing.
+    loss on these logits would train nothing, of which one warning tells.
 
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """
-    layers = lmoe_layers(model).items()
-    return {name: layer.router_logits for name, layer in layers if layer.router_logits is not None}
+    logits = {n: layer.router_logits for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
+    return {name: kept for name, kept in logits.items() if kept is not None}
 
 
-def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear]) -> None:
-    """Set the layers at these names of the plain model, and let nothing but experts and gates be trained."""
-    actual = actual_names(model)
-    for name, layer in layers.items():
-        parent, _, child = actual[name].rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
-    trained = {id(p) for layer in lmoe_layers(model).values() for p in layer.parameters(recurse=False)}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad_(False)
+def _names(argument: str, names: Any) -> list[str]:
+    """One name or several, as a list."""
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    listed: list[Any] = list(names) if several else [names]
+    if not all(isinstance(name, str) for name in listed):
+        fail("apply_lmoe", argument, "be a str or several", repr(names), TypeError)
+    return listed
+
+
+def _is_trained_by_peft(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into the model: it has frozen the rest already."""
+    return any(hasattr(module, "active_adapters") and hasattr(module, "base_layer") for module in model.modules())
+
+
+def _warn_of_what_is_left(model: nn.Module, targets: list[str], whole: list[str]) -> None:
+    """One warning for weights that cannot be wrapped though the targets mean them, one for a head that is frozen."""
+    stacks = [n for n in stacked_experts(model) if ALL_LINEAR in targets or any(means(t, n) for t in targets)]
+    if stacks:
+        shown = ", ".join(map(repr, stacks[:3])) + (", ..." if len(stacks) > 3 else "")
+        warnings.warn(
+            f"apply_lmoe: {shown} hold the weights of several experts in one parameter, not in linear layers: they are "
+            "frozen and get no L-MoE layers.",
+            stacklevel=3,
+        )
+    output = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
+    inside = (*whole, *saved_modules(model))
+    for name, module in heads(model).items():
+        kept = any(name == saved or name.startswith(f"{saved}.") for saved in inside)
+        if output is None and "." not in name and not kept and any(True for _ in module.parameters()):
+            warnings.warn(
+                f"apply_lmoe: the head {name!r} is frozen; if it is newly initialised, give modules_to_save=[{name!r}].",
+                stacklevel=3,
+            )

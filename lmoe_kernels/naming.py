@@ -41,6 +41,11 @@ def actual_names(model: nn.Module) -> dict[str, str]:
     return {plain: actual for plain, actual, _ in _walk(model, "", "")}
 
 
+def plain_key(key: str) -> str:
+    """A key of a state_dict as the plain model has it: most wrappers leave their segment in it, some do not."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPED)
+
+
 def _walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Name in the plain model, name as it is, module: a wrapper before what it wraps."""
     yield plain, actual, module

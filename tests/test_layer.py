@@ -179,15 +179,15 @@ BAD = [
     ({"rank": 2.0}, TypeError, "rank must be an int, got float"),
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
     ({"mixing": "mean"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'mean'"),
-    ({"alpha": "16"}, TypeError, "alpha must be None or a number, got str"),
-    ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be a number of at least 0, got -0.1"),
+    ({"alpha": "16"}, TypeError, "alpha must be None or a finite number, got str"),
+    ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be None or a number of at least 0, got -0.1"),
     ({"backend": 3}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got 3"),
     ({"backend": []}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got []"),
     (
         {"r": 8, "lora_alpha": 16},
         TypeError,
         "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'shared_a', 'gate_init_std', "
-        "'output_router_logits', 'backend', got 'r', 'lora_alpha'",
+        "'output_router_logits', 'backend', got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
     ),
     (
         {"dtype": torch.int8},
