@@ -1,7 +1,8 @@
 """What a checkpoint holds, and its two files: tensors as safetensors, options as JSON, never code.
 
-`lmoe_config.json` is written for people and programs that want to look; the same text stands in the metadata of
-`lmoe.safetensors`, and the two must agree, so that tensors are never read under the options of another save.
+`lmoe.safetensors` decides: its metadata hold the configuration that its tensors were saved under. `lmoe_config.json` has the
+same text for people and programs that want to look. Where it differs, a save was interrupted or the file was edited, and
+nothing is loaded: tensors are never read under the options of another save.
 """
 
 import json
@@ -60,23 +61,26 @@ def read_adapter(op: str, directory: str | os.PathLike[str]) -> Adapter:
         FileNotFoundError: a file is missing.
         ValueError: a file is not what `write_adapter` writes, or the two are of different saves.
     """
-    source = Path(directory)
-    if not (source / CONFIG).is_file() and (source / _CONFIG_OF_PEFT).is_file():
-        fail(
-            op,
-            "directory",
-            "hold what save_lmoe wrote",
-            f"a PEFT adapter (peft.PeftModel.from_pretrained loads it): {source}",
-        )
-    config = _read_config(op, source / CONFIG)
-    tensors, metadata = _read_tensors(op, source / WEIGHTS)
-    saved_as = metadata.get(_CONFIG_IN_METADATA)
-    if config["version"] == 1 and saved_as is None:
-        layers = {name: _of_version_1(options) for name, options in config["layers"].items()}
-        return Adapter(layers, tensors, [], None)
-    if saved_as is None or _config_in(saved_as) != config:
-        must = f"hold the configuration that {WEIGHTS} was saved with"
-        fail(op, f"{source / CONFIG}", must, "another: a save was interrupted, or the file edited; save again")
+    weights, shown = Path(directory, WEIGHTS), Path(directory, CONFIG)
+    if not weights.is_file() and not shown.is_file() and Path(directory, _CONFIG_OF_PEFT).is_file():
+        got = f"a PEFT adapter (peft.PeftModel.from_pretrained loads it): {directory}"
+        fail(op, "directory", "hold what save_lmoe wrote", got)
+    if not weights.is_file():
+        raise FileNotFoundError(f"{op}: {weights} does not exist")
+    tensors, metadata = _read_tensors(op, weights)
+    text = metadata.get(_CONFIG_IN_METADATA)
+    beside = _read_text(op, shown) if shown.is_file() else None
+    if text is None:  # version 1: the options stood in the other file alone
+        if beside is None:
+            raise FileNotFoundError(f"{op}: {shown} does not exist")
+        config = _parsed(op, shown, beside)
+        if config["version"] != 1:
+            fail(op, f"{weights}", "hold the configuration that it was saved with", "none: save again")
+        return Adapter({name: _of_version_1(options) for name, options in config["layers"].items()}, tensors, [], None)
+    config = _parsed(op, weights, text)
+    if beside is not None and _parsed(op, shown, beside) != config:
+        got = f"another: a save was interrupted, or the file edited; remove it to go by {WEIGHTS} alone"
+        fail(op, f"{shown}", f"hold the configuration that {WEIGHTS} was saved with", got)
     return Adapter(config["layers"], tensors, config["modules_to_save"], config["base"])
 
 
@@ -94,17 +98,22 @@ def _of_version_1(options: dict[str, Any]) -> dict[str, Any]:
     return {**upgraded, "alpha": upgraded.get("rank")} if "alpha" in upgraded and upgraded["alpha"] is None else upgraded
 
 
-def _read_config(op: str, path: Path) -> dict[str, Any]:
-    """The parsed configuration, its outer form checked."""
-    _must_exist(op, path)
+def _read_text(op: str, path: Path) -> str:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, integers or nesting without end
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        fail(op, f"{path}", "be JSON", _first_line(error))
+
+
+def _parsed(op: str, path: Path, text: str) -> dict[str, Any]:
+    """The configuration, its outer form checked."""
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, integers or nesting without end
         fail(op, f"{path}", "be JSON", _first_line(error))
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        fail(
-            op, f"{path}", f"say format {FORMAT!r}", _shortened(config.get("format") if isinstance(config, dict) else config)
-        )
+        got = config.get("format") if isinstance(config, dict) else config
+        fail(op, f"{path}", f"say format {FORMAT!r}", _shortened(got))
     version = config.get("version")
     if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
         fail(op, f"{path}", f"be of version {FORMAT_VERSION} or 1", _shortened(version))
@@ -121,28 +130,14 @@ def _read_config(op: str, path: Path) -> dict[str, Any]:
     return config
 
 
-def _config_in(text: str) -> Any:
-    """The configuration in the metadata, None where it is not JSON."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _read_tensors(op: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata."""
-    _must_exist(op, path)
     safe_open = safetensors(op).safe_open
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 - no mapping
     except Exception as error:  # safetensors raises its own SafetensorError, which it does not export everywhere
         fail(op, f"{path}", "be a safetensors file", _first_line(error))
-
-
-def _must_exist(op: str, path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{op}: {path} does not exist")
 
 
 def _first_line(error: Exception) -> str:

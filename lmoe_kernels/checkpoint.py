@@ -141,6 +141,7 @@ def _check_layer(
     try:
         for count in ("num_experts", "rank"):
             checks.check_positive_int(f"load_lmoe: {where}", count, config[count])
+        checks.check_finite(f"load_lmoe: {where}", "alpha", config["alpha"], "be a finite number")
         experts, rank, shared = config["num_experts"], config["rank"], config["shared_a"]
         shapes = {
             "lora_a": (1 if shared else experts, rank, layer.in_features),

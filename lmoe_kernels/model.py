@@ -1,5 +1,6 @@
 """What works on whole models: put L-MoE layers into one, switch them off, take them out, look at what is trained."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from lmoe_kernels.targets import (
     nearest,
     saved_modules,
     stacked_experts,
+    unmark_saved,
     wrappable_layers,
 )
 
@@ -68,9 +70,13 @@ def apply_lmoe(
         fail("apply_lmoe", "model", "get its L-MoE layers before it is distributed", f"one {reason}")
     modules = {name: module for name, module in plain_modules(model).items() if name}
     whole = matches(model, "modules_to_save", saved, modules, lambda target: nearest(target, modules)) if saved else []
+    for name in whole:
+        if any(isinstance(part, LMoELinear) for part in modules[name].modules()):
+            fail("apply_lmoe", "modules_to_save", "name modules without L-MoE layers", repr(name))
     parts = {id(part) for name in whole for part in modules[name].modules()}
     linears = {name: linear for name, linear in wrappable_layers(model).items() if id(linear) not in parts}
     chosen = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
+    _warn_of_what_is_left(model, targets, whole)
 
     trained = {id(linear): [p for p in linear.parameters() if p.requires_grad] for linear in linears.values()}
     layers: dict[int, LMoELinear] = {}
@@ -82,7 +88,6 @@ def apply_lmoe(
         for parameter in (p for linear in layers for p in trained[linear]):
             parameter.requires_grad_(True)
         raise
-    _warn_of_what_is_left(model, targets, whole)
     replace_modules(model, {name: layers[id(linears[name])] for name in chosen}, whole)
     return chosen
 
@@ -95,7 +100,6 @@ def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_
     for name, layer in layers.items():
         parent, _, child = actual[name].rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    train_lmoe(model)
     for name in modules_to_save:
         mark_saved(modules[name])
     pretrained.install(unwrapped(model))
@@ -117,16 +121,23 @@ def remove_lmoe(model: nn.Module) -> list[str]:
     """Put the frozen layers back in the place of all L-MoE layers; experts and gates are gone.
 
     The frozen layers are the very modules that were wrapped, bit for bit, and stay frozen (`requires_grad_(True)` to train
-    them). Modules that were given as modules_to_save keep what they have learned.
+    them). Modules that were given as modules_to_save keep what they have learned, and are like any other again.
 
     Returns:
         the names of the layers in the plain model.
+
+    Raises:
+        ValueError: the model is itself an `LMoELinear` (take its `frozen_layer`).
     """
     layers = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+    if "" in layers:
+        fail("remove_lmoe", "model", "hold L-MoE layers", "one of them (take its frozen_layer)")
     actual = actual_names(model)
     for name, layer in layers.items():
         parent, _, child = actual[name].rpartition(".")
         setattr(model.get_submodule(parent), child, layer.frozen_layer)
+    for module in saved_modules(model).values():
+        unmark_saved(module)
     pretrained.restore(unwrapped(model))
     return list(layers)
 
@@ -134,6 +145,8 @@ def remove_lmoe(model: nn.Module) -> list[str]:
 @contextmanager
 def disable_lmoe(model: nn.Module) -> Iterator[None]:
     """Within this block the model computes as the frozen model does. It holds for all threads that run the model.
+
+    Modules that were given as modules_to_save compute with what they have learned.
 
     Example:
         with disable_lmoe(model), torch.no_grad():
@@ -152,7 +165,7 @@ def disable_lmoe(model: nn.Module) -> Iterator[None]:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many numbers of a model are trained, and how many it has, as PEFT does; tied ones count once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, every = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
     print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / max(every, 1):.4f}")
 
@@ -168,6 +181,12 @@ def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     """
     logits = {n: layer.router_logits for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
     return {name: kept for name, kept in logits.items() if kept is not None}
+
+
+def _size(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for; bitsandbytes packs those of 4 bits."""
+    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return parameter.numel() if shape is None else math.prod(shape)
 
 
 def _names(argument: str, names: Any) -> list[str]:
@@ -186,9 +205,10 @@ def _is_trained_by_peft(model: nn.Module) -> bool:
 
 def _warn_of_what_is_left(model: nn.Module, targets: list[str], whole: list[str]) -> None:
     """One warning for weights that cannot be wrapped though the targets mean them, one for a head that is frozen."""
-    stacks = [n for n in stacked_experts(model) if ALL_LINEAR in targets or any(means(t, n) for t in targets)]
-    if stacks:
-        shown = ", ".join(map(repr, stacks[:3])) + (", ..." if len(stacks) > 3 else "")
+    stacks = stacked_experts(model)
+    meant = [n for n in stacks if ALL_LINEAR in targets or any(means(t, n) or means(t, n.rpartition(".")[0]) for t in targets)]
+    if meant:
+        shown = ", ".join(map(repr, meant[:3])) + (", ..." if len(meant) > 3 else "")
         warnings.warn(
             f"apply_lmoe: {shown} hold the weights of several experts in one parameter, not in linear layers: they are "
             "frozen and get no L-MoE layers.",

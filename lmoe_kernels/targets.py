@@ -37,6 +37,11 @@ def mark_saved(module: nn.Module) -> None:
     module.requires_grad_(True)
 
 
+def unmark_saved(module: nn.Module) -> None:
+    """The module is like any other again; whether it is trained stays."""
+    delattr(module, _SAVED)
+
+
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
     """In and out features of all linear layers under the heads, with experts or without, under every name that they have."""
     head = {id(module) for module in heads(model).values()}
@@ -114,6 +119,8 @@ def hint_for_layers(model: nn.Module, target: str, linears: Iterable[str]) -> st
         if features_of(module) is not None:
             return f"{name!r} is trained and saved whole, or lies inside another layer that is adapted"
         return f"{name!r} ({type(module).__name__}) has no in_features and out_features"
+    if stack := next((name for name in stacked_experts(model) if means(target, name)), None):
+        return f"{stack!r} is one parameter with the weights of several experts, no layer"
     return nearest(target, linears) or "the model has no linear layers left to wrap"
 
 
@@ -125,12 +132,13 @@ def nearest(target: str, names: Iterable[str]) -> str:
 
 
 def stacked_experts(model: nn.Module) -> list[str]:
-    """Names of modules that hold the weights of several experts in one parameter (MoE models): they cannot be wrapped."""
+    """Names of parameters that hold the weights of several experts (MoE models): no layers, they cannot be wrapped."""
     return [
-        name
+        f"{name}.{key}" if name else key
         for name, module in plain_modules(model).items()
         if not isinstance(module, (LMoELinear, *_CONVOLUTIONS))
-        and any(p is not None and p.dim() == 3 and min(p.shape) > 1 for p in module._parameters.values())
+        for key, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
     ]
 
 

@@ -33,23 +33,26 @@ def test_save_and_load(options: dict, tmp_path: Path) -> None:
     assert torch.equal(changed(IDS).logits, expected)
 
 
-def _edit_config(change):
+def _edit(change_config=lambda config: None, change_tensors=lambda tensors: None):
+    """Both files, as a save under that configuration would have written them."""
+
     def edit(folder: Path) -> None:
-        path = folder / "lmoe_config.json"
-        config = json.loads(path.read_text())
-        change(config)
-        path.write_text(json.dumps(config))
+        config, tensors = json.loads((folder / "lmoe_config.json").read_text()), load_file(folder / "lmoe.safetensors")
+        change_config(config)
+        change_tensors(tensors)
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "lmoe_config.json").write_text(text)
+        save_file(tensors, folder / "lmoe.safetensors", metadata={"format": "pt", "lmoe_config": text})
 
     return edit
+
+
+def _edit_config(change):
+    return _edit(change_config=change)
 
 
 def _edit_tensors(change):
-    def edit(folder: Path) -> None:
-        tensors = load_file(folder / "lmoe.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "lmoe.safetensors")
-
-    return edit
+    return _edit(change_tensors=change)
 
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -60,7 +63,7 @@ DAMAGES = {
         ValueError,
         "must say format 'lmoe_kernels', got 'peft'",
     ),
-    "a later version": (_edit_config(lambda c: c.update(version=2)), ValueError, "must be of version 1, got 2"),
+    "a later version": (_edit_config(lambda c: c.update(version=3)), ValueError, "must be of version 2 or 1, got 3"),
     "no layers": (_edit_config(lambda c: c.update(layers=[])), ValueError, "must map layers to their options, got []"),
     "unknown layer": (
         _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
@@ -73,7 +76,78 @@ DAMAGES = {
         f"layer {Q!r} must have the options",
     ),
     "bad option": (_edit_config(lambda c: c["layers"][Q].update(top_k=7)), ValueError, "top_k must be in 1 .. E = 3, got 7"),
-    "no config": (lambda f: (f / "lmoe_config.json").unlink(), FileNotFoundError, "lmoe_config.json"),
+    "options of a layer that are no object": (
+        _edit_config(lambda c: c["layers"].update({Q: [1]})),
+        ValueError,
+        "must map layers to their options, got {",
+    ),
+    "alpha beyond a float": (
+        _edit_config(lambda c: c["layers"][Q].update(alpha=10**400)),
+        ValueError,
+        f"layer {Q!r}: alpha must be a finite number, got an integer beyond the range of a float",
+    ),
+    "no alpha": (
+        _edit_config(lambda c: c["layers"][Q].update(alpha=None)),
+        ValueError,
+        f"layer {Q!r}: alpha must be a finite number, got NoneType",
+    ),
+    "experts without end": (
+        _edit_config(lambda c: c["layers"][Q].update(num_experts=10**19)),
+        ValueError,
+        f"tensor '{Q}.lora_a' must have shape (10000000000000000000, 2, 16), got (3, 2, 16)",
+    ),
+    "a rank that is text": (
+        _edit_config(lambda c: c["layers"][Q].update(rank="2")),
+        ValueError,
+        f"layer {Q!r}: rank must be an int, got str",
+    ),
+    "nesting without end": (
+        lambda f: (f / "lmoe_config.json").write_text("[" * 100_000),
+        ValueError,
+        "lmoe_config.json must be JSON, got",
+    ),
+    "an integer of 5000 digits": (
+        lambda f: (f / "lmoe_config.json").write_text('{"rank": ' + "9" * 5000 + "}"),
+        ValueError,
+        "lmoe_config.json must be JSON, got",
+    ),
+    "not UTF-8": (
+        lambda f: (f / "lmoe_config.json").write_bytes(b'{"format": "\xff"}'),
+        ValueError,
+        "lmoe_config.json must be JSON, got",
+    ),
+    "another base": (
+        _edit_config(lambda c: c.update(base="0" * 64)),
+        ValueError,
+        "model must have the linear layers of the one that was saved to",
+    ),
+    "options of another save": (
+        lambda f: (f / "lmoe_config.json").write_text((f / "lmoe_config.json").read_text().replace("factors", "outputs")),
+        ValueError,
+        "lmoe_config.json must hold the configuration that lmoe.safetensors was saved with, got another: a save was",
+    ),
+    "version 1 without its options": (
+        lambda f: [
+            save_file(load_file(f / "lmoe.safetensors"), f / "lmoe.safetensors"),
+            (f / "lmoe_config.json").unlink(),
+        ],
+        FileNotFoundError,
+        "lmoe_config.json does not exist",
+    ),
+    "tensors of version 1 beside options of version 2": (
+        lambda f: save_file(load_file(f / "lmoe.safetensors"), f / "lmoe.safetensors"),
+        ValueError,
+        "lmoe.safetensors must hold the configuration that it was saved with, got none: save again",
+    ),
+    "an adapter of PEFT": (
+        lambda f: [
+            (f / "lmoe_config.json").unlink(),
+            (f / "lmoe.safetensors").unlink(),
+            (f / "adapter_config.json").write_text("{}"),
+        ],
+        ValueError,
+        "directory must hold what save_lmoe wrote, got a PEFT adapter (peft.PeftModel.from_pretrained loads it)",
+    ),
     "no tensors": (lambda f: (f / "lmoe.safetensors").unlink(), FileNotFoundError, "lmoe.safetensors does not exist"),
     "not safetensors": (
         lambda f: (f / "lmoe.safetensors").write_bytes(b"PK"),
@@ -95,6 +169,10 @@ DAMAGES = {
 }
 
 
+# where the model has the layer, its options are compared before they are looked at one by one
+OF_OTHER_OPTIONS = ("bad option", "alpha beyond a float", "no alpha", "experts without end", "a rank that is text")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("has_layers", [False, True], ids=["plain model", "model with layers"])
 def test_a_bad_file_leaves_the_model_as_it_was(damage: str, has_layers: bool, tmp_path: Path) -> None:
@@ -103,10 +181,8 @@ def test_a_bad_file_leaves_the_model_as_it_was(damage: str, has_layers: bool, tm
     edit(tmp_path)
     model = with_experts(llama()) if has_layers else llama()
     before, tensors = state(model), copy.deepcopy(model.state_dict())
-    if has_layers and damage == "bad option":
-        text = "must have the model's options"
-    elif has_layers and damage == "unknown option":
-        text = f"layer {Q!r} must have the model's options"
+    if has_layers and damage in OF_OTHER_OPTIONS:
+        error, text = ValueError, f"layer {Q!r} must have the model's options"
     with pytest.raises(error) as caught:
         load_lmoe(model, tmp_path)
     assert text in str(caught.value)
@@ -119,7 +195,7 @@ def test_a_model_with_other_layers_is_refused(tmp_path: Path) -> None:
     save_lmoe(with_experts(llama()), tmp_path)
     model = llama()
     apply_lmoe(model, "k_proj", num_experts=3, rank=2)
-    with pytest.raises(ValueError, match=r"must name the model's L-MoE layer 'model.layers.0.self_attn.k_proj'"):
+    with pytest.raises(ValueError, match=r"must hold the model's L-MoE layer 'model.layers.0.self_attn.k_proj', got 4"):
         load_lmoe(model, tmp_path)
 
 
@@ -147,7 +223,7 @@ def test_a_failed_save_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_model_of_another_dtype(saved: torch.dtype, loaded: torch.dtype, tmp_path: Path) -> None:
     """The layers run there: experts in fp32 stay master weights, others take the model's dtype."""
-    source = with_experts(llama().to(saved))
+    source = with_experts(llama().to(saved), dtype=saved)
     save_lmoe(source, tmp_path)
     model = llama().to(loaded)
     load_lmoe(model, tmp_path)

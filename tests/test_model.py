@@ -11,6 +11,7 @@ from lmoe_kernels import (
     apply_lmoe,
     balance_loss,
     collect_router_logits,
+    lmoe,
     lmoe_layers,
     router_z_loss,
 )
@@ -92,12 +93,21 @@ def test_a_target_that_cannot_be_wrapped_is_told_why(target: str, text: str) -> 
     assert str(caught.value) == f"apply_lmoe: target_modules must match linear layers of the model, {text}"
 
 
-def test_gpt2_has_no_linear_layers() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
-    with pytest.raises(ValueError, match=r"'transformer.h.0.attn.c_attn' \(Conv1D\) has no in_features and out_features"):
-        apply_lmoe(model, "c_attn")
-    with pytest.raises(ValueError, match="got 'all-linear'; the model has none left to wrap, or its output embedding alone"):
-        apply_lmoe(model, "all-linear")
+def test_gpt2s_convolutions_are_linear_layers() -> None:
+    """transformers' Conv1D: a product with a weight of shape (I, O)."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)).double().eval()
+    before = model(IDS).logits
+    names = apply_lmoe(model, "all-linear", num_experts=2, rank=2)
+    assert names == [f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    layers = lmoe_layers(model)
+    assert (layers[names[0]].in_features, layers[names[0]].out_features) == (16, 48)
+    torch.testing.assert_close(model(IDS).logits, before)
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_b)
+    x = torch.randn(3, 16, dtype=torch.float64)
+    layer = layers[names[0]]
+    delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, scaling=layer.scaling)
+    torch.testing.assert_close(layer(x), layer.frozen_layer(x) + delta)
 
 
 @pytest.mark.parametrize("target", [None, 5, ["q_proj", 1], b"q_proj"], ids=repr)
