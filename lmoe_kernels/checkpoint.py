@@ -18,6 +18,7 @@ from lmoe_kernels.naming import plain_modules
 from lmoe_kernels.targets import wrappable_layers
 
 _Directory = str | os.PathLike[str]
+_KEYS = ("lora_a", "lora_b", "gate_weight")
 
 
 def save_lmoe(model: nn.Module, directory: _Directory) -> None:
@@ -85,7 +86,7 @@ def load_lmoe(
     for name, config in adapter.layers.items():
         _check_layer(name, config, present.get(name), linears, adapter.tensors, options)
     saved = _check_modules(model, adapter)
-    _check_keys(adapter)
+    _check_keys(adapter, saved)
     _check_shared(adapter, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
@@ -183,14 +184,12 @@ def _check_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     return {name: modules[name] for name in adapter.modules_to_save}
 
 
-def _check_keys(adapter: Adapter) -> None:
+def _check_keys(adapter: Adapter, saved: Mapping[str, nn.Module]) -> None:
     """No tensor may belong to nobody."""
-    owners = (*adapter.layers, *adapter.modules_to_save)
-    keys = ("lora_a", "lora_b", "gate_weight")
-    known = {f"{name}.{key}" for name in adapter.layers for key in keys}
-    beside = tuple(f"{name}." for name in adapter.modules_to_save)
-    foreign = sorted(key for key in adapter.tensors if key not in known and not key.startswith(beside))
-    if foreign and owners:
+    known = {f"{name}.{key}" for name in adapter.layers for key in _KEYS}
+    known |= {key for name, module in saved.items() for key in places_of_module(name, module)}
+    foreign = sorted(adapter.tensors.keys() - known)
+    if foreign:
         shown = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
         _fail(WEIGHTS, "hold the tensors of the layers, no more and no less", f"{len(foreign)} foreign: {shown}")
 
@@ -200,7 +199,7 @@ def _check_shared(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
     first: dict[int, str] = {}
     for name in adapter.layers:
         other = first.setdefault(id(modules[name]), name)
-        for key in ("lora_a", "lora_b", "gate_weight"):
+        for key in _KEYS:
             if not torch.equal(adapter.tensors[f"{name}.{key}"], adapter.tensors[f"{other}.{key}"]):
                 _fail("model", f"have two layers {other!r} and {name!r}", "one that is shared, for two sets of experts")
 

@@ -206,7 +206,9 @@ def _is_trained_by_peft(model: nn.Module) -> bool:
 def _warn_of_what_is_left(model: nn.Module, targets: list[str], whole: list[str]) -> None:
     """One warning for weights that cannot be wrapped though the targets mean them, one for a head that is frozen."""
     stacks = stacked_experts(model)
-    meant = [n for n in stacks if ALL_LINEAR in targets or any(means(t, n) or means(t, n.rpartition(".")[0]) for t in targets)]
+    meant = [
+        n for n in stacks if ALL_LINEAR in targets or any(means(t, n) or means(t, n.rpartition(".")[0]) for t in targets)
+    ]
     if meant:
         shown = ", ".join(map(repr, meant[:3])) + (", ..." if len(meant) > 3 else "")
         warnings.warn(

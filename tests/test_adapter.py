@@ -42,7 +42,9 @@ def test_a_save_that_stops_between_the_files_is_noticed(tmp_path: Path, monkeypa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
     fresh = copy.deepcopy(plain)
     before = state(fresh)
-    with pytest.raises(ValueError, match=r"got another: a save was interrupted, .* remove it to go by lmoe.safetensors alone"):
+    with pytest.raises(
+        ValueError, match=r"got another: a save was interrupted, .* remove it to go by lmoe.safetensors alone"
+    ):
         load_lmoe(fresh, tmp_path)
     assert state(fresh) == before
     (tmp_path / "lmoe_config.json").unlink()
@@ -109,7 +111,9 @@ def test_the_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     wider = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "intermediate_size": 32}))
     for other in (deeper, wider):
         before = state(other)
-        with pytest.raises(ValueError, match=r"model must have the linear layers of the one .*, got a model of other linear"):
+        with pytest.raises(
+            ValueError, match=r"model must have the linear layers of the one .*, got a model of other linear"
+        ):
             load_lmoe(other, tmp_path)
         assert state(other) == before
     with pytest.raises(ValueError, match=f"got a model without its layer '{Q}'"):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -108,6 +109,32 @@ def test_a_module_to_save_of_another_shape_is_refused(tmp_path) -> None:
     assert state(other) == before
 
 
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda tensors: tensors.pop("classifier.bias"),
+            "hold the tensors of modules_to_save, got 1 missing: 'classifier.bias'",
+        ),
+        (lambda tensors: tensors.update({"classifier.more": torch.ones(1)}), "no more and no less, got 1 foreign"),
+    ],
+    ids=["missing", "foreign"],
+)
+def test_tensors_of_modules_to_save_are_complete(change, text: str, tmp_path) -> None:
+    model = bert()
+    plain = copy.deepcopy(model)
+    apply_lmoe(model, "query", modules_to_save="classifier", num_experts=2, rank=1)
+    save_lmoe(model, tmp_path)
+    config, tensors = (tmp_path / "lmoe_config.json").read_text(), load_file(tmp_path / "lmoe.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "lmoe.safetensors", metadata={"lmoe_config": config})
+    before = state(plain)
+    with pytest.raises(ValueError) as caught:
+        load_lmoe(plain, tmp_path)
+    assert text in str(caught.value)
+    assert state(plain) == before
+
+
 def test_a_second_call_changes_nothing_that_the_user_set() -> None:
     """Neither what was unfrozen is frozen, nor what was frozen is trained."""
     model = llama()
@@ -149,7 +176,9 @@ def _mixtral() -> MixtralForCausalLM:
 
 
 def test_stacked_experts_of_a_model_are_named_when_they_are_passed_by() -> None:
-    with pytest.warns(UserWarning, match=r"'model.layers.0.mlp.experts.gate_up_proj', .* hold the weights of several") as seen:
+    with pytest.warns(
+        UserWarning, match=r"'model.layers.0.mlp.experts.gate_up_proj', .* hold the weights of several"
+    ) as seen:
         apply_lmoe(_mixtral(), "all-linear", num_experts=2, rank=1)
     assert len(seen) == 1
     with warnings.catch_warnings():

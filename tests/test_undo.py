@@ -24,7 +24,9 @@ def test_remove_gives_the_frozen_model_back() -> None:
     plain = llama()
     modules, tensors = dict(plain.named_modules()), copy.deepcopy(plain.state_dict())
     model = with_experts(plain)
-    assert remove_lmoe(model) == [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
+    assert remove_lmoe(model) == [
+        f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")
+    ]
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
     assert "save_pretrained" not in vars(model)
@@ -52,7 +54,9 @@ def test_remove_finds_every_name_of_a_shared_layer() -> None:
 
 
 def test_a_layer_alone_has_nowhere_to_put_its_frozen_layer() -> None:
-    with pytest.raises(ValueError, match=r"remove_lmoe: model must hold L-MoE layers, got one of them \(take its frozen_layer"):
+    with pytest.raises(
+        ValueError, match=r"remove_lmoe: model must hold L-MoE layers, got one of them \(take its frozen_layer"
+    ):
         remove_lmoe(LMoELinear(4, 4, num_experts=2, rank=1))
 
 
