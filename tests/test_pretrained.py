@@ -74,7 +74,7 @@ def test_a_state_dict_of_ones_own_is_written(tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor + 1), name
     tensors.popitem()
-    with pytest.raises(ValueError, match="save_pretrained: state_dict must hold '.*', got none of that name"):
+    with pytest.raises(ValueError, match=r"save_pretrained: state_dict must hold '.*', got none of that name"):
         model.save_pretrained(tmp_path / "other", state_dict={key: t for key, t in tensors.items() if "lora_a" not in key})
 
 
@@ -114,7 +114,7 @@ def test_a_state_dict_of_the_plain_model_is_taken() -> None:
     assert plain == kept, "the caller's dict was changed"
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, kept[name.replace(".frozen_layer", "")])
-    with pytest.raises(RuntimeError, match="Unexpected key.*q_proj.frozen_layer.alien"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*q_proj.frozen_layer.alien"):
         model.load_state_dict({**kept, "model.layers.0.self_attn.q_proj.alien": torch.ones(1)})
 
 
