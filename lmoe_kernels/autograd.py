@@ -28,11 +28,12 @@ def apply(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     return_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y (T, O) and logits (T, E), differentiable; the logits are empty where nobody wants them or they came from outside."""
-    args = (x, lora_a, lora_b, gate_weight, gate_logits, weight, base, scaling, mixing, top_k)
+    args = (x, lora_a, lora_b, gate_weight, gate_logits, weight, base, scaling, mixing, top_k, renormalize)
     if torch._C._are_functorch_transforms_active():
         return _TransformableFunction.apply(*args, True, backend)[:2]
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7])
@@ -56,8 +57,8 @@ def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, T
         u,
         weight if want_x else None,
     )
-    ctx.options = args[7:10]
-    ctx.backend = args[11]
+    ctx.options = args[7:11]
+    ctx.backend = args[12]
     ctx.base_dim = None if base is None else base.dim()
 
 
@@ -78,7 +79,7 @@ def _backward(ctx: _Context, dy: Tensor | None, dlogits: Tensor | None, _: Tenso
     if want_base:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
     dgate_weight, dgate_logits = (None, dgate) if gate_weight is None else (dgate, None)
-    return dx, dlora_a, dlora_b, dgate_weight, dgate_logits, dweight, dbase, None, None, None, None, None
+    return dx, dlora_a, dlora_b, dgate_weight, dgate_logits, dweight, dbase, *[None] * 6
 
 
 class _Function(torch.autograd.Function):
