@@ -2,19 +2,21 @@
 
 Saved are x (only where a weight gradient wants it), the logits and u. Two Functions share one forward and one backward: the
 plain one has the lower launch cost; functorch's transforms (torch.func.grad, vmap) demand the `setup_context` form, whose
-`apply` costs some 25 us more (torch 2.13, CPU, 2026-11).
+`apply` costs some 25 us more (torch 2.13, CPU, 2026-11). There are no second derivatives, and asking for one is an error:
+left alone, PyTorch would take the gradients of an op without a formula for constants, and return zeros.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from lmoe_kernels import ops
 
 _Context = Any  # torch.autograd.function.FunctionCtx; its attributes are set at run time
+_NO_MORE = "there are no second derivatives"
 
 
 def apply(
@@ -62,7 +64,9 @@ def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, T
     ctx.base_dim = None if base is None else base.dim()
 
 
-def _backward(ctx: _Context, dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: _Context, op: Callable[..., tuple[Tensor, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
     x, lora_a, lora_b, gate_weight, logits, u, weight = ctx.saved_tensors
     # no dy: the loss looked at the router logits alone
     grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
@@ -70,9 +74,7 @@ def _backward(ctx: _Context, dy: Tensor | None, dlogits: Tensor | None, _: Tenso
     mask = [want_x, want_a, want_b, want_gate_weight or want_gate_logits, want_weight]
     grads: list[Tensor | None] = [None] * 5
     if any(mask):
-        results = ops.backward(
-            grad_y, dlogits, x, lora_a, lora_b, gate_weight, logits, u, weight, *ctx.options, mask, ctx.backend
-        )
+        results = op(grad_y, dlogits, x, lora_a, lora_b, gate_weight, logits, u, weight, *ctx.options, mask, ctx.backend)
         grads = [grad if asked else None for grad, asked in zip(results, mask, strict=True)]
     dx, dlora_a, dlora_b, dgate, dweight = grads
     dbase = None
@@ -92,8 +94,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable lets it pass where the arriving gradient is a constant
-            raise RuntimeError("lmoe: create_graph must be False, got True: there are no second derivatives")
-        return _backward(ctx, *grads)
+            raise RuntimeError(f"lmoe: create_graph must be False, got True: {_NO_MORE}")
+        return _backward(ctx, ops.backward, *grads)
 
 
 class _TransformableFunction(torch.autograd.Function):
@@ -109,4 +111,27 @@ class _TransformableFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return once_differentiable(_backward)(ctx, *grads)
+        return _backward(ctx, _TransformableBackward.apply, *grads)
+
+    @staticmethod
+    def jvp(ctx: _Context, *tangents: Any) -> Any:
+        must = "a derivative must be a first one in reverse mode"
+        raise NotImplementedError(f"lmoe: {must}, got a jvp, as in jacfwd and hessian: {_NO_MORE}")
+
+
+class _TransformableBackward(torch.autograd.Function):
+    """The backward under functorch's transforms, which differentiate whatever a level above asks for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return ops.backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no derivative to take."""
+
+    @staticmethod
+    def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(f"lmoe: a derivative must be a first one, got that of a gradient: {_NO_MORE}")

@@ -4,6 +4,7 @@ Only shapes, dtypes and devices are looked at, never values: no check waits for 
 """
 
 import math
+import sys
 from numbers import Real
 from typing import NoReturn
 
@@ -61,9 +62,7 @@ def check_call(
     check_options(op, experts, scaling, mixing, top_k, renormalize)
 
 
-def check_options(
-    op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None, renormalize: bool
-) -> None:
+def check_options(op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None, renormalize: bool) -> None:
     """Check what is neither tensor nor size."""
     check_finite(op, "scaling", scaling, "be a finite number")
     if mixing not in MIXINGS:
@@ -83,12 +82,10 @@ def check_finite(op: str, name: str, value: float, must: str, at_least: float = 
     """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)
-    try:
-        fits = math.isfinite(value) and value >= at_least
-    except OverflowError:
-        fail(op, name, must, "an integer beyond the range of a float")
-    if not fits:
-        fail(op, name, must, repr(value))
+    inside = abs(value) <= sys.float_info.max  # math.isfinite cannot be compiled, and raises for long integers
+    if not (inside and value >= at_least):
+        too_long = isinstance(value, int) and not inside
+        fail(op, name, must, "an integer beyond the range of a float" if too_long else repr(value))
 
 
 def check_positive_int(op: str, name: str, value: int, at_most: tuple[str, int] | None = None) -> None:

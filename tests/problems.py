@@ -108,7 +108,8 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(to)
 
-    gate_weight = draw(case.E, case.I, scale=case.I**-0.5, to=param_dtype)
+    of_features = max(case.I, 1) ** -0.5
+    gate_weight = draw(case.E, case.I, scale=of_features, to=param_dtype)
     choosy = case.top_k is not None and case.top_k < case.E
     pool = draw(8 * case.T + 8 if choosy else case.T, case.I)
     pool_logits = pool.double() @ gate_weight.double().t()
@@ -118,7 +119,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     x = pool[keep]
     tensors = {
         "x": x,
-        "lora_a": draw(experts_of_a, case.R, case.I, scale=case.I**-0.5, to=param_dtype),
+        "lora_a": draw(experts_of_a, case.R, case.I, scale=of_features, to=param_dtype),
         "lora_b": draw(case.E, case.R, case.O, scale=case.R**-0.5, to=param_dtype),
     }
     if case.outside_logits:
@@ -126,7 +127,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     else:
         tensors["gate_weight"] = gate_weight
     if case.linear:
-        tensors |= {"weight": draw(case.O, case.I, scale=case.I**-0.5), "bias": draw(case.O)}
+        tensors |= {"weight": draw(case.O, case.I, scale=of_features), "bias": draw(case.O)}
     return Problem(case, tensors, draw(case.T, case.O), draw(case.T, case.E, to=torch.promote_types(dtype, torch.float32)))
 
 
@@ -179,9 +180,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     x = leaves["x"]
     logits = x @ leaves["gate_weight"].t() if "gate_weight" in leaves else leaves["gate_logits"]
     base = F.linear(x, leaves["weight"], leaves["bias"]) if case.linear else None
-    y, _, _ = reference.forward(
-        x, leaves["lora_a"], leaves["lora_b"], None, logits, base, *case.options, False
-    )
+    y, _, _ = reference.forward(x, leaves["lora_a"], leaves["lora_b"], None, logits, base, *case.options, False)
     return outcome(problem, (y, logits), leaves)
 
 

@@ -17,7 +17,9 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", [Case(linear=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(linear=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)], ids=str
+)
 def test_opcheck(case: Case) -> None:
     problem = make_problem(case, torch.float32)
     t = problem.tensors

@@ -27,7 +27,9 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_forward_reads_x_once_and_writes_y_once(processors: int) -> None:
     t = make_problem(CASE, torch.bfloat16).tensors
     with counted() as counts:
-        y, _, _ = FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True, True)
+        y, _, _ = FORWARD.forward(
+            t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True, True
+        )
     assert any("one_pass" in access.kernel for access in counts) == (processors == 1)
     assert of_tensor(counts, t["x"]).loaded == t["x"].nbytes
     assert stored_to(counts, "y", "out") == y.nbytes

@@ -83,6 +83,8 @@ def set_problem(
     experts_of_a, rank, in_features = lora_a.shape
     experts, _, out_features = lora_b.shape
     kept = experts if top_k is None else top_k
+    # a gate without features has no memory, and null would say that the logits come from outside
+    gate = 0 if gate_weight is None else gate_weight.data_ptr() or 16
     params.set_problem(
         extension.DTYPES[like.dtype],
         tokens, in_features, out_features, experts, rank, experts_of_a, kept, renormalize or kept == experts,
@@ -90,7 +92,7 @@ def set_problem(
         *((0, 0) if x is None else (x.data_ptr(), x.stride(0))),
         lora_a.data_ptr(), lora_a.dtype is fp32,
         lora_b.data_ptr(), lora_b.dtype is fp32,
-        *((0, False) if gate_weight is None else (gate_weight.data_ptr(), gate_weight.dtype is fp32)),
+        gate, gate_weight is not None and gate_weight.dtype is fp32,
         *((0, True) if logits is None else (logits.data_ptr(), logits.dtype is fp32)),
         *((0, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)),
         0 if u is None else u.data_ptr(),

@@ -43,9 +43,7 @@ def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     return (rows @ flat.t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
 
 
-def gate_softmax(
-    logits: Tensor, dtype: torch.dtype, top_k: int | None, renormalize: bool
-) -> tuple[Tensor, Tensor | None]:
+def gate_softmax(logits: Tensor, dtype: torch.dtype, top_k: int | None, renormalize: bool) -> tuple[Tensor, Tensor | None]:
     """Softmax (T, E), in fp32 at least, over the experts kept or over all; and of all the experts dropped, (T, E - k).
 
     Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
