@@ -70,13 +70,13 @@ def tune(shape: Shape, device: torch.device) -> Iterator[Row]:
     """Time every tile of the search space in the place of each chosen one, which comes first; the others stay."""
     forward, backward = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
     x, dy, a, b, gate = _tensors(shape, device)
-    _, logits, u = forward.forward(x, a, b, gate, None, None, 1.0, "factors", None, True)
+    _, logits, u = forward.forward(x, a, b, gate, None, None, 1.0, "factors", None, True, True)
     sizes, chip = sizes_of(x, a, b), chip_of(x.device)
     plans = {name: getattr(configs, name)(sizes, x.dtype, chip) for name in ("forward_plan", "backward_plan")}
     calls: dict[str, Call] = {
-        "forward_plan": lambda: forward.forward(x, a, b, gate, None, None, 1.0, "factors", None, True),
+        "forward_plan": lambda: forward.forward(x, a, b, gate, None, None, 1.0, "factors", None, True, True),
         "backward_plan": lambda: backward.backward(
-            dy, None, x, a, b, gate, logits, u, 1.0, "factors", None, (True, False, False, False)
+            dy, None, x, a, b, gate, logits, u, 1.0, "factors", None, True, (True, False, False, False)
         ),
     }
     for name, stage in product(plans, ("one_pass", "shrink", "expand")):

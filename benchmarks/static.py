@@ -57,6 +57,7 @@ class Situation:
     shared_a: bool = False
     mixing: str = "factors"
     top_k: int | None = None
+    renormalize: bool = True
     outside: bool = False
     dtype: torch.dtype = torch.bfloat16
     parameters: torch.dtype = torch.bfloat16
@@ -71,6 +72,8 @@ SITUATIONS = [
         for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))
     ),
     Situation(T=8192, E=128, top_k=2, mixing="outputs"),
+    *(Situation(T=t, E=e, top_k=2, renormalize=False) for t in (16, 65536) for e in (8, 64)),
+    *(Situation(T=t, top_k=2, renormalize=False, shared_a=True) for t in (16, 65536)),
     *(Situation(T=t, I=2051, O=1025, E=5, R=3) for t in (16, 65536)),
     *(Situation(E=4, R=64, mixing=mixing) for mixing in ("factors", "outputs")),
     *(Situation(mixing="outputs", outside=outside, top_k=k) for outside, k in ((False, None), (True, 2))),
@@ -109,7 +112,7 @@ def launches(situation: Situation, chip: Chip) -> list[Launch]:
         outside = make(s.T, s.E)
     else:
         gate = make(s.E, s.I, dtype=s.parameters)
-    x, dy, options = make(s.T, s.I), make(s.T, s.O), (0.5, s.mixing, s.top_k)
+    x, dy, options = make(s.T, s.I), make(s.T, s.O), (0.5, s.mixing, s.top_k, s.renormalize)
     forward, backward = modules["forward"], modules["backward"]
     with ExitStack() as patches:
         for module in modules.values():

@@ -48,9 +48,9 @@ def measure(processors: int) -> list[Row]:
         mock.patch.object(modules[1], "chip_of", return_value=chip),
     ):
         with counted() as of_forward:
-            _, logits, u = modules[0].forward(x, a, b, gate, None, None, 0.5, "factors", None, True)
+            _, logits, u = modules[0].forward(x, a, b, gate, None, None, 0.5, "factors", None, True, True)
         with counted() as of_backward:
-            modules[1].backward(dy, dlogits, x, a, b, gate, logits, u, 0.5, "factors", None, (True,) * 4)
+            modules[1].backward(dy, dlogits, x, a, b, gate, logits, u, 0.5, "factors", None, True, (True,) * 4)
     names = {"x": x, "dy": dy, "lora_a": a, "lora_b": b, "gate_weight": gate, "logits": logits, "u": u}
     of_address = {t.data_ptr(): name for name, t in names.items() if t is not None}
     return [
@@ -67,7 +67,7 @@ def measure_flops(experts: int, top_k: int) -> float:
     x, logits = torch.randn(tokens, features).bfloat16(), torch.randn(tokens, experts)
     a, b = torch.randn(experts, R, features).bfloat16(), torch.randn(experts, R, features).bfloat16()
     with mock.patch.object(forward, "chip_of", return_value=Chip("sm_90", 64, 227 << 10)), counted_flops() as flops:
-        forward.forward(x, a, b, None, logits, None, 0.5, "factors", top_k, True)
+        forward.forward(x, a, b, None, logits, None, 0.5, "factors", top_k, True, True)
     return sum(flops.values()) / tokens
 
 

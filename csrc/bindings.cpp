@@ -25,12 +25,13 @@ void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
 // All of ForwardParams but the workspaces, by position: set one by one, or by name, these fields cost more than all the rest
 // of a launch (8 and 4.5 us against 1, pybind11 3.1).
 void set_problem(ForwardParams& p, int dtype, int64_t T, int64_t I, int64_t O, int64_t E, int64_t R, int64_t experts_of_a,
-                 int64_t top_k, float scaling, bool factors, uintptr_t x, int64_t x_stride, uintptr_t lora_a,
-                 bool lora_a_fp32, uintptr_t lora_b, bool lora_b_fp32, uintptr_t gate_weight, bool gate_weight_fp32,
-                 uintptr_t logits, bool logits_fp32, uintptr_t base, int64_t base_stride, uintptr_t u, uintptr_t y) {
+                 int64_t top_k, bool renormalize, float scaling, bool factors, uintptr_t x, int64_t x_stride,
+                 uintptr_t lora_a, bool lora_a_fp32, uintptr_t lora_b, bool lora_b_fp32, uintptr_t gate_weight,
+                 bool gate_weight_fp32, uintptr_t logits, bool logits_fp32, uintptr_t base, int64_t base_stride, uintptr_t u,
+                 uintptr_t y) {
     p.dtype = static_cast<Dtype>(dtype);
     p.T = T, p.I = I, p.O = O, p.E = E, p.R = R;
-    p.experts_of_a = experts_of_a, p.top_k = top_k;
+    p.experts_of_a = experts_of_a, p.top_k = top_k, p.renormalize = renormalize;
     p.scaling = scaling, p.factors = factors;
     p.x = pointer(x), p.x_stride = x_stride;
     p.lora_a = pointer(lora_a), p.lora_a_fp32 = lora_a_fp32;

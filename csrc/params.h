@@ -13,6 +13,7 @@ struct ForwardParams {
     int64_t T, I, O, E, R;
     int64_t experts_of_a;  // E, or 1 where all experts share one A
     int64_t top_k;         // E: all experts are kept
+    bool renormalize;      // the softmax is over the experts kept; else over all, and the gates kept sum to less than one
     float scaling;
     bool factors;  // mixing="factors"; else "outputs"
 

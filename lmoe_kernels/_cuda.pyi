@@ -12,6 +12,7 @@ class ForwardParams:
         R: int,
         experts_of_a: int,
         top_k: int,
+        renormalize: bool,
         scaling: float,
         factors: bool,
         x: int,

@@ -4,6 +4,7 @@ Only shapes, dtypes and devices are looked at, never values: no check waits for 
 """
 
 import math
+import sys
 from numbers import Real
 from typing import NoReturn
 
@@ -29,11 +30,13 @@ def check_call(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
 ) -> None:
     """Check the arguments that `lmoe` and `lmoe_linear` share.
 
     Raises:
-        ValueError: a shape, a device or an option does not fit. TypeError: a type or dtype is not supported.
+        ValueError: a shape, a device or an option does not fit.
+        TypeError: a type, a layout or a dtype is not supported.
     """
     check_floating(op, "x", x)
     if x.dim() == 0:
@@ -56,28 +59,33 @@ def check_call(
     if gate_logits is not None:
         check_beside(op, "gate_logits", gate_logits, x)
         check_shape(op, "gate_logits", gate_logits, "(..., E)", (*x.shape[:-1], experts))
-    check_options(op, experts, scaling, mixing, top_k)
+    check_options(op, experts, scaling, mixing, top_k, renormalize)
 
 
-def check_options(op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None) -> None:
+def check_options(op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None, renormalize: bool) -> None:
     """Check what is neither tensor nor size."""
     check_finite(op, "scaling", scaling, "be a finite number")
     if mixing not in MIXINGS:
         fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(mixing))
     if top_k is not None:
         check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
+    check_bool(op, "renormalize", renormalize)
+
+
+def check_bool(op: str, name: str, value: bool) -> None:
+    """Check a yes or no."""
+    if not isinstance(value, bool):
+        fail(op, name, "be a bool", type(value).__name__, TypeError)
 
 
 def check_finite(op: str, name: str, value: float, must: str, at_least: float = -math.inf) -> None:
     """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)
-    try:
-        fits = math.isfinite(value) and value >= at_least
-    except OverflowError:
-        fail(op, name, must, "an integer beyond the range of a float")
-    if not fits:
-        fail(op, name, must, repr(value))
+    inside = abs(value) <= sys.float_info.max  # math.isfinite cannot be compiled, and raises for long integers
+    if not (inside and value >= at_least):
+        too_long = isinstance(value, int) and not inside
+        fail(op, name, must, "an integer beyond the range of a float" if too_long else repr(value))
 
 
 def check_positive_int(op: str, name: str, value: int, at_most: tuple[str, int] | None = None) -> None:
@@ -106,9 +114,12 @@ def check_base(op: str, base: Tensor, x: Tensor, out_features: int) -> None:
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Check for a tensor of a supported dtype."""
+    """Check for a dense tensor of a supported dtype."""
     if not isinstance(tensor, Tensor):
         fail(op, name, "be a torch.Tensor", type(tensor).__name__, TypeError)
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        fail(op, name, "be a dense tensor", got, TypeError)
     if tensor.dtype not in DTYPES:
         fail(op, name, f"have a dtype of {', '.join(map(str, DTYPES))}", tensor.dtype, TypeError)
 

@@ -22,6 +22,7 @@ def lmoe(
     scaling: float = 1.0,
     mixing: str = "factors",
     top_k: int | None = None,
+    renormalize: bool = True,
     return_router_logits: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -30,6 +31,7 @@ def lmoe(
     Semantics (mixing="factors"; x of shape (T, I)):
         g = softmax(x @ gate_weight.T);  A, B = einsum("te,eri->tri", g, lora_a), einsum("te,ero->tro", g, lora_b)
         delta = scaling * einsum("tro,tri,ti->to", B, A, x)
+
     Args:
         x: (..., I) fp32 | bf16 | fp16 | fp64, any strides, any number of tokens. Under autocast it is cast first.
         lora_a: (E, R, I), or (1, R, I): one A shared by all experts. x's dtype, or fp32 (master weights).
@@ -40,24 +42,30 @@ def lmoe(
         scaling: factor on the delta (alpha / rank in LoRA's terms).
         mixing: "factors" averages the experts' A and B and multiplies the averages (L-MoE); "outputs" averages the
             products B_e A_e x (most mixtures of LoRAs; right for adapters that were trained apart).
-        top_k: keep the k largest logits of each token and softmax over them; of equal ones the lower expert index.
+        top_k: keep the experts of the k largest logits of each token; of equal ones the lower expert index.
+        renormalize: with top_k, whether the softmax runs over the kept experts alone, so that their gates sum to 1, or over
+            all experts, those not kept getting 0 afterwards. With top_k=1 the first makes every gate 1: a loss on the output
+            then does not train the gate.
         return_router_logits: also return the logits, (..., E) in fp32 (fp64 for fp64), differentiable: balance and
             z losses are written on them. Where gate_logits are given, these are returned as they are.
         backend: "torch", "reference", ...; None takes the fastest that can, see `explain`.
+
     Returns:
         delta (..., O) in x's dtype, or base + delta; with `return_router_logits` the pair (delta, router_logits).
+
     Raises:
         ValueError: a shape, a device or an option does not fit, or the named backend cannot take the call.
-        TypeError: a type or dtype is not supported.
+        TypeError: a type, a layout or a dtype is not supported.
+
     Source: L-MoE, arXiv 2510.17898.
     """
     x, base = _autocast(x), _autocast(base)
-    checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
     return _call(
-        "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, return_router_logits,
-        backend,
+        "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, renormalize,
+        return_router_logits, backend,
     )  # fmt: skip
 
 
@@ -73,6 +81,7 @@ def lmoe_linear(
     scaling: float = 1.0,
     mixing: str = "factors",
     top_k: int | None = None,
+    renormalize: bool = True,
     return_router_logits: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -80,20 +89,24 @@ def lmoe_linear(
 
     Semantics:
         y = torch.nn.functional.linear(x, weight, bias) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)
+
     Args:
         weight: (O, I), x's dtype, as in `torch.nn.Linear`. It gets a gradient where it requires one.
         bias: (O) or None, x's dtype.
         The others: see `lmoe`.
+
     Returns:
         y (..., O) in x's dtype; with `return_router_logits` the pair (y, router_logits).
+
     Raises:
-        ValueError, TypeError: as `lmoe`.
+        ValueError: as `lmoe`.
+        TypeError: as `lmoe`.
     """
     x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
-    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
     return _call(
-        "lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, weight, bias, scaling, mixing, top_k,
+        "lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, weight, bias, scaling, mixing, top_k, renormalize,
         return_router_logits, backend,
     )  # fmt: skip
 
@@ -108,17 +121,20 @@ def explain(
     scaling: float = 1.0,
     mixing: str = "factors",
     top_k: int | None = None,
+    renormalize: bool = True,
     backend: str | None = None,
 ) -> str:
     """Which backend `lmoe` takes for these arguments, and why not the others: one line each, nothing is computed.
 
     Example:
         print(explain(x, lora_a, lora_b, gate_weight=gate_weight))
+
     Raises:
-        ValueError, TypeError: as `lmoe`.
+        ValueError: as `lmoe`.
+        TypeError: as `lmoe`.
     """
     x = _autocast(x)
-    checks.check_call("explain", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k)
+    checks.check_call("explain", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
     return dispatch.explain_choice("lmoe", _problem(x, lora_b), backend)
 
 
@@ -134,14 +150,16 @@ def _call(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     return_router_logits: bool,
     backend: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Flatten the tokens, choose the backend, apply the Function, give the leading dims back."""
+    checks.check_bool(op, "return_router_logits", return_router_logits)
     name = dispatch.choose(op, _problem(x, lora_b), backend)
     y, logits = autograd.apply(
         _flat(x), lora_a, lora_b, gate_weight, _flat(gate_logits), weight, base if weight is not None else _flat(base),
-        float(scaling), mixing, top_k, return_router_logits, name,
+        float(scaling), mixing, top_k, renormalize, return_router_logits, name,
     )  # fmt: skip
     y = _unflat(y, x)
     if not return_router_logits:
@@ -166,7 +184,9 @@ def _autocast(t: _MaybeTensor) -> _MaybeTensor:
 
     Trained parameters and an outside router's logits are not cast: they may be fp32.
     """
-    if not isinstance(t, Tensor) or t.dtype not in _CAST or t.is_meta or not torch.is_autocast_enabled(t.device.type):
+    if not isinstance(t, Tensor) or t.dtype not in _CAST or t.layout != torch.strided or t.is_meta:
+        return t
+    if not torch.is_autocast_enabled(t.device.type):
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
 

@@ -11,7 +11,7 @@ from lmoe_kernels import checks
 from lmoe_kernels.dispatch import check_name
 from lmoe_kernels.functional import lmoe, lmoe_linear
 
-CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "shared_a")
+CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a")
 _NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha"}
 
 
@@ -25,7 +25,8 @@ class LMoELinear(nn.Module):
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
         num_experts, rank: E and R.
         alpha: the delta is scaled by alpha / rank; None for `default_alpha`.
-        mixing, top_k, backend: see `lmoe`.
+        mixing, top_k, renormalize, backend: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that
+            a loss on the output does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
         shared_a: one A for all experts, a B for each.
         gate_init_std: standard deviation of the gate's initial weights; None for 1 / sqrt(in_features), under which router
             logits do not depend on the width.
@@ -88,6 +89,7 @@ class LMoELinear(nn.Module):
         alpha: float | None = None,
         mixing: str = "factors",
         top_k: int | None = None,
+        renormalize: bool = True,
         shared_a: bool = False,
         gate_init_std: float | None = None,
         output_router_logits: bool = False,
@@ -106,10 +108,10 @@ class LMoELinear(nn.Module):
         checks.check_positive_int("LMoELinear", "rank", rank)
         if alpha is not None:
             checks.check_finite("LMoELinear", "alpha", alpha, "be None or a finite number")
-        if not isinstance(shared_a, bool):
-            checks.fail("LMoELinear", "shared_a", "be a bool", type(shared_a).__name__, TypeError)
+        checks.check_bool("LMoELinear", "shared_a", shared_a)
+        checks.check_bool("LMoELinear", "output_router_logits", output_router_logits)
         alpha = default_alpha(num_experts, rank, mixing) if alpha is None else alpha
-        checks.check_options("LMoELinear", num_experts, alpha / rank, mixing, top_k)
+        checks.check_options("LMoELinear", num_experts, alpha / rank, mixing, top_k, renormalize)
         if gate_init_std is not None:
             checks.check_finite(
                 "LMoELinear", "gate_init_std", gate_init_std, "be None or a number of at least 0", at_least=0
@@ -124,7 +126,7 @@ class LMoELinear(nn.Module):
 
         self.in_features, self.out_features = features
         self.num_experts, self.rank, self.alpha, self.scaling = num_experts, rank, alpha, alpha / rank
-        self.mixing, self.top_k, self.shared_a = mixing, top_k, shared_a
+        self.mixing, self.top_k, self.renormalize, self.shared_a = mixing, top_k, renormalize, shared_a
         self.gate_init_std, self.output_router_logits, self.backend = gate_init_std, output_router_logits, backend
         self.router_logits: Tensor | None = None
         self.disabled = False
@@ -135,6 +137,12 @@ class LMoELinear(nn.Module):
         self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
         self.frozen_layer = linear.requires_grad_(False)  # last: an error before leaves the layer as it was
         self.reset_parameters()
+        if top_k == 1 and renormalize and num_experts > 1:
+            warnings.warn(
+                "LMoELinear: top_k=1 with renormalize=True: the kept gate is always 1, so the language-modelling loss does "
+                "not train the gate; pass renormalize=False",
+                stacklevel=3,
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of experts and gate, by name."""
@@ -166,6 +174,7 @@ class LMoELinear(nn.Module):
             "scaling": self.scaling,
             "mixing": self.mixing,
             "top_k": self.top_k,
+            "renormalize": self.renormalize,
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
@@ -232,6 +241,8 @@ class LMoELinear(nn.Module):
         }
         if self.top_k is not None:
             shown["top_k"] = self.top_k
+        if not self.renormalize:
+            shown["renormalize"] = False
         if self.shared_a:
             shown["shared_a"] = True
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "

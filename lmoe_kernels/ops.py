@@ -22,13 +22,13 @@ _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _library.define(
     "forward(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_logits, Tensor? weight,"
-    " Tensor? base, float scaling, str mixing, int? top_k, bool save, str backend)"
+    " Tensor? base, float scaling, str mixing, int? top_k, bool renormalize, bool save, str backend)"
     " -> (Tensor y, Tensor logits, Tensor u)",
     tags=_TAGS,
 )
 _library.define(
     "backward(Tensor dy, Tensor? dlogits_in, Tensor? x, Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor logits,"
-    " Tensor u, Tensor? weight, float scaling, str mixing, int? top_k, bool[] output_mask, str backend)"
+    " Tensor u, Tensor? weight, float scaling, str mixing, int? top_k, bool renormalize, bool[] output_mask, str backend)"
     " -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dgate, Tensor dweight)",
     tags=_TAGS,
 )
@@ -47,6 +47,7 @@ def _forward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +56,7 @@ def _forward(
     with _no_autocast(x), _no_autograd():
         y, logits, u = dispatch.load(backend).forward(
             x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_logits), _rows(base),
-            scaling, mixing, top_k, save,
+            scaling, mixing, top_k, renormalize, save,
         )  # fmt: skip
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
@@ -75,6 +76,7 @@ def _backward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     output_mask: list[bool],  # x, lora_a, lora_b, gate_weight or the outside logits, weight
     backend: str,
 ) -> tuple[Tensor, ...]:
@@ -83,7 +85,7 @@ def _backward(
     with _no_autocast(dy), _no_autograd():
         grads = dispatch.load(backend).backward(
             dy, _dense(dlogits_in), x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(logits), u,
-            scaling, mixing, top_k, tuple(output_mask[:4]),
+            scaling, mixing, top_k, renormalize, tuple(output_mask[:4]),
         )  # fmt: skip
         if grads[0] is not None and weight is not None:
             grads[0].addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
@@ -93,7 +95,8 @@ def _backward(
 
 def _forward_fake(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None, gate_logits: Tensor | None,
-    weight: Tensor | None, base: Tensor | None, scaling: float, mixing: str, top_k: int | None, save: bool, backend: str,
+    weight: Tensor | None, base: Tensor | None, scaling: float, mixing: str, top_k: int | None, renormalize: bool,
+    save: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, experts, wide = x.shape[0], lora_b.shape[0], torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(tokens, lora_b.shape[2])
@@ -105,7 +108,7 @@ def _forward_fake(
 def _backward_fake(
     dy: Tensor, dlogits_in: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
     logits: Tensor, u: Tensor, weight: Tensor | None, scaling: float, mixing: str, top_k: int | None,
-    output_mask: list[bool], backend: str,
+    renormalize: bool, output_mask: list[bool], backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)

@@ -3,7 +3,9 @@
 A frozen linear layer carries E LoRA experts of rank R and a gate. For every token t:
 
     logits[t,e] = sum_i x[t,i] gate_weight[e,i]
-    gates[t]    = softmax(logits[t])                              top_k: over the k largest, the others are 0
+    gates[t]    = softmax(logits[t])                              over all experts
+    gates[t]    = softmax(logits[t, kept])                        top_k: over the k largest; the others are 0
+    gates[t]    = softmax(logits[t])[kept]                        top_k, renormalize=False; the others are 0
     A(t), B(t)  = sum_e gates[t,e] A_e,  sum_e gates[t,e] B_e      mixing="factors"
     delta[t]    = scaling * B(t) A(t) x[t]
     delta[t]    = scaling * sum_e gates[t,e] B_e A_e x[t]          mixing="outputs"
@@ -21,6 +23,11 @@ once through B(t) and once through A(t), so that
 with all the cross terms B_e A_f. Because delta is of degree two in the gates, Euler's identity gives a check:
 `sum_e gates[t,e] dL/dgates[t,e] = 2 <dy[t], delta[t]>`.
 
+Renormalised gates of one kept expert are 1 whatever its logit, so no gradient reaches the gate. Under renormalize=False the
+logits of dropped experts have gradients too, since they stand in the softmax's denominator:
+
+    dL/dlogits[t,e] = softmax(logits[t])[e] * ([e kept] dL/dgates[t,e] - sum_{f kept} gates[t,f] dL/dgates[t,f])
+
 Letters: T tokens, I in_features, O out_features, E experts, R rank. Source: L-MoE, arXiv 2510.17898.
 """
 
@@ -28,21 +35,35 @@ import torch
 from torch import Tensor
 
 
-def gate_softmax(logits: Tensor, top_k: int | None = None) -> Tensor:
-    """Softmax over the experts, restricted to the `top_k` largest logits of each token.
+def gate_softmax(logits: Tensor, top_k: int | None = None, renormalize: bool = True) -> Tensor:
+    """The gates: a softmax of which each token keeps the `top_k` experts of the largest logits, the others 0.
 
     Of equal logits the one of the lower expert index is kept.
 
     Args:
         logits: (T, E), any floating dtype.
         top_k: experts kept for each token, None for all.
+        renormalize: whether the softmax runs over the experts kept, or over all.
+
     Returns:
-        gates (T, E), each row summing to 1.
+        gates (T, E). Each row sums to 1, or to less where a softmax over all experts has lost some.
     """
-    if top_k is not None and top_k < logits.shape[-1]:
-        dropped = logits.argsort(dim=-1, descending=True, stable=True)[..., top_k:]
-        logits = logits.scatter(-1, dropped, float("-inf"))
-    return logits.softmax(dim=-1)
+    kept = kept_experts(logits, top_k)
+    return softmax_among(logits, kept, renormalize).where(kept, 0.0)
+
+
+def kept_experts(logits: Tensor, top_k: int | None) -> Tensor:
+    """Which experts each token keeps: (T, E) of bool."""
+    kept = torch.ones_like(logits, dtype=torch.bool)
+    if top_k is None or top_k >= logits.shape[-1]:
+        return kept
+    dropped = logits.argsort(dim=-1, descending=True, stable=True)[..., top_k:]
+    return kept.scatter(-1, dropped, False)
+
+
+def softmax_among(logits: Tensor, kept: Tensor, renormalize: bool) -> Tensor:
+    """Softmax (T, E) over the experts kept, or over all."""
+    return logits.where(kept, float("-inf")).softmax(dim=-1) if renormalize else logits.softmax(dim=-1)
 
 
 def forward(
@@ -55,6 +76,7 @@ def forward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The definition, with every per-token matrix built.
@@ -62,6 +84,7 @@ def forward(
     Semantics:
         A, B = einsum("te,eri->tri", gates, lora_a), einsum("te,ero->tro", gates, lora_b)
         y = base + scaling * einsum("tro,tri,ti->to", B, A, x)          (mixing="factors")
+
     Returns:
         y (T, O) in x's dtype. Where `save` is set also logits (T, E) in fp32 (fp64 for fp64; None where they came from
         outside) and u (T, E, R) in x's dtype, which `backward` wants; else None, None. A backend may leave u unwritten for
@@ -75,7 +98,7 @@ def forward(
     else:
         assert gate_logits is not None
         logits = gate_logits.to(wide)
-    gates = gate_softmax(logits, top_k)
+    gates = gate_softmax(logits, top_k, renormalize)
 
     a_of_expert = a.expand(b.shape[0], -1, -1)
     if mixing == "factors":
@@ -106,6 +129,7 @@ def backward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     output_mask: tuple[bool, bool, bool, bool],  # of the four results
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradient of `forward`, equation by equation.
@@ -119,7 +143,9 @@ def backward(
     want_x, want_a, want_b, want_gate = output_mask
     dyw, uw, a, b = dy.to(wide), u.to(wide), lora_a.to(wide), lora_b.to(wide)
 
-    gates = gate_softmax(logits.to(wide), top_k)
+    kept = kept_experts(logits, top_k)
+    softmax = softmax_among(logits.to(wide), kept, renormalize)
+    gates = softmax.where(kept, 0.0)
     g = gates[:, :, None]  # (T, E, 1)
     dv = scaling * torch.einsum("to,ero->ter", dyw, b)
     if mixing == "factors":
@@ -132,7 +158,8 @@ def backward(
         v = g * uw
         dgates = (dv * uw).sum(dim=-1)
         du = g * dv
-    dlogits = gates * (dgates - (gates * dgates).sum(dim=-1, keepdim=True))
+    dgates = dgates.where(kept, 0.0)
+    dlogits = softmax * (dgates - (gates * dgates).sum(dim=-1, keepdim=True))
     if dlogits_in is not None:
         dlogits = dlogits + dlogits_in.to(wide)
     if lora_a.shape[0] == 1:

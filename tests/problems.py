@@ -27,14 +27,21 @@ class Case:
     R: int = 3
     mixing: str = "factors"
     top_k: int | None = None
+    renormalize: bool = True
     shared_a: bool = False
     outside_logits: bool = False
     linear: bool = False  # with a frozen weight and bias
     scaling: float = 0.75
 
+    @property
+    def options(self) -> tuple[float, str, int | None, bool]:
+        """Those that the backends' functions take by position."""
+        return self.scaling, self.mixing, self.top_k, self.renormalize
+
     def __str__(self) -> str:
         options = [self.mixing]
         options += [f"top{self.top_k}"] if self.top_k else []
+        options += [] if self.renormalize else ["not_renormalized"]
         options += [name for name in ("shared_a", "outside_logits", "linear") if getattr(self, name)]
         return f"T{self.T}-I{self.I}-O{self.O}-E{self.E}-R{self.R}-" + "-".join(options)
 
@@ -54,7 +61,7 @@ class Problem:
         tensors = {**self.tensors, **tensors}
         case = self.case
         kwargs = {
-            "scaling": case.scaling, "mixing": case.mixing, "top_k": case.top_k,
+            "scaling": case.scaling, "mixing": case.mixing, "top_k": case.top_k, "renormalize": case.renormalize,
             "return_router_logits": True, "backend": backend,
         }  # fmt: skip
         kwargs |= {name: tensors[name] for name in ("gate_weight", "gate_logits") if name in tensors}
@@ -86,6 +93,10 @@ CASES = [
     Case(T=21, outside_logits=True),
     Case(T=9, outside_logits=True, mixing="outputs", top_k=1, linear=True),
     Case(T=130, I=136, O=72, E=3, R=9),
+    Case(T=19, I=40, O=33, E=6, R=4, top_k=2, renormalize=False),
+    Case(T=23, I=30, O=48, E=7, R=3, top_k=3, renormalize=False, shared_a=True, outside_logits=True),
+    Case(T=9, E=4, top_k=1, renormalize=False, mixing="outputs", linear=True),
+    Case(T=12, top_k=2, renormalize=False, mixing="outputs", shared_a=True),
 ]
 
 
@@ -97,7 +108,8 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     def draw(*shape: int, scale: float = 1.0, to: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, device=device) * scale).to(to)
 
-    gate_weight = draw(case.E, case.I, scale=case.I**-0.5, to=param_dtype)
+    of_features = max(case.I, 1) ** -0.5
+    gate_weight = draw(case.E, case.I, scale=of_features, to=param_dtype)
     choosy = case.top_k is not None and case.top_k < case.E
     pool = draw(8 * case.T + 8 if choosy else case.T, case.I)
     pool_logits = pool.double() @ gate_weight.double().t()
@@ -107,7 +119,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     x = pool[keep]
     tensors = {
         "x": x,
-        "lora_a": draw(experts_of_a, case.R, case.I, scale=case.I**-0.5, to=param_dtype),
+        "lora_a": draw(experts_of_a, case.R, case.I, scale=of_features, to=param_dtype),
         "lora_b": draw(case.E, case.R, case.O, scale=case.R**-0.5, to=param_dtype),
     }
     if case.outside_logits:
@@ -115,7 +127,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
     else:
         tensors["gate_weight"] = gate_weight
     if case.linear:
-        tensors |= {"weight": draw(case.O, case.I, scale=case.I**-0.5), "bias": draw(case.O)}
+        tensors |= {"weight": draw(case.O, case.I, scale=of_features), "bias": draw(case.O)}
     return Problem(case, tensors, draw(case.T, case.O), draw(case.T, case.E, to=torch.promote_types(dtype, torch.float32)))
 
 
@@ -132,7 +144,7 @@ def eager(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]
     case, x = problem.case, tensors["x"]
     lora_a, lora_b = tensors["lora_a"].to(x.dtype), tensors["lora_b"].to(x.dtype)
     logits = F.linear(x, tensors["gate_weight"].to(x.dtype)) if "gate_weight" in tensors else tensors["gate_logits"]
-    gates = reference.gate_softmax(logits, case.top_k).to(x.dtype)
+    gates = reference.gate_softmax(logits, case.top_k, case.renormalize).to(x.dtype)
     u = torch.einsum("ti,eri->ter", x, lora_a)
     if case.mixing == "factors":
         h = torch.einsum("te,ter->tr", gates, u.expand(-1, case.E, -1))
@@ -168,9 +180,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     x = leaves["x"]
     logits = x @ leaves["gate_weight"].t() if "gate_weight" in leaves else leaves["gate_logits"]
     base = F.linear(x, leaves["weight"], leaves["bias"]) if case.linear else None
-    y, _, _ = reference.forward(
-        x, leaves["lora_a"], leaves["lora_b"], None, logits, base, case.scaling, case.mixing, case.top_k, False
-    )
+    y, _, _ = reference.forward(x, leaves["lora_a"], leaves["lora_b"], None, logits, base, *case.options, False)
     return outcome(problem, (y, logits), leaves)
 
 

@@ -17,13 +17,15 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("case", [Case(linear=True), Case(outside_logits=True, shared_a=True), Case(T=0)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(linear=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)], ids=str
+)
 def test_opcheck(case: Case) -> None:
     problem = make_problem(case, torch.float32)
     t = problem.tensors
     gate = t.get("gate_weight")
     args = (t["x"], t["lora_a"], t["lora_b"], gate, t.get("gate_logits"), t.get("weight"), t.get("bias"))
-    options = (case.scaling, case.mixing, case.top_k)
+    options = case.options
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(ops.forward, (*args, *options, True, "torch"), test_utils=utilities)
     torch.library.opcheck(ops.forward, (*args, *options, False, "torch"), test_utils=utilities)
@@ -36,7 +38,7 @@ def test_opcheck(case: Case) -> None:
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compile_fullgraph_forward_and_backward(compiler: str) -> None:
-    problem = make_problem(Case(T=12, linear=True), torch.float64)
+    problem = make_problem(Case(T=12, linear=True, top_k=2, renormalize=False), torch.float64)
     names = list(problem.tensors)
 
     def function(*tensors):

@@ -30,7 +30,7 @@ HALVES = [torch.bfloat16, torch.float16]
 # Few tokens, odd sizes and options of every kind, more columns than shrink takes at a time, more tokens than a tile, more
 # experts than a warp has lanes.
 WAYS_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
-WAYS_CASES.append(Case(T=5, I=24, O=40, E=40, R=2, top_k=3))
+WAYS_CASES += [Case(T=5, I=24, O=40, E=40, R=2, top_k=3), *(case for case in CASES if not case.renormalize)]
 
 
 @pytest.fixture(params=["one pass", "stages", "shrink in parts"])
@@ -90,7 +90,7 @@ def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | No
     case = Case(T=70, I=40, O=136, E=4, R=8)
     t = make_problem(case, torch.float32).tensors
     base = None if base_shape is None else torch.randn(base_shape)[..., :136]
-    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, base, 0.5, "factors", None, save)
+    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, base, 0.5, "factors", None, True, save)
     _compare_with_reference(args)
     # y, u and logits where they are saved; stage by stage these two always, v, gates, and the parts' sums
     made = [count for _, count in watch.buffers]
@@ -217,7 +217,7 @@ def test_decode_plans_cover_the_problem_and_fit(processors: int) -> None:
 def test_an_address_off_by_a_byte_is_refused(emulated_cuda: ModuleType) -> None:
     params, bf16 = emulated_cuda.ForwardParams(), extension.DTYPES[torch.bfloat16]
     x = 4097
-    params.set_problem(bf16, *[1] * 7, 1.0, True, x, 1, 0, False, 0, False, 0, False, 0, True, 0, 0, 0, 0)
+    params.set_problem(bf16, *[1] * 7, True, 1.0, True, x, 1, 0, False, 0, False, 0, False, 0, True, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="x must lie on a multiple of its element's size, got address 4097"):
         emulated_cuda.forward(params, 0, 0)
 
@@ -316,7 +316,7 @@ def test_the_automatic_choice_takes_it_for_few_tokens(emulated_cuda) -> None:
 
 def test_saved_u_is_the_reference_s(emulated_cuda, watch) -> None:
     t = make_problem(Case(T=3), torch.float32).tensors
-    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 0.5, "factors", None, True)
+    args = (t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 0.5, "factors", None, True, True)
     _compare_with_reference(args)
 
 

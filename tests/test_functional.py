@@ -1,5 +1,7 @@
 """The functions' front: errors word for word, autocast, router logits, what is saved, which backend is taken."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -55,11 +57,15 @@ BAD = [
         ValueError,
         "gate_logits must have shape (..., E) = (2, 8), got (3, 8)",
     ),
-    ({"scaling": "1"}, TypeError, "scaling must be a number, got str"),
+    ({"scaling": "1"}, TypeError, "scaling must be a finite number, got str"),
+    ({"scaling": float("nan")}, ValueError, "scaling must be a finite number, got nan"),
+    ({"scaling": -(10**400)}, ValueError, "scaling must be a finite number, got an integer beyond the range of a float"),
     ({"mixing": "sum"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'sum'"),
     ({"top_k": 0}, ValueError, "top_k must be in 1 .. E = 8, got 0"),
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
     ({"top_k": 2.0}, TypeError, "top_k must be an int, got float"),
+    ({"renormalize": None}, TypeError, "renormalize must be a bool, got NoneType"),
+    ({"return_router_logits": "yes"}, TypeError, "return_router_logits must be a bool, got str"),
     ({"base": torch.zeros(2, 11)}, ValueError, "base must have shape (..., O) = (2, 12), got (2, 11)"),
     ({"base": torch.zeros(2, 12).half()}, TypeError, "base must have dtype torch.float32 as x, got torch.float16"),
 ]
@@ -93,6 +99,34 @@ def test_bad_linear_layer(changes: dict, text: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         lmoe_linear(**_arguments(**{"weight": torch.zeros(12, 16), "bias": None, **changes}))
     assert str(caught.value) == f"lmoe_linear: {text}"
+
+
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "gate_weight", "gate_logits", "base", "weight", "bias"])
+@pytest.mark.parametrize(
+    ("made", "got"),
+    [
+        (torch.Tensor.to_sparse, "one of layout torch.sparse_coo"),
+        (torch.Tensor.to_mkldnn, "one of layout torch._mkldnn"),
+        (lambda t: torch.nested.nested_tensor(list(t.view(2, -1))), "a nested one"),
+        (lambda t: torch.nested.nested_tensor(list(t.view(2, -1)), layout=torch.jagged), "a nested one"),
+    ],
+    ids=["sparse", "mkldnn", "nested", "jagged"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_that_are_not_dense(made: Callable, got: str, name: str) -> None:
+    """Under autocast too, which would cast them first."""
+    function, arguments = lmoe, _arguments()
+    if name in ("weight", "bias"):
+        function, arguments = lmoe_linear, arguments | {"weight": torch.zeros(12, 16), "bias": torch.zeros(12)}
+    elif name == "gate_logits":
+        arguments = arguments | {"gate_weight": None, "gate_logits": torch.zeros(2, 8)}
+    elif name == "base":
+        arguments["base"] = torch.zeros(2, 12)
+    arguments[name] = made(arguments[name])
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(TypeError) as caught:
+            function(**arguments)
+        assert str(caught.value) == f"{function.__name__}: {name} must be a dense tensor, got {got}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

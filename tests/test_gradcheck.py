@@ -9,10 +9,16 @@ from tests.problems import Case, leaves_of, make_problem
 
 @pytest.mark.parametrize("outside_logits", [False, True], ids=["gate_weight", "gate_logits"])
 @pytest.mark.parametrize("shared_a", [False, True], ids=["own_a", "shared_a"])
-@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize(("top_k", "renormalize"), [(None, True), (2, True), (2, False)])
 @pytest.mark.parametrize("mixing", ["factors", "outputs"])
 def test_gradcheck(
-    mixing: str, top_k: int | None, shared_a: bool, outside_logits: bool, backend: str, exact: torch.dtype
+    mixing: str,
+    top_k: int | None,
+    renormalize: bool,
+    shared_a: bool,
+    outside_logits: bool,
+    backend: str,
+    exact: torch.dtype,
 ) -> None:
     if exact != torch.float64:
         pytest.skip(f"the {backend} backend does not take float64")
@@ -22,7 +28,7 @@ def test_gradcheck(
 
     def function(x, lora_a, lora_b, gate_tensor):
         return lmoe(
-            x, lora_a, lora_b, **{gate: gate_tensor}, scaling=1.3, mixing=mixing, top_k=top_k,
+            x, lora_a, lora_b, **{gate: gate_tensor}, scaling=1.3, mixing=mixing, top_k=top_k, renormalize=renormalize,
             return_router_logits=True, backend=backend,
         )  # fmt: skip
 

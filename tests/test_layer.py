@@ -178,6 +178,9 @@ BAD = [
     ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
     ({"rank": 2.0}, TypeError, "rank must be an int, got float"),
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
+    ({"renormalize": "yes"}, TypeError, "renormalize must be a bool, got str"),
+    ({"shared_a": 1}, TypeError, "shared_a must be a bool, got int"),
+    ({"output_router_logits": None}, TypeError, "output_router_logits must be a bool, got NoneType"),
     ({"mixing": "mean"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'mean'"),
     ({"alpha": "16"}, TypeError, "alpha must be None or a finite number, got str"),
     ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be None or a number of at least 0, got -0.1"),
@@ -186,7 +189,7 @@ BAD = [
     (
         {"r": 8, "lora_alpha": 16},
         TypeError,
-        "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'shared_a', 'gate_init_std', "
+        "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'renormalize', 'shared_a', 'gate_init_std', "
         "'output_router_logits', 'backend', got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
     ),
     (

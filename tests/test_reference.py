@@ -21,8 +21,9 @@ def _by_loop(problem) -> torch.Tensor:
     for token, x in enumerate(t["x"]):
         logits = t["gate_logits"][token] if case.outside_logits else t["gate_weight"] @ x
         kept = sorted(range(case.E), key=lambda e: (-logits[e].item(), e))[: case.top_k or case.E]
-        weight = {e: torch.exp(logits[e] - logits[kept].max()) for e in kept}
-        gate = {e: w / sum(weight.values()) for e, w in weight.items()}
+        among = kept if case.renormalize else range(case.E)
+        weight = {e: torch.exp(logits[e] - logits[kept].max()) for e in among}
+        gate = {e: weight[e] / sum(weight.values()) for e in kept}
         a = {e: t["lora_a"][0 if case.shared_a else e] for e in kept}
         b = {e: t["lora_b"][e].t() for e in kept}
         if case.mixing == "factors":
@@ -111,7 +112,7 @@ def test_fp32_parameters_of_the_reference_never_pass_through_half_precision() ->
     """Beside bf16 tokens, logits and gradients have the error of fp32 sums over the same numbers."""
     case = Case(T=19, E=4)
     problem = make_problem(case, torch.bfloat16, param_dtype=torch.float32)
-    t, options = problem.tensors, (case.scaling, case.mixing, case.top_k)
+    t, options = problem.tensors, case.options
     factors = t["lora_a"], t["lora_b"], t["gate_weight"]
     _, logits, u = reference.forward(t["x"], *factors, None, None, *options, True)
     assert logits is not None

@@ -27,7 +27,9 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_forward_reads_x_once_and_writes_y_once(processors: int) -> None:
     t = make_problem(CASE, torch.bfloat16).tensors
     with counted() as counts:
-        y, _, _ = FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True)
+        y, _, _ = FORWARD.forward(
+            t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True, True
+        )
     assert any("one_pass" in access.kernel for access in counts) == (processors == 1)
     assert of_tensor(counts, t["x"]).loaded == t["x"].nbytes
     assert stored_to(counts, "y", "out") == y.nbytes
@@ -36,7 +38,7 @@ def test_forward_reads_x_once_and_writes_y_once(processors: int) -> None:
 def test_forward_reads_base_once(processors: int) -> None:
     t, base = make_problem(CASE, torch.bfloat16).tensors, torch.randn(CASE.T, CASE.O).bfloat16()
     with counted() as counts:
-        FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, base, 1.0, "factors", None, False)
+        FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, base, 1.0, "factors", None, True, False)
     assert of_tensor(counts, base).loaded == base.nbytes
     assert stored_to(counts, "logits") == 0, "nobody asked for the logits"
 
@@ -71,7 +73,7 @@ def test_a_gradient_nobody_asked_for_costs_nothing(processors: int, mask: tuple[
 def test_factors_of_many_experts_are_read_again_and_only_then() -> None:
     t = make_problem(replace(CASE, E=12, R=8), torch.bfloat16).tensors  # 96 columns: two tiles of 64 in the interpreter
     with counted() as counts:
-        FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True)
+        FORWARD.forward(t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", None, True, True)
     assert of_tensor(counts, t["x"]).loaded == 2 * t["x"].nbytes
 
 
@@ -79,7 +81,7 @@ def test_work_of_few_experts_of_many_grows_with_the_few() -> None:
     flops, loaded = {}, {}
     for E, top_k in ((24, 2), (48, 2)):
         t = make_problem(Case(T=120, I=40, O=48, E=E, R=4, top_k=top_k), torch.bfloat16).tensors
-        arguments = t["x"], t["lora_a"], t["lora_b"], None, torch.randn(120, E), None, 1.0, "factors", top_k, True
+        arguments = t["x"], t["lora_a"], t["lora_b"], None, torch.randn(120, E), None, 1.0, "factors", top_k, True, True
         with counted() as counts, counted_flops() as of_kernel:
             y, _, u = FORWARD.forward(*arguments)
         assert any("grouped" in access.kernel for access in counts)
@@ -96,7 +98,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
     problem = make_problem(case, torch.bfloat16)
     t = problem.tensors
     _, logits, u = FORWARD.forward(
-        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", case.top_k, True
+        t["x"], t["lora_a"], t["lora_b"], t["gate_weight"], None, None, 1.0, "factors", case.top_k, True, True
     )
     with counted() as counts:
         dx, _, _, _ = BACKWARD.backward(
@@ -111,6 +113,7 @@ def _backward(case: Case, mask: tuple[bool, ...]):
             1.0,
             "factors",
             case.top_k,
+            True,
             mask,
         )
     return counts, problem, dx

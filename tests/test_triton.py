@@ -29,6 +29,9 @@ CASES = [
     Case(T=110, I=40, O=50, E=12, R=6, top_k=2, mixing="outputs", outside_logits=True),
     Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
     Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, top_k=5),  # more experts than a block of expand or wgrad holds
+    Case(T=110, I=40, O=50, E=12, R=6, top_k=2, renormalize=False),
+    Case(T=110, I=40, O=50, E=12, R=6, top_k=1, renormalize=False, mixing="outputs", outside_logits=True),
+    Case(T=40, I=150, O=140, E=5, R=3, top_k=3, renormalize=False, shared_a=True),
 ]
 
 
@@ -48,7 +51,13 @@ def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch
 
 @pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
 @pytest.mark.parametrize(
-    "case", [Case(T=3, I=4, O=5, E=3, R=2, top_k=2), Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs")], ids=str
+    "case",
+    [
+        Case(T=3, I=4, O=5, E=3, R=2, top_k=2),
+        Case(T=3, I=4, O=5, E=3, R=2, top_k=2, renormalize=False),
+        Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs"),
+    ],
+    ids=str,
 )
 def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     chip = Chip("interpreter", processors, 1 << 16)
@@ -58,7 +67,8 @@ def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch)
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         named = dict(zip(leaves, tensors, strict=True))
-        return lmoe(**named, scaling=0.3, mixing=case.mixing, top_k=case.top_k, return_router_logits=True, backend="triton")
+        options = {"mixing": case.mixing, "top_k": case.top_k, "renormalize": case.renormalize}
+        return lmoe(**named, scaling=0.3, **options, return_router_logits=True, backend="triton")
 
     torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
 

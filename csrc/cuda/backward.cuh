@@ -4,7 +4,7 @@
 //     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
 //     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix
 //     outputs: dgates = <dv, u>;  du = gates dv
-//     dlogits = gates * (dgates - sum_e gates dgates) + dlogits_in
+//     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in                           dgates 0 for experts dropped
 //     z = [du, dlogits];   dx = z [lora_a; gate_weight];   [dlora_a; dgate_weight] = z^T x     expand, wgrad
 //     dlora_b = scaling * v^T dy                                                              wgrad
 #pragma once
@@ -40,8 +40,10 @@ __device__ __forceinline__ void mix_bwd(const BackwardParams& p, int64_t t, int6
     for (int64_t e = 0; e < p.E; ++e) dh += s.gates[e] * to_float(dv[e * p.R]);
     s.h[r] = h;
     s.dh[r] = dh;
-    if (p.experts_of_a == 1) {
-        *z = from_float<S>(dh);  // under both mixings: a shared A gathers from every expert, and the gates sum to one
+    if (p.experts_of_a == 1) {  // a shared A gathers from every expert: under "factors" dh times each gate
+        float sum = p.factors && !p.renormalize ? 0.f : 1.f;
+        for (int64_t e = 0; p.factors && !p.renormalize && e < p.E; ++e) sum += s.gates[e];
+        *z = from_float<S>(sum * dh);
         return;
     }
     for (int64_t e = 0; e < p.E; ++e) z[e * p.R] = from_float<S>(s.gates[e] * (p.factors ? dh : to_float(dv[e * p.R])));
@@ -61,15 +63,22 @@ __device__ __forceinline__ void gate_bwd(const BackwardParams& p, int64_t t, int
     s.dgates[e] = sum;
 }
 
-// The backward of one token's softmax, into z or to an outside router.
+// The backward of one token's softmax, into z or to an outside router. Where it was over all experts, those dropped have a
+// gradient too: the largest logit's expert is kept, and from its gate a dropped one's value follows by how far it is behind.
 template <class S>
 __device__ __forceinline__ void softmax_bwd(const BackwardParams& p, int64_t t) {
     const Scratch s = Scratch::of(p, t);
     S* z = static_cast<S*>(p.z) + t * p.z_stride + p.experts_of_a * p.R;
-    float mean = 0.f;
+    auto logit = [&](int64_t e) { return load<S>(p.logits, t * p.E + e, p.logits_fp32); };
+    float mean = 0.f, largest = -INFINITY, its_gate = 0.f;
     for (int64_t e = 0; e < p.E; ++e) mean += s.gates[e] * s.dgates[e];
+    for (int64_t e = 0; e < p.E && !p.renormalize; ++e) {
+        largest = fmaxf(largest, logit(e));
+        its_gate = fmaxf(its_gate, s.gates[e]);
+    }
     for (int64_t e = 0; e < p.E; ++e) {
         float dlogit = s.gates[e] * (s.dgates[e] - mean);
+        if (!p.renormalize && s.gates[e] == 0.f) dlogit = its_gate * expf(logit(e) - largest) * -mean;
         if (p.dlogits_in != nullptr) dlogit += p.dlogits_in[t * p.E + e];
         if (p.gate_weight != nullptr) z[e] = from_float<S>(dlogit);
         if (p.dlogits != nullptr) store<S>(p.dlogits, t * p.E + e, p.logits_fp32, dlogit);

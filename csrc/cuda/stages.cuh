@@ -117,8 +117,10 @@ __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const void*
         for (int flip = lanes / 2; flip > 0; flip /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, flip));
         for (int e = lane; own && e < E; e += lanes) {
             const float logit = load<S>(logits, row + e, p.logits_fp32);
-            const float gate = is_kept<S>(p, logits, row, e, logit) ? expf(logit - largest) : 0.f;
-            sum += out[e] = gate;
+            const bool kept = is_kept<S>(p, logits, row, e, logit);
+            const float weight = kept || !p.renormalize ? expf(logit - largest) : 0.f;
+            sum += weight;
+            out[e] = kept ? weight : 0.f;
         }
         for (int flip = lanes / 2; flip > 0; flip /= 2) sum += __shfl_xor_sync(~0u, sum, flip);
         for (int e = lane; own && e < E; e += lanes) out[e] /= sum;

@@ -72,7 +72,7 @@ struct Problem {
     int64_t T, I, O, E, R, experts_of_a, top_k, x_stride, base_stride, splits, parts;
     Dtype dtype;
     Forward forward;
-    bool factors, outside, has_base, saves;
+    bool renormalize, factors, outside, has_base, saves;
     float scaling = 0.75f;
     Tensor x, a, b, gate_weight, logits_in, base, dy;
 
@@ -87,6 +87,7 @@ struct Problem {
         if (draw(0, 7) == 0) E = draw(9, 12), R = 16;  // more columns than shrink takes at a time
         experts_of_a = draw(0, 3) == 0 ? 1 : E;
         top_k = coin() ? E : draw(1, E);
+        renormalize = seed % 2 == 0;
         dtype = static_cast<Dtype>(draw(0, 2));
         factors = coin();
         outside = draw(0, 3) == 0;
@@ -110,7 +111,8 @@ struct Problem {
 
     void fill(ForwardParams& p) const {
         p.T = T, p.I = I, p.O = O, p.E = E, p.R = R;
-        p.dtype = dtype, p.experts_of_a = experts_of_a, p.top_k = top_k, p.scaling = scaling, p.factors = factors;
+        p.dtype = dtype, p.experts_of_a = experts_of_a, p.top_k = top_k, p.renormalize = renormalize || top_k == E;
+        p.scaling = scaling, p.factors = factors;
         p.x = x.data(), p.x_stride = x_stride, p.lora_a = a.data(), p.lora_b = b.data(), p.gate_weight = gate_weight.data();
         p.lora_a_fp32 = a.dtype == Dtype::fp32, p.lora_b_fp32 = b.dtype == Dtype::fp32;
         p.gate_weight_fp32 = gate_weight.dtype == Dtype::fp32;
@@ -196,7 +198,8 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
     const bool shared = q.experts_of_a == 1;
     auto a_at = [&](int64_t e, int64_t r, int64_t i) { return ((shared ? 0 : e) * q.R + r) * q.I + i; };
     auto b_at = [&](int64_t e, int64_t r, int64_t o) { return (e * q.R + r) * q.O + o; };
-    std::vector<double> logit(q.E), gate(q.E), u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
+    std::vector<double> logit(q.E), softmax(q.E), gate(q.E), u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
+    std::vector<bool> kept(q.E);
     for (int64_t e = 0; e < q.E; ++e) {
         if (q.outside) logit[e] = q.logits_in.get(t * q.E + e);
         for (int64_t i = 0; i < q.I && !q.outside; ++i)
@@ -206,10 +209,12 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
     for (int64_t e = 0; e < q.E; ++e) {
         int64_t before = 0;
         for (int64_t f = 0; f < q.E; ++f) before += logit[f] > logit[e] || (logit[f] == logit[e] && f < e);
-        sum += gate[e] = before < q.top_k ? std::exp(logit[e]) : 0;
+        kept[e] = before < q.top_k;
+        sum += softmax[e] = kept[e] || !q.renormalize ? std::exp(logit[e]) : 0;
     }
     for (int64_t e = 0; e < q.E; ++e) {
-        gate[e] /= sum;
+        softmax[e] /= sum;
+        gate[e] = kept[e] ? softmax[e] : 0;
         for (int64_t r = 0; r < q.R; ++r) {
             for (int64_t i = 0; i < q.I; ++i) u[e * q.R + r] += q.a.get(a_at(e, r, i)) * q.x.get(t * q.x_stride + i);
             for (int64_t o = 0; o < q.O; ++o) dv[e * q.R + r] += q.scaling * q.b.get(b_at(e, r, o)) * q.dy.get(t * q.O + o);
@@ -236,7 +241,7 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
     }
     for (int64_t o = 0; o < q.O && q.has_base; ++o) out.y[t * q.O + o] += q.base.get(t * q.base_stride + o);
     for (int64_t e = 0; e < q.E; ++e) {
-        const double dlogit = gate[e] * (dg[e] - mean);
+        const double dlogit = softmax[e] * ((kept[e] ? dg[e] : 0) - mean);
         if (q.outside) out.dgate[t * q.E + e] = dlogit;
         for (int64_t i = 0; i < q.I && !q.outside; ++i) {
             out.dgate[e * q.I + i] += dlogit * q.x.get(t * q.x_stride + i);

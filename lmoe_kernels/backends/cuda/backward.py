@@ -20,6 +20,7 @@ def backward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
@@ -50,7 +51,9 @@ def backward(
 
     library = extension.library()
     params = library.BackwardParams()
-    set_problem(params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k)
+    set_problem(
+        params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k, renormalize
+    )  # fmt: skip
     params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
     params.dy = dy.data_ptr()
     params.dy_stride = dy.stride(0)

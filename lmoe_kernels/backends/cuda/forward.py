@@ -23,6 +23,7 @@ def forward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
@@ -43,7 +44,7 @@ def forward(
 
     params = library.ForwardParams() if plan is None else library.DecodeParams()
     router = logits if has_gate else gate_logits
-    set_problem(params, x, lora_a, lora_b, gate_weight, router, base, u, y, tokens, scaling, mixing, top_k)
+    set_problem(params, x, lora_a, lora_b, gate_weight, router, base, u, y, tokens, scaling, mixing, top_k, renormalize)
     rows = experts_of_a * rank + (experts if has_gate else 0)
     if plan is not None:
         partial = x.new_empty(plan.chunks, tokens, rows, dtype=torch.float32)
@@ -75,19 +76,23 @@ def set_problem(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
 ) -> None:
     """Fill in what forward and backward have in common, in the order of `set_problem` in csrc/bindings.cpp."""
     fp32 = torch.float32
     experts_of_a, rank, in_features = lora_a.shape
     experts, _, out_features = lora_b.shape
+    kept = experts if top_k is None else top_k
+    # a gate without features has no memory, and null would say that the logits come from outside
+    gate = 0 if gate_weight is None else gate_weight.data_ptr() or 16
     params.set_problem(
         extension.DTYPES[like.dtype],
-        tokens, in_features, out_features, experts, rank, experts_of_a, experts if top_k is None else top_k,
+        tokens, in_features, out_features, experts, rank, experts_of_a, kept, renormalize or kept == experts,
         scaling, mixing == "factors",
         *((0, 0) if x is None else (x.data_ptr(), x.stride(0))),
         lora_a.data_ptr(), lora_a.dtype is fp32,
         lora_b.data_ptr(), lora_b.dtype is fp32,
-        *((0, False) if gate_weight is None else (gate_weight.data_ptr(), gate_weight.dtype is fp32)),
+        gate, gate_weight is not None and gate_weight.dtype is fp32,
         *((0, True) if logits is None else (logits.data_ptr(), logits.dtype is fp32)),
         *((0, 0) if base is None else (base.data_ptr(), base.stride(0) if base.dim() == 2 else 0)),
         0 if u is None else u.data_ptr(),

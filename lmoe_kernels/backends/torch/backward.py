@@ -6,7 +6,7 @@ Nothing is differentiated automatically and nothing is computed that `output_mas
 import torch
 from torch import Tensor
 
-from lmoe_kernels.backends.torch.forward import blend, expand, gate_softmax, matmul_wide, mix, shrink
+from lmoe_kernels.backends.torch.forward import blend, expand, gate_softmax, matmul_wide, mix, of_kept, shrink, sums_of
 
 
 def backward(
@@ -21,18 +21,21 @@ def backward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
     want_x, want_a, want_b, want_gate = output_mask
-    gates = gate_softmax(logits, dy.dtype, top_k)
-    h, v = mix(gates, u, mixing)
+    softmax, dropped = gate_softmax(logits, dy.dtype, top_k, renormalize)
+    gates = of_kept(softmax, dropped)
+    sums = sums_of(gates, dropped)
+    h, v = mix(gates, u, mixing, sums)
     dlora_b = wgrad(v, dy, lora_b, scaling) if want_b else None
     if not (want_x or want_a or want_gate):
         return None, None, dlora_b, None
 
-    du, dgates = mix_backward(gates, u, h, shrink(dy, lora_b), scaling, mixing)
-    dlogits = torch.ops.aten._softmax_backward_data(dgates, gates, 1, gates.dtype)
+    du, dgates = mix_backward(gates, u, h, shrink(dy, lora_b), scaling, mixing, sums)
+    dlogits = torch.ops.aten._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
     if dlogits_in is not None:
         dlogits += dlogits_in
 
@@ -59,6 +62,7 @@ def mix_backward(
     dv: Tensor,  # (T, E, R), still without the scaling
     scaling: float,
     mixing: str,
+    sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
 ) -> tuple[Tensor, Tensor]:
     """du, shaped and typed as u, and dgates (T, E) in the gates' dtype."""
     wide, dv = gates.dtype, dv.to(gates.dtype)
@@ -70,8 +74,8 @@ def mix_backward(
     else:
         dh = blend(gates, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
         dgates = (dv * h).sum(dim=2).mul_(scaling)
-    if u.shape[1] == 1:  # a shared A gathers from every expert, and the gates sum to one
-        return du.copy_(dh), dgates
+    if u.shape[1] == 1:  # a shared A gathers from every expert: under "factors" the same from each, times its gate
+        return du.copy_(dh if mixing == "outputs" or sums is None else sums * dh), dgates
     return torch.mul(gates[:, :, None], dh, out=du), dgates
 
 

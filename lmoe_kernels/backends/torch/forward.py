@@ -18,6 +18,7 @@ def forward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
@@ -27,7 +28,9 @@ def forward(
     else:
         assert gate_logits is not None
         logits = gate_logits
-    _, v = mix(gate_softmax(logits, x.dtype, top_k), u, mixing)
+    softmax, dropped = gate_softmax(logits, x.dtype, top_k, renormalize)
+    gates = of_kept(softmax, dropped)
+    _, v = mix(gates, u, mixing, sums_of(gates, dropped))
     y = expand(v, lora_b, base, scaling)
     if not save:
         return y, None, None
@@ -40,23 +43,39 @@ def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     return (rows @ flat.t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
 
 
-def gate_softmax(logits: Tensor, dtype: torch.dtype, top_k: int | None) -> Tensor:
-    """Gates (T, E), in fp32 at least: of equal logits the lower expert index stays among the `top_k`."""
-    wide = torch.promote_types(dtype, torch.float32)
+def gate_softmax(logits: Tensor, dtype: torch.dtype, top_k: int | None, renormalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Softmax (T, E), in fp32 at least, over the experts kept or over all; and of all the experts dropped, (T, E - k).
+
+    Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
+    """
+    wide, dropped = torch.promote_types(dtype, torch.float32), None
     if top_k is not None and top_k < logits.shape[1]:
         dropped = logits.argsort(dim=1, descending=True, stable=True)[:, top_k:]
-        logits = logits.scatter(1, dropped, float("-inf"))
-    return logits.softmax(dim=1, dtype=wide)
+        if renormalize:
+            logits, dropped = logits.scatter(1, dropped, float("-inf")), None
+    return logits.softmax(dim=1, dtype=wide), dropped
 
 
-def mix(gates: Tensor, u: Tensor, mixing: str) -> tuple[Tensor, Tensor]:
+def of_kept(values: Tensor, dropped: Tensor | None) -> Tensor:
+    """The values (T, E) of the experts kept, 0 for those that are still to be dropped."""
+    return values if dropped is None else values.scatter(1, dropped, 0.0)
+
+
+def sums_of(gates: Tensor, dropped: Tensor | None) -> Tensor | None:
+    """The sum of each token's gates, (T, 1, 1); None where it is 1."""
+    return None if dropped is None else gates.sum(dim=1)[:, None, None]
+
+
+def mix(gates: Tensor, u: Tensor, mixing: str, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """Blend the experts of every token, in the gates' dtype; only v is rounded, once.
 
     Returns:
         h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
     """
-    alone = mixing == "outputs" or u.shape[1] == 1  # under a shared A the blend is u itself: the gates sum to one
+    alone = mixing == "outputs" or u.shape[1] == 1  # under a shared A the blend is u itself, times the gates' sum
     h = u.to(gates.dtype) if alone else blend(gates, u)
+    if mixing == "factors" and u.shape[1] == 1 and sums is not None:
+        h = sums * h
     v = u.new_empty(gates.shape[0], gates.shape[1], u.shape[2])
     return h, torch.mul(gates[:, :, None], h, out=v)
 

@@ -40,10 +40,12 @@ from lmoe_kernels.backends.triton.launch import (
     sizes_of,
 )
 from lmoe_kernels.backends.triton.tiles import (
-    gates_of,
     load_rows,
     mix_bwd_tile,
+    of_kept,
     shrink_tile,
+    softmax_and_kept,
+    softmax_bwd,
     store_rows,
     sum_splits,
 )
@@ -61,12 +63,13 @@ def backward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     output_mask: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
     want_x, want_a, want_b, want_gate = output_mask
     sizes, chip = sizes_of(dy, lora_a, lora_b), chip_of(dy.device)
-    plan, mix = configs.backward_plan(sizes, dy.dtype, chip), mix_constants(sizes, mixing, top_k)
+    plan, mix = configs.backward_plan(sizes, dy.dtype, chip), mix_constants(sizes, mixing, top_k, renormalize)
     groups = configs.grouped_plan(sizes, top_k, dy.dtype, chip)
     if groups is not None:
         with on_device_of(dy):
@@ -118,14 +121,14 @@ def backward_in_groups(
     want_x, want_a, want_b, want_gate = output_mask
     (T, E, R), K = u.shape, mix["TOP_K"]
     dx = dlora_a = dlora_b = dgate = None
-    route = grouped.route(None, logits, None, dy, E, K, plan.mix)
+    route = grouped.route(None, logits, None, dy, mix, plan.mix)
     du = dy.new_empty(T, K, R) if want_x or want_a else None
     v = dy.new_empty(T, K, R) if want_b else None
     dlogits = dy.new_empty(T, E, dtype=logits.dtype if gate_weight is None else dy.dtype)
     if du is not None or want_gate:
         dv = dy.new_empty(T, K, R)
         grouped.shrink(dy, lora_b.to(dy.dtype), route, scaling, dv, False, groups.shrink)
-        grouped.mix_bwd(u, dv, route, dlogits_in, du, v, dlogits, mix, plan.mix)
+        grouped.mix_bwd(u, dv, route, logits, dlogits_in, du, v, dlogits, mix, plan.mix)
     elif v is not None:
         grouped.mix_fwd(u, route, v, mix, plan.mix)
     if v is not None:
@@ -160,15 +163,14 @@ def shrink_mix(
 ) -> None:
     """dv = scaling * dy B^T, and from it the gradients of the mix; dv itself is scratch."""
     (T, O), dot = dy.shape, dot_constants(dy)  # noqa: E741
+    dv = dy.new_empty(T, *lora_b.shape[:2])
     if plan.splits == 1:
-        dv = dy.new_empty(T, *lora_b.shape[:2])
         launch(
             _shrink_mix_bwd_kernel, (plan.shrink.tiles_of(T),),
             dy, dy.stride(0), lora_b, logits, dlogits_in, u, dv, du, dlogits, v, scaling, T, O, **mix, **dot,
             tile=plan.shrink,
         )  # fmt: skip
     else:
-        dv = dy.new_empty(T, *lora_b.shape[:2])
         parts, _ = shrink(dy, lora_b, None, plan.splits, plan.shrink)
         launch(
             _mix_bwd_kernel, (plan.mix.tiles_of(T),),
@@ -188,7 +190,7 @@ def wgrad(
     A second pair, the gate's, shares the reading of the rows where both fit one tile.
     """
     assert rows is not None
-    (T, F), heights = rows.shape, tuple(parameter.numel() // parameter.shape[-1] for _, parameter in pairs)
+    (T, F), heights = rows.shape, tuple(parameter.shape[:-1].numel() for _, parameter in pairs)
     plan = configs.wgrad_plan(T, F, heights, rows.dtype, chip)
     if len(pairs) == 2 and (heights[0] > plan.tile.ER or heights[1] > plan.tile.E):
         return wgrad(rows, pairs[:1], scaling, chip) + wgrad(rows, pairs[1:], scaling, chip)
@@ -230,6 +232,7 @@ def _shrink_mix_bwd_kernel(
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -246,7 +249,10 @@ def _shrink_mix_bwd_kernel(
         dv, _ = shrink_tile(dy_ptr, stride_t, b_ptr, None, t, er, e, 0, O, T, O, E * R, E, ACC, PRECISION, BLOCK_F)
         store_rows(dv * scaling, dv_ptr, t, er, T, E * R)
     tl.debug_barrier()  # every thread sees dv
-    _mix_bwd(logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr, t, e, T, E, R, MIX, TOP_K, ACC, BLOCK_R)
+    _mix_bwd(
+        logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr,
+        t, e, T, E, E_OF_A, R, MIX, TOP_K, RENORMALIZE, ACC, BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -267,6 +273,7 @@ def _mix_bwd_kernel(
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_ER: tl.constexpr,
@@ -280,7 +287,10 @@ def _mix_bwd_kernel(
         dv = sum_splits(dv_parts_ptr, t, er, T, E * R, SPLITS)
         store_rows(dv * scaling, dv_ptr, t, er, T, E * R)
     tl.debug_barrier()  # every thread sees dv
-    _mix_bwd(logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr, t, e, T, E, R, MIX, TOP_K, ACC, BLOCK_R)
+    _mix_bwd(
+        logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr,
+        t, e, T, E, E_OF_A, R, MIX, TOP_K, RENORMALIZE, ACC, BLOCK_R,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -296,15 +306,19 @@ def _mix_bwd(
     e,  # (BLOCK_E) experts
     T,
     E: tl.constexpr,
+    E_OF_A: tl.constexpr,
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """What follows the shrink of dy: gates again from the logits, the mix's backward, the logits' gradient."""
-    gates = gates_of(tl.zeros((t.shape[0], e.shape[0]), ACC), logits_ptr, None, t, e, T, E, TOP_K)
-    dlogits = mix_bwd_tile(u_ptr, dv_ptr, du_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
+    softmax, kept = softmax_and_kept(load_rows(logits_ptr, t, e, T, E).to(ACC), e, E, TOP_K, RENORMALIZE)
+    gates = of_kept(softmax, kept, RENORMALIZE)
+    dgates = mix_bwd_tile(u_ptr, dv_ptr, du_ptr, v_ptr, gates, t, e, T, E, E_OF_A, R, MIX, BLOCK_R)
+    dlogits = softmax_bwd(softmax, of_kept(dgates, kept, RENORMALIZE))
     if dlogits_in_ptr is not None:
         dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(ACC)
     store_rows(dlogits, dlogits_ptr, t, e, T, E)

@@ -47,6 +47,7 @@ def forward(
     scaling: float,
     mixing: str,
     top_k: int | None,
+    renormalize: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
@@ -57,7 +58,7 @@ def forward(
     gate = None if gate_weight is None else gate_weight.to(x.dtype)
     y = x.new_empty(sizes.T, sizes.O)
     logits = x.new_empty(sizes.T, sizes.E, dtype=accumulator(x)) if gate is not None and save else None
-    mix, dot = mix_constants(sizes, mixing, top_k), dot_constants(x)
+    mix, dot = mix_constants(sizes, mixing, top_k, renormalize), dot_constants(x)
     with on_device_of(x):
         if groups is not None:
             u = forward_in_groups(x, a, b, gate, gate_logits, base, scaling, logits, y, mix, plan, groups)
@@ -105,7 +106,7 @@ def forward_in_groups(
     parts = None
     if gate_weight is not None:
         parts, _ = shrink(x, gate_weight[:, None], None, plan.splits, groups.gate)
-    route = grouped.route(parts, gate_logits, logits, x, mix["E"], mix["TOP_K"], plan.mix)
+    route = grouped.route(parts, gate_logits, logits, x, mix, plan.mix)
     u = x.new_empty(x.shape[0], mix["E"], mix["R"])
     v = x.new_empty(x.shape[0], mix["TOP_K"], mix["R"])
     grouped.shrink(x, lora_a, route, 1.0, u, True, groups.shrink)
@@ -194,6 +195,7 @@ def _one_pass_fwd_kernel(
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -207,9 +209,9 @@ def _one_pass_fwd_kernel(
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, E_OF_A * R, E, ACC, PRECISION, BLOCK_F)
     store_rows(u, u_ptr, t, er, T, E_OF_A * R)
-    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K)
+    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K, RENORMALIZE)
     tl.debug_barrier()  # every thread sees u
-    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
+    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, E_OF_A, R, MIX, BLOCK_R)
     tl.debug_barrier()  # and v
     v = load_rows(v_ptr, t, er, T, E * R)
     for start in range(0, O, BLOCK_F):
@@ -234,6 +236,7 @@ def _shrink_mix_fwd_kernel(
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -248,12 +251,12 @@ def _shrink_mix_fwd_kernel(
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
     store_rows(u, u_ptr, t, er, T, ER)
-    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K)
+    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K, RENORMALIZE)
     for start in range(BLOCK_ER, ER, BLOCK_ER):
         more, _ = shrink_tile(x_ptr, x_stride_t, a_ptr, None, t, start + er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
         store_rows(more, u_ptr, t, start + er, T, ER)
     tl.debug_barrier()  # every thread sees u
-    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
+    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, E_OF_A, R, MIX, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -305,6 +308,7 @@ def _mix_fwd_kernel(
     R: tl.constexpr,
     MIX: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_ER: tl.constexpr,
@@ -321,8 +325,8 @@ def _mix_fwd_kernel(
     logits = tl.zeros((BLOCK_T, BLOCK_E), ACC)
     if logit_parts_ptr is not None:
         logits = sum_splits(logit_parts_ptr, t, e, T, E, SPLITS)
-    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K)
-    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, R, MIX, BLOCK_R)
+    gates = gates_of(logits, gate_logits_ptr, logits_ptr, t, e, T, E, TOP_K, RENORMALIZE)
+    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, E_OF_A, R, MIX, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=["T"])

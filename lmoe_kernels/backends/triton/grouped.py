@@ -44,20 +44,19 @@ def route(
     gate_logits: Tensor | None,  # (T, E), where logit_parts is None
     logits: Tensor | None,  # (T, E), written
     like: Tensor,  # (T, ...), the tokens
-    num_experts: int,
-    top_k: int,
+    mix: dict[str, int],
     tile: Tile,
 ) -> Route:
-    """Softmax over the experts kept, and the grouping of the tokens."""
-    T, wide = like.shape[0], accumulator(like)
-    gates, experts = like.new_empty(top_k, T, dtype=wide), like.new_empty(top_k, T, dtype=torch.int32)
+    """The gates of the experts kept, and the grouping of the tokens."""
+    T, K, wide = like.shape[0], mix["TOP_K"], accumulator(like)
+    gates, experts = like.new_empty(K, T, dtype=wide), like.new_empty(K, T, dtype=torch.int32)
     launch(
         _route_fwd_kernel, (tile.tiles_of(T),),
         logit_parts, gate_logits, logits, gates, experts, T,
-        SPLITS=1 if logit_parts is None else logit_parts.shape[0], E=num_experts, TOP_K=top_k,
+        SPLITS=1 if logit_parts is None else logit_parts.shape[0], E=mix["E"], TOP_K=K, RENORMALIZE=mix["RENORMALIZE"],
         ACC=dot_constants(like)["ACC"], tile=tile,
     )  # fmt: skip
-    return Route(gates, experts, *by_expert(experts, num_experts))
+    return Route(gates, experts, *by_expert(experts, mix["E"]))
 
 
 def by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -90,6 +89,7 @@ def mix_bwd(
     u: Tensor,  # (T, E, R)
     dv: Tensor,  # (T, K, R)
     route: Route,
+    logits: Tensor,  # (T, E)
     dlogits_in: Tensor | None,  # (T, E)
     du: Tensor | None,  # (T, K, R), written
     v: Tensor | None,  # (T, K, R), written
@@ -100,7 +100,7 @@ def mix_bwd(
     """The gradients of the mix, for the experts kept."""
     launch(
         _grouped_mix_bwd_kernel, (tile.tiles_of(u.shape[0]),),
-        u, dv, route.gates, route.experts, dlogits_in, du, v, dlogits, u.shape[0],
+        u, dv, route.gates, route.experts, None if mix["RENORMALIZE"] else logits, dlogits_in, du, v, dlogits, u.shape[0],
         E=mix["E"], R=mix["R"], MIX=mix["MIX"], TOP_K=mix["TOP_K"], tile=tile,
     )  # fmt: skip
 

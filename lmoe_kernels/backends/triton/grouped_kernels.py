@@ -9,10 +9,11 @@ import triton.language as tl
 from lmoe_kernels.backends.triton.tiles import (
     APART,
     expand_tile,
-    keep_top_k,
     load_rows,
     shrink_tile,
-    softmax_of_kept,
+    softmax_among,
+    softmax_and_kept,
+    softmax_bwd,
     store_rows,
     sum_splits,
     write_tile,
@@ -30,6 +31,7 @@ def _route_fwd_kernel(
     SPLITS: tl.constexpr,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -42,13 +44,12 @@ def _route_fwd_kernel(
         logits = load_rows(gate_logits_ptr, t, e, T, E).to(ACC)
     if logits_ptr is not None:
         store_rows(logits, logits_ptr, t, e, T, E)
-    kept = keep_top_k(logits, e, E, TOP_K)
-    gates = softmax_of_kept(logits, kept)
+    softmax, kept = softmax_and_kept(logits, e, E, TOP_K, RENORMALIZE)
     for slot in range(TOP_K):
         expert = tl.min(tl.where(kept, e[None, :], BLOCK_E), axis=1)
         mine = e[None, :] == expert[:, None]
         at = tl.cast(slot, tl.int64) * T + t
-        tl.store(gates_ptr + at, tl.sum(tl.where(mine, gates, 0.0), axis=1), mask=t < T)
+        tl.store(gates_ptr + at, tl.sum(tl.where(mine, softmax, 0.0), axis=1), mask=t < T)
         tl.store(experts_ptr + at, expert, mask=t < T)
         kept = kept & (mine == 0)
 
@@ -140,6 +141,7 @@ def _grouped_mix_bwd_kernel(
     dv_ptr,  # (T, K, R)
     gates_ptr,  # (K, T)
     experts_ptr,  # (K, T)
+    logits_ptr,  # (T, E), where the gates are of a softmax over all experts; else None
     dlogits_in_ptr,  # (T, E) or None
     du_ptr,  # (T, K, R), written; or None
     v_ptr,  # (T, K, R), written; or None
@@ -176,7 +178,11 @@ def _grouped_mix_bwd_kernel(
                 _store_slot(gate * dh, du_ptr, slot, t, r, T, R, TOP_K)
             if v_ptr is not None:
                 _store_slot(gate * h, v_ptr, slot, t, r, T, R, TOP_K)
-    dlogits = gates * (dgates - tl.sum(gates * dgates, axis=1)[:, None])
+    softmax = gates
+    if logits_ptr is not None:
+        every = tl.broadcast_to((e < E)[None, :], gates.shape)
+        softmax = softmax_among(load_rows(logits_ptr, t, e, T, E).to(gates.dtype), every)
+    dlogits = softmax_bwd(softmax, dgates)
     if dlogits_in_ptr is not None:
         dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(dlogits.dtype)
     store_rows(dlogits, dlogits_ptr, t, e, T, E)

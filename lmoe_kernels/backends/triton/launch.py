@@ -67,11 +67,14 @@ def dot_constants(rows: Tensor) -> dict[str, object]:
     return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee"}
 
 
-def mix_constants(sizes: Sizes, mixing: str, top_k: int | None) -> dict[str, int]:
+def mix_constants(sizes: Sizes, mixing: str, top_k: int | None, renormalize: bool) -> dict[str, int]:
     """How the experts of a token meet their gates."""
-    mix = SHARED if sizes.E_of_a < sizes.E else BLEND if mixing == "factors" else APART
+    kept = min(top_k or sizes.E, sizes.E)
+    sums_to_one, mix = renormalize or kept == sizes.E, BLEND if mixing == "factors" else APART
+    if sizes.E_of_a < sizes.E and (sums_to_one or mix == APART):
+        mix = SHARED
     return {
-        "E": sizes.E, "E_OF_A": sizes.E_of_a, "R": sizes.R, "MIX": mix.value, "TOP_K": min(top_k or sizes.E, sizes.E),
+        "E": sizes.E, "E_OF_A": sizes.E_of_a, "R": sizes.R, "MIX": mix.value, "TOP_K": kept, "RENORMALIZE": sums_to_one,
     }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 # How a token's experts meet their gates.
 BLEND = tl.constexpr(0)  # mixing="factors": what a gate multiplies is the blend of all experts, h = sum_e g_e u_e
 APART = tl.constexpr(1)  # mixing="outputs": each expert's own u_e
-SHARED = tl.constexpr(2)  # one A for all experts: its only u, which is its own blend, since the gates sum to one
+SHARED = tl.constexpr(2)  # one A for all experts: its only u, which is its own blend where the gates sum to one
 
 
 @triton.jit
@@ -122,14 +122,38 @@ def keep_top_k(
 
 
 @triton.jit
-def softmax_of_kept(
+def softmax_among(
     logits,  # (BLOCK_T, BLOCK_E)
-    kept,  # (BLOCK_T, BLOCK_E)
+    among,  # (BLOCK_T, BLOCK_E)
 ):
-    """Gates (BLOCK_T, BLOCK_E): softmax over the experts kept, 0 for the others."""
-    largest = tl.max(tl.where(kept, logits, float("-inf")), axis=1)[:, None]
-    weights = tl.where(kept, tl.exp(logits - largest), 0.0)
+    """Softmax (BLOCK_T, BLOCK_E) over some experts, 0 for the others."""
+    largest = tl.max(tl.where(among, logits, float("-inf")), axis=1)[:, None]
+    weights = tl.where(among, tl.exp(logits - largest), 0.0)
     return weights / tl.sum(weights, axis=1)[:, None]
+
+
+@triton.jit
+def softmax_and_kept(
+    logits,  # (BLOCK_T, BLOCK_E)
+    e,  # (BLOCK_E) experts
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+):
+    """Softmax over the experts kept, or over all, and which are kept: (BLOCK_T, BLOCK_E) both."""
+    kept = keep_top_k(logits, e, E, TOP_K)
+    among = kept if RENORMALIZE else tl.broadcast_to((e < E)[None, :], logits.shape)
+    return softmax_among(logits, among), kept
+
+
+@triton.jit
+def of_kept(
+    values,  # (BLOCK_T, BLOCK_E)
+    kept,  # (BLOCK_T, BLOCK_E)
+    RENORMALIZE: tl.constexpr,
+):
+    """The values of the experts kept, 0 for the others; as they are beside a softmax that is 0 there."""
+    return values if RENORMALIZE else tl.where(kept, values, 0.0)
 
 
 @triton.jit
@@ -142,13 +166,15 @@ def gates_of(
     T,
     E: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
 ):
     """The gates of a tile of tokens, from logits made here or given: (BLOCK_T, BLOCK_E)."""
     if given_ptr is not None:
         logits = load_rows(given_ptr, t, e, T, E).to(logits.dtype)
     if logits_ptr is not None:
         store_rows(logits, logits_ptr, t, e, T, E)
-    return softmax_of_kept(logits, keep_top_k(logits, e, E, TOP_K))
+    softmax, kept = softmax_and_kept(logits, e, E, TOP_K, RENORMALIZE)
+    return of_kept(softmax, kept, RENORMALIZE)
 
 
 @triton.jit
@@ -164,37 +190,38 @@ def blend(
     gates,  # (BLOCK_T, BLOCK_E)
     e,  # (BLOCK_E) experts
     E: tl.constexpr,
-    R: tl.constexpr,
+    STEP: tl.constexpr,  # from one expert to the next: R, or 0 where they share one
 ):
     """sum_e gates[t,e] per_expert[t,e,r]: (BLOCK_T, BLOCK_R)."""
     total = tl.zeros(mask.shape, gates.dtype)
     for expert in range(E):
-        one = tl.load(per_expert_ptr + expert * R, mask=mask, other=0.0).to(gates.dtype)
+        one = tl.load(per_expert_ptr + expert * STEP, mask=mask, other=0.0).to(gates.dtype)
         total += gate_of(gates, e, expert) * one
     return total
 
 
 @triton.jit
 def mix_fwd_tile(
-    u_ptr,  # (T, E, R) or, SHARED, (T, 1, R)
+    u_ptr,  # (T, E, R) or (T, 1, R)
     v_ptr,  # (T, E, R), written
     gates,  # (BLOCK_T, BLOCK_E)
     t,  # (BLOCK_T) tokens
     e,  # (BLOCK_E) experts
     T,
     E: tl.constexpr,
+    E_OF_A: tl.constexpr,
     R: tl.constexpr,
     MIX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """v[t,e,r] = gates[t,e] times what `MIX` says that a gate multiplies."""
-    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E  # pyright: ignore[reportAssignmentType]
+    U_STEP: tl.constexpr = R if E_OF_A == E else 0  # pyright: ignore[reportAssignmentType]
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = (t < T)[:, None] & (r < R)[None, :]
-        u_at = u_ptr + t.to(tl.int64)[:, None] * (U_EXPERTS * R) + r[None, :]
+        u_at = u_ptr + t.to(tl.int64)[:, None] * (E_OF_A * R) + r[None, :]
         v_at = v_ptr + t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        h = blend(u_at, mask, gates, e, E, R) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
+        h = blend(u_at, mask, gates, e, E, U_STEP) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
         for expert in range(E):
             if MIX == APART:
                 h = tl.load(u_at + expert * R, mask=mask, other=0.0).to(gates.dtype)
@@ -204,7 +231,7 @@ def mix_fwd_tile(
 
 @triton.jit
 def mix_bwd_tile(
-    u_ptr,  # (T, E, R) or, SHARED, (T, 1, R)
+    u_ptr,  # (T, E, R) or (T, 1, R)
     dv_ptr,  # (T, E, R)
     du_ptr,  # shaped as u, written; or None
     v_ptr,  # (T, E, R), written; or None
@@ -213,23 +240,24 @@ def mix_bwd_tile(
     e,  # (BLOCK_E) experts
     T,
     E: tl.constexpr,
+    E_OF_A: tl.constexpr,
     R: tl.constexpr,
     MIX: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The gradients of the mix: writes du and v, returns that of the logits (BLOCK_T, BLOCK_E), the incoming one left out.
+    """The gradients of the mix: writes du and v, returns that of the gates (BLOCK_T, BLOCK_E).
 
     Under BLEND a gate enters twice, through B(t) and through A(t): dg_e = <dv_e, h> + <dh, u_e>. Under SHARED the second
     term is the same for all experts, and the softmax takes it away.
     """
-    U_EXPERTS: tl.constexpr = 1 if MIX == SHARED else E  # pyright: ignore[reportAssignmentType]
+    U_STEP: tl.constexpr = R if E_OF_A == E else 0  # pyright: ignore[reportAssignmentType]
     dgates = tl.zeros(gates.shape, gates.dtype)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         mask = (t < T)[:, None] & (r < R)[None, :]
-        u_at = u_ptr + t.to(tl.int64)[:, None] * (U_EXPERTS * R) + r[None, :]
+        u_at = u_ptr + t.to(tl.int64)[:, None] * (E_OF_A * R) + r[None, :]
         of_expert_0 = t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        h = blend(u_at, mask, gates, e, E, R) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
+        h = blend(u_at, mask, gates, e, E, U_STEP) if MIX == BLEND else tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
         dh = h if MIX == APART else blend(dv_ptr + of_expert_0, mask, gates, e, E, R)
         for expert in range(E):
             gate = gate_of(gates, e, expert)
@@ -239,17 +267,27 @@ def mix_bwd_tile(
                 dh = dv
             through = dv * h
             if MIX == BLEND:
-                through += dh * tl.load(u_at + expert * R, mask=mask, other=0.0).to(gates.dtype)
+                through += dh * tl.load(u_at + expert * U_STEP, mask=mask, other=0.0).to(gates.dtype)
             dgates += tl.where(e[None, :] == expert, tl.sum(through, axis=1)[:, None], 0.0)
-            if du_ptr is not None and MIX != SHARED:
+            if du_ptr is not None and E_OF_A == E:
                 du_at = du_ptr + of_expert_0 + expert * R
                 tl.store(du_at, (gate * dh).to(du_ptr.dtype.element_ty), mask=mask)
             if v_ptr is not None:
                 v_at = v_ptr + of_expert_0 + expert * R
                 tl.store(v_at, (gate * h).to(v_ptr.dtype.element_ty), mask=mask)
-        if du_ptr is not None and MIX == SHARED:  # du_0 gathers from every expert, and the gates sum to one
-            tl.store(du_ptr + t.to(tl.int64)[:, None] * R + r[None, :], dh.to(du_ptr.dtype.element_ty), mask=mask)
-    return gates * (dgates - tl.sum(gates * dgates, axis=1)[:, None])
+        if du_ptr is not None and E_OF_A < E:  # du_0 gathers from every expert; under SHARED dh has all of it
+            du = tl.sum(gates, axis=1)[:, None] * dh if MIX == BLEND else dh
+            tl.store(du_ptr + t.to(tl.int64)[:, None] * R + r[None, :], du.to(du_ptr.dtype.element_ty), mask=mask)
+    return dgates
+
+
+@triton.jit
+def softmax_bwd(
+    softmax,  # (BLOCK_T, BLOCK_E)
+    dgates,  # (BLOCK_T, BLOCK_E), 0 where the softmax has a value and the gate has not
+):
+    """The gradient of the logits (BLOCK_T, BLOCK_E)."""
+    return softmax * (dgates - tl.sum(softmax * dgates, axis=1)[:, None])
 
 
 @triton.jit

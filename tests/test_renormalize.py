@@ -1,0 +1,131 @@
+"""Gates that are not renormalised: what reaches the gate, what changes nothing, and sums of exponentials at their limits."""
+
+import warnings
+
+import pytest
+import torch
+
+from lmoe_kernels import LMoELinear, explain, lmoe, reference
+from tests.problems import Case, Problem, assert_all_no_worse, gradients, leaves_of, make_problem, outcome
+
+GROUPED = {"T": 96, "I": 20, "O": 24, "E": 12, "R": 6}  # by expert, in Triton
+SHAPES = [Case(T=9, E=4, top_k=1), Case(**GROUPED, top_k=1)]
+
+
+def _of(case: Case, **options) -> Case:
+    return Case(**{**vars(case), **options})
+
+
+@pytest.mark.parametrize("mixing", ["factors", "outputs"])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_the_gate_of_one_kept_expert_learns_from_the_output(case: Case, mixing: str, backend: str, watch) -> None:
+    """Renormalised it is 1, whatever the logits: they get exactly zero."""
+    problem = make_problem(_of(case, mixing=mixing), torch.float32)
+    for renormalize in (True, False):
+        problem.case = _of(problem.case, renormalize=renormalize)
+        leaves = leaves_of(problem.tensors)
+        y, _ = problem.call(backend, **leaves)
+        (gradient,) = torch.autograd.grad((y * problem.dy).sum(), leaves["gate_weight"])
+        assert (gradient == 0).all() if renormalize else (gradient != 0).all()
+
+
+def test_dropped_experts_are_told_by_the_denominator(backend: str, watch) -> None:
+    """Their logits have a gradient, and a token's gradients still sum to zero."""
+    problem = make_problem(Case(T=40, E=6, top_k=2, renormalize=False, outside_logits=True), torch.float32)
+    problem.dlogits.zero_()
+    leaves = leaves_of(problem.tensors)
+    gradient = gradients(problem, problem.call(backend, **leaves), leaves)["gate_logits"]
+    dropped = ~reference.kept_experts(problem.tensors["gate_logits"], 2)
+    assert (gradient[dropped] != 0).all()
+    torch.testing.assert_close(gradient.sum(dim=1), torch.zeros(40), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shared_a", [False, True], ids=["own_a", "shared_a"])
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_where_all_experts_are_kept_it_changes_nothing(top_k: int | None, shared_a: bool, backend: str) -> None:
+    problem = make_problem(Case(E=4, top_k=top_k, shared_a=shared_a), torch.bfloat16)
+    results = []
+    for renormalize in (True, False):
+        problem.case = _of(problem.case, renormalize=renormalize)
+        leaves = leaves_of(problem.tensors)
+        results.append(outcome(problem, problem.call(backend, **leaves), leaves))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def _compare(problem: Problem, backend: str) -> None:
+    leaves = leaves_of(problem.tensors)
+    y, logits = problem.call(backend, **leaves)
+    assert_all_no_worse(problem, {"y": y.detach()} | gradients(problem, (y, logits), leaves))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Triton's interpreter, of experts that are not there
+@pytest.mark.parametrize("far", [-300.0, 300.0])
+@pytest.mark.parametrize("shape", [{}, GROUPED], ids=["few", "many experts"])
+def test_logits_far_from_zero(shape: dict, far: float, backend: str, watch) -> None:
+    """exp(300) is beyond fp32: the largest logit is subtracted first."""
+    problem = make_problem(Case(**shape, top_k=2, renormalize=False, outside_logits=True), torch.float32)
+    problem.tensors["gate_logits"] += far
+    _compare(problem, backend)
+
+
+@pytest.mark.parametrize("masked", [1, 4])
+def test_experts_masked_by_minus_infinity(masked: int, backend: str, watch) -> None:
+    """Of five experts four are masked where two are kept: the second gate is 0, and nothing is NaN."""
+    problem = make_problem(Case(top_k=2, renormalize=False, outside_logits=True), torch.float32)
+    problem.tensors["gate_logits"][:, -masked:] = float("-inf")
+    _compare(problem, backend)
+
+
+@pytest.mark.parametrize("place", [0, 3], ids=["kept", "dropped without it"])
+def test_a_nan_in_the_logits_is_seen_in_its_token_alone(place: int, backend: str) -> None:
+    t = make_problem(Case(outside_logits=True), torch.float32).tensors
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).repeat(7, 1)
+    logits[2, place] = float("nan")
+    leaf = logits.requires_grad_()
+    y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_logits=leaf, top_k=2, renormalize=False, backend=backend)
+    (gradient,) = torch.autograd.grad(y.sum(), leaf)
+    for result in (y, gradient):
+        assert result[2].isnan().all()
+        assert result[[0, 1, 3, 4, 5, 6]].isfinite().all()
+
+
+def test_gate_softmax_keeps_what_a_softmax_over_all_gives() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
+    softmax = logits.softmax(dim=-1)
+    kept = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
+    torch.testing.assert_close(reference.gate_softmax(logits, 2, renormalize=False), softmax * kept)
+
+
+def test_explain_takes_it() -> None:
+    t = make_problem(Case(), torch.float32).tensors
+    assert "taken" in explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], top_k=1, renormalize=False)
+
+
+def test_the_layer_hands_it_on_and_keeps_it() -> None:
+    layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=1, renormalize=False, dtype=torch.float64)
+    torch.nn.init.normal_(layer.lora_b)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    delta = lmoe(
+        x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, scaling=layer.scaling, top_k=1, renormalize=False
+    )
+    torch.testing.assert_close(layer(x), layer.frozen_layer(x) + delta)
+    layer(x).square().sum().backward()
+    assert layer.gate_weight.grad is not None
+    assert layer.gate_weight.grad.abs().max() > 0
+    assert layer.config()["renormalize"] is False
+    assert "top_k=1, renormalize=False" in repr(layer)
+    assert "renormalize" not in repr(LMoELinear(8, 12, num_experts=4, rank=2, top_k=2))
+
+
+def test_a_layer_whose_gate_would_not_learn_warns_once() -> None:
+    text = "the kept gate is always 1, so the language-modelling loss does not train the gate; pass renormalize=False"
+    with pytest.warns(UserWarning, match=text) as caught:
+        layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=1)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=text):
+        LMoELinear.from_linear(torch.nn.Linear(8, 12), num_experts=4, rank=2, top_k=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.randn(2, 8))
+        for options in ({"top_k": 1, "renormalize": False}, {"top_k": 2}, {"top_k": 1, "num_experts": 1}, {}):
+            LMoELinear(8, 12, **{"num_experts": 4, "rank": 2} | options)
