@@ -174,6 +174,45 @@ def test_compiles_and_trains() -> None:
     assert layer.gate_weight.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_experts_are_master_weights_unless_asked_otherwise(frozen: torch.dtype, expected: torch.dtype) -> None:
+    """In half precision most steps of an optimizer are smaller than a rounding."""
+    layer = LMoELinear(8, 12, dtype=frozen, num_experts=3, rank=2)
+    assert {p.dtype for p in layer.parameters(recurse=False)} == {expected}
+    assert layer.weight.dtype == frozen
+    wrapped = LMoELinear.from_linear(nn.Linear(8, 12, dtype=frozen), num_experts=3, rank=2)
+    assert {p.dtype for p in wrapped.parameters(recurse=False)} == {expected}
+    asked = LMoELinear.from_linear(nn.Linear(8, 12, dtype=frozen), dtype=frozen, num_experts=3, rank=2)
+    assert {p.dtype for p in asked.parameters(recurse=False)} == {frozen}
+
+
+def test_a_gate_is_drawn_independent_of_the_width() -> None:
+    for width in (16, 4096):
+        logits = F.linear(torch.randn(200, width), LMoELinear(width, 4, num_experts=64, rank=1).gate_weight)
+        assert 0.8 < logits.std() < 1.2
+
+
+def test_router_logits_are_those_of_the_last_forward_or_none() -> None:
+    layer = LMoELinear(8, 12, num_experts=3, rank=2, output_router_logits=True)
+    layer(torch.randn(4, 8))
+    with pytest.raises(ValueError, match="lora_a must have shape"):
+        layer(torch.randn(4, 7))
+    assert layer.router_logits is None, "those of an older batch were kept"
+    layer(torch.randn(4, 8))
+    layer.output_router_logits = False
+    layer(torch.randn(4, 8))
+    assert layer.router_logits is None
+
+
 BAD = [
     ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
     ({"rank": 2.0}, TypeError, "rank must be an int, got float"),
@@ -183,6 +222,10 @@ BAD = [
     ({"output_router_logits": None}, TypeError, "output_router_logits must be a bool, got NoneType"),
     ({"mixing": "mean"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'mean'"),
     ({"alpha": "16"}, TypeError, "alpha must be None or a finite number, got str"),
+    ({"alpha": float("nan")}, ValueError, "alpha must be None or a finite number, got nan"),
+    ({"alpha": 10**400}, ValueError, "alpha must be None or a finite number, got an integer beyond the range of a float"),
+    ({"gate_init_std": float("inf")}, ValueError, "gate_init_std must be None or a number of at least 0, got inf"),
+    ({"shared_a": 1}, TypeError, "shared_a must be a bool, got int"),
     ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be None or a number of at least 0, got -0.1"),
     ({"backend": 3}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got 3"),
     ({"backend": []}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got []"),
