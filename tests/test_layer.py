@@ -232,8 +232,9 @@ BAD = [
     (
         {"r": 8, "lora_alpha": 16},
         TypeError,
-        "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'renormalize', 'shared_a', 'gate_init_std', "
-        "'output_router_logits', 'backend', got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
+        "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'renormalize', 'shared_a', "
+        "'gate_init_std', 'output_router_logits', 'backend', "
+        "got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
     ),
     (
         {"dtype": torch.int8},

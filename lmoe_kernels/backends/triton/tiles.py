@@ -9,6 +9,9 @@ the experts on (BLOCK_T, BLOCK_R) slices: E and R need not be powers of two, no 
 it takes a third of the registers that a reshape takes, so that tiles of 128 tokens do not spill.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# A jit function that calls another sees it typed as never returning.
+
 import triton
 import triton.language as tl
 
