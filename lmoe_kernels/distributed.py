@@ -16,19 +16,18 @@ Parts = Mapping[str, nn.Module]  # by name; of each its own parameters and buffe
 
 def why_no_new_parameters(model: nn.Module) -> str | None:
     """Why new parameters in this model would not be kept equal on all processes; None where they would."""
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return "in DistributedDataParallel already, which would not average the gradients of new parameters"
-        if _is_fsdp1_unit(module) or is_cut_out(model):
-            return "in FullyShardedDataParallel already, which would not shard new parameters"
-    if any(_is_dtensor(parameter) for parameter in model.parameters()):
-        return "sharded already (fully_shard), which would leave new parameters out"
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return "in DistributedDataParallel already, which would not average the gradients of new parameters"
+    if _fsdp1_units(model) or is_cut_out(model):
+        return "in FullyShardedDataParallel already, which would not shard new parameters"
+    if any(map(_is_dtensor, model.parameters())):
+        return "sharded already (by fully_shard or tensor parallelism), which would leave new parameters out"
     return None
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether no process holds the whole model, so that every process must take part in gathering it."""
-    return any(map(_is_fsdp1_unit, model.modules())) or any(map(_is_dtensor, model.parameters()))
+    return bool(_fsdp1_units(model)) or any(map(_is_dtensor, model.parameters()))
 
 
 def is_cut_out(model: nn.Module) -> bool:
@@ -117,11 +116,7 @@ def _summoned(unit: nn.Module, writeback: bool) -> AbstractContextManager[None]:
 
 def _fsdp1_units(model: nn.Module) -> list[nn.Module]:
     """FSDP1's units, outer ones first: of those around a module the last, the innermost, holds its parameters."""
-    return [module for module in model.modules() if _is_fsdp1_unit(module)]
-
-
-def _is_fsdp1_unit(module: nn.Module) -> bool:
-    return "_fsdp_wrapped_module" in module._modules
+    return [module for module in model.modules() if "_fsdp_wrapped_module" in module._modules]
 
 
 def _is_dtensor(tensor: Any) -> bool:

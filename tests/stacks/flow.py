@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 
 from lmoe_kernels import lmoe_layers, load_lmoe, save_lmoe
+from lmoe_kernels.distributed import is_sharded
+from lmoe_kernels.naming import plain_key, unwrapped
 from tests.models import llama, with_experts
 
-PARTS = ("trains", "saves", "loads elsewhere", "resumes")
 STEPS, MORE = 2, 2
 HALVES = 2
 
@@ -35,6 +36,8 @@ def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
     barrier()
     found = load_file(folder / "adapter" / "lmoe.safetensors")
     equal(found, plain, "after training")
+    if not is_sharded(model):  # each process holds the whole: all must hold the same
+        equal({plain_key(name): p for name, p in unwrapped(model).named_parameters() if p.requires_grad}, plain, "here")
     yield "trains"
 
     assert sorted(file.name for file in (folder / "adapter").iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]

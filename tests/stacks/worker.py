@@ -3,44 +3,53 @@
 import json
 import os
 import sys
-import time
 import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import distributed
 
 WORLD = 2
 TIMEOUT = timedelta(seconds=60)
 
 
-def run(rank: int, seed: int, folder: Path) -> None:
-    import torch
-    from torch import distributed
+class Outcome(TypedDict):
+    """The parts of a check that have held, and the error of the next one."""
 
+    held: list[str]
+    error: str | None
+
+
+def outcome_of(check: Callable[[int, Path], Iterator[str]], seed: int, folder: Path) -> Outcome:
+    outcome = Outcome(held=[], error=None)
+    try:
+        for part in check(seed, folder):
+            outcome["held"].append(part)
+    except BaseException:  # of pytest too, whose failures are no Exceptions
+        outcome["error"] = traceback.format_exc()
+    torch._dynamo.reset()
+    return outcome
+
+
+def main(rank: int, seed: int, folder: Path) -> None:
     from tests.stacks.checks import CHECKS
 
-    torch.set_num_threads(1)
-    report: dict[str, dict] = {}
+    report: dict[str, Outcome] = {}
     for name, check in CHECKS.items():
-        # a group of its own: what one check leaves hanging does not meet the next
+        # a group of its own: what one check leaves behind does not meet the next
         store = distributed.PrefixStore(name, distributed.FileStore(str(folder / "store"), WORLD))
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
-        start, held, error = time.monotonic(), [], None
-        try:
-            for part in check(seed, folder / name.replace(" ", "-")):
-                held.append(part)
-                distributed.barrier()
-        except BaseException:
-            error = traceback.format_exc()
+        report[name] = outcome_of(check, seed, folder / name)
         distributed.destroy_process_group()
-        torch._dynamo.reset()
-        report[name] = {"held": held, "error": error, "seconds": time.monotonic() - start}
-    (folder / f"report-{rank}.json").write_text(json.dumps(report))
+        (folder / f"report-{rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "RANK": sys.argv[1], "LOCAL_RANK": sys.argv[1], "WORLD_SIZE": str(WORLD)}
     os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-    }  # Accelerate asks for them, and takes the group that is there
-    run(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        "RANK": sys.argv[1],
+        "LOCAL_RANK": sys.argv[1],
+    }  # Accelerate reads them, and takes the group that is there
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
