@@ -34,7 +34,7 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder, seed = tmp_path_factory.mktemp("stacks"), request.config.option.seed
     command = [sys.executable, "-W", "ignore", "-m", "tests.stacks.worker"]
     address = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(WORLD)}
-    options = {"cwd": ROOT, "env": {**os.environ, **address, "OMP_NUM_THREADS": "1"}}
+    environment = {**os.environ, **address, "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
         processes = [
             subprocess.Popen(

@@ -51,5 +51,5 @@ if __name__ == "__main__":
     os.environ |= {
         "RANK": sys.argv[1],
         "LOCAL_RANK": sys.argv[1],
-    }  # Accelerate reads them, and takes the group that is there
+    }  # for Accelerate, which takes the group that is there
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
