@@ -100,6 +100,10 @@ def test_what_fsdp1_holds_is_refused(reports: Reports) -> None:
     _hold(reports["what FSDP1 holds"])
 
 
+def test_unwrapped_by_accelerate(reports: Reports) -> None:
+    _hold(reports["unwrapped by Accelerate"])
+
+
 def test_a_save_that_fails_raises_on_every_process(reports: Reports) -> None:
     _hold(reports["a save that fails"])
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
@@ -15,7 +16,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 from lmoe_kernels import apply_lmoe, load_lmoe, save_lmoe
-from lmoe_kernels.naming import plain_key
 from tests.models import llama, state
 from tests.stacks.flow import MORE, STEPS, Stack, barrier, equal, flow, plain_model, rank, train, wrapped
 from tests.stacks.wrappings import ONE_PROCESS, STACKS
@@ -72,13 +72,24 @@ def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
     save_lmoe(plain_model(Stack(nn.Identity), seed), folder / f"plain-{rank()}")
     for name in ("FSDP1", "FSDP1 whole", "FSDP1, flat parameters"):
         model, _ = wrapped(STACKS[name], seed)
-        inside = Accelerator.unwrap_model(None, model)
+        inside = extract_model_from_parallel(model)  # Accelerate's unwrap_model
         text = "must be what FullyShardedDataParallel returned, got the module inside of that"
         refuses(inside, partial(save_lmoe, inside, folder / "none"), text)
         refuses(inside, partial(load_lmoe, inside, folder / f"plain-{rank()}"), text)
         refuses(inside, partial(apply_lmoe, inside, "k_proj"), "in FullyShardedDataParallel already")
         assert not (folder / "none").exists()
         yield name
+
+
+def unwrapped_by_accelerate(seed: int, folder: Path) -> Iterator[str]:
+    """Where each process holds the whole model, what is inside of the wrapper can be saved too."""
+    model, _ = wrapped(STACKS["Accelerate"], seed)
+    save_lmoe(model, folder / "prepared")
+    save_lmoe(Accelerator().unwrap_model(model), folder / "unwrapped")
+    barrier()
+    prepared, inside = (load_file(folder / name / "lmoe.safetensors") for name in ("prepared", "unwrapped"))
+    equal(inside, prepared, "unwrapped")
+    yield "holds"
 
 
 def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
@@ -119,7 +130,7 @@ def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
         train(model, optimizer, seed, 0, STEPS)
         kept = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
         if rank() == 0:
-            assert {plain_key(key) for key in kept} == plain, name
+            assert kept.keys() == plain, name
         tensors, of_optimizer = get_state_dict(model, optimizer, options=KEPT)
         dcp.save({"model": tensors, "optimizer": of_optimizer}, checkpoint_id=folder / name)
         train(model, optimizer, seed, STEPS, MORE)
@@ -144,6 +155,7 @@ CHECKS: dict[str, Check] = {
     "from each into the next": from_each_into_the_next,
     "no new layers": no_new_layers,
     "what FSDP1 holds": what_fsdp1_holds,
+    "unwrapped by Accelerate": unwrapped_by_accelerate,
     "a save that fails": a_save_that_fails,
     "all save at once": all_save_at_once,
     "torch.distributed.checkpoint": torch_distributed_checkpoint,
