@@ -92,6 +92,14 @@ def test_from_each_wrapping_into_the_next(reports: Reports) -> None:
     _hold(reports["from each into the next"])
 
 
+def test_beside_peft(reports: Reports) -> None:
+    _hold(reports["beside PEFT"])
+
+
+def test_from_the_meta_device(reports: Reports) -> None:
+    _hold(reports["from the meta device"])
+
+
 def test_a_distributed_model_gets_no_new_layers(reports: Reports) -> None:
     _hold(reports["no new layers"])
 

@@ -1,5 +1,6 @@
 """All checks that take two processes, by name: generators of the parts that have held."""
 
+import copy
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -9,13 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lmoe_kernels import apply_lmoe, load_lmoe, save_lmoe
+from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
 from tests.models import llama, state
 from tests.stacks.flow import MORE, STEPS, Stack, barrier, equal, flow, plain_model, rank, train, wrapped
 from tests.stacks.wrappings import ONE_PROCESS, STACKS
@@ -40,6 +42,36 @@ def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
         barrier()
         equal(load_file(folder / str(i + 1) / "lmoe.safetensors"), true, name)
         yield name
+
+
+def beside_peft(seed: int, folder: Path) -> Iterator[str]:
+    """A LoRA of PEFT's is trained in the same model; saving and loading that one is PEFT's affair."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    for name in ("DDP", "FSDP1", "FSDP2"):
+        parts = flow(STACKS[name]._replace(beside=lambda model: get_peft_model(model, config)), seed, folder / name)
+        for part in ("trains", "saves", "loads elsewhere"):
+            assert next(parts) == part
+        yield name
+
+
+def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
+    """Large models are sharded before they have any numbers: layers, their names and shapes are there already."""
+    plain = plain_model(Stack(nn.Identity), seed)
+    if rank() == 0:
+        save_lmoe(plain, folder)
+    barrier()
+    model = STACKS["FSDP2"].wrap(copy.deepcopy(plain).to("meta"))
+    with pytest.raises(ValueError, match="must hold numbers"):
+        load_lmoe(model, folder)
+    model.to_empty(device="cpu")
+    for layer in lmoe_layers(model).values():
+        layer.reset_parameters()
+    assert not any(layer.lora_b.full_tensor().any() for layer in lmoe_layers(model).values())
+    load_lmoe(model, folder)
+    save_lmoe(model, folder / "again")
+    barrier()
+    equal(load_file(folder / "again" / "lmoe.safetensors"), load_file(folder / "lmoe.safetensors"), "from the meta device")
+    yield "holds"
 
 
 def no_new_layers(seed: int, folder: Path) -> Iterator[str]:
@@ -125,7 +157,7 @@ def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
 def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
     """torch's own checkpoints name tensors as the plain model does, and a training resumes from them bitwise."""
     plain = {name for name, p in plain_model(Stack(nn.Identity), seed).named_parameters() if p.requires_grad}
-    for name in ("DDP", "FSDP1", "FSDP2", "FSDP2 over compiled, checkpointed blocks"):
+    for name in ("DDP", "FSDP1", "FSDP1, flat parameters", "FSDP2", "FSDP2 over compiled, checkpointed blocks"):
         model, optimizer = wrapped(STACKS[name], seed)
         train(model, optimizer, seed, 0, STEPS)
         kept = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
@@ -153,6 +185,8 @@ Check = Callable[[int, Path], Iterator[str]]
 CHECKS: dict[str, Check] = {
     **{name: partial(flow, stack) for name, stack in STACKS.items()},
     "from each into the next": from_each_into_the_next,
+    "beside PEFT": beside_peft,
+    "from the meta device": from_the_meta_device,
     "no new layers": no_new_layers,
     "what FSDP1 holds": what_fsdp1_holds,
     "unwrapped by Accelerate": unwrapped_by_accelerate,

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from lmoe_kernels import lmoe_layers, load_lmoe, save_lmoe
 from lmoe_kernels.distributed import is_sharded
-from lmoe_kernels.naming import plain_key, unwrapped
+from lmoe_kernels.naming import plain_modules
 from tests.models import llama, with_experts
 
 STEPS, MORE = 2, 2
@@ -24,6 +24,7 @@ class Stack(NamedTuple):
     wrap: Callable[[nn.Module], nn.Module]
     base: torch.dtype = torch.float64  # of the frozen layers
     computed: torch.dtype | None = None  # what parameters are cast to for forward and backward
+    beside: Callable[[nn.Module], nn.Module] | None = None  # puts another library's adapter into the plain model too
     apart: bool = False  # the frozen layers are wrapped themselves: their products are rounded before the delta is added
 
 
@@ -37,7 +38,7 @@ def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
     found = load_file(folder / "adapter" / "lmoe.safetensors")
     equal(found, plain, "after training")
     if not is_sharded(model):  # each process holds the whole: all must hold the same
-        equal({plain_key(name): p for name, p in unwrapped(model).named_parameters() if p.requires_grad}, plain, "here")
+        equal(learned(model), plain, "here")
     yield "trains"
 
     assert sorted(file.name for file in (folder / "adapter").iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
@@ -71,6 +72,8 @@ def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
 def plain_model(stack: Stack, seed: int, experts: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     model = llama().to(stack.base)
+    if experts and stack.beside is not None:
+        model = stack.beside(model)
     if experts:
         with_experts(model, modules_to_save=["lm_head"])
     return model.train()
@@ -127,7 +130,15 @@ def plain_training(stack: Stack, seed: int, steps: int) -> dict[str, Tensor]:
         for parameter, total in zip(trained(model), sums, strict=True):
             parameter.grad = total.to(parameter.dtype)
         optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return learned(model)
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What L-MoE trains, of a model that lies whole on this process."""
+    owners = {**lmoe_layers(model), "lm_head": plain_modules(model)["lm_head"]}
+    return {
+        f"{name}.{key}": p.detach() for name, owner in owners.items() for key, p in owner.named_parameters(recurse=False)
+    }
 
 
 def equal(found: dict[str, Tensor], true: dict[str, Tensor], when: str) -> None:

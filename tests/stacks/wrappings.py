@@ -12,6 +12,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lmoe_kernels import LMoELinear
+from lmoe_kernels.naming import unwrapped
 from tests.stacks.flow import Stack
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def fsdp1_by_layer(model: nn.Module, use_orig_params: bool) -> nn.Module:
 
 
 def fsdp2(model: nn.Module, blocks: bool = True, **options) -> nn.Module:
-    for block in model.model.layers if blocks else ():
+    for block in unwrapped(model).model.layers if blocks else ():
         fully_shard(block, **options)
     return fully_shard(model, **options)
 
