@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
-from lmoe_kernels.contents import adapter_of, digest_of_base, places_of_layer, places_of_module
-from lmoe_kernels.distributed import by_one_process, fill, why_no_new_parameters
+from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
+from lmoe_kernels.distributed import by_one_process, fill, gathered, why_no_new_parameters
 from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
 from lmoe_kernels.model import replace_modules
 from lmoe_kernels.naming import plain_modules
-from lmoe_kernels.targets import wrappable_layers
+from lmoe_kernels.targets import saved_modules, wrappable_layers
 
 _Directory = str | os.PathLike[str]
 _KEYS = ("lora_a", "lora_b", "gate_weight")
@@ -72,6 +72,7 @@ def load_lmoe(
     several = [directory] if isinstance(directory, str | os.PathLike) else directory
     directories = [Path(part) for part in several]
     adapter = _merged(model, directories)
+    check_within_reach("load_lmoe", model)
     present = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
     named = {id(present[name]) for name in adapter.layers if name in present}
     for name, layer in present.items():
@@ -80,8 +81,9 @@ def load_lmoe(
             _fail("directory", f"hold the model's L-MoE layer {name!r}", got)
     linears = wrappable_layers(model)
     made = [name for name in adapter.layers if name not in present]
-    if made and (reason := why_no_new_parameters(model)) is not None:
-        _fail("model", "get its L-MoE layers before it is distributed", f"one {reason}")
+    unprepared = made or [name for name in adapter.modules_to_save if name not in saved_modules(model)]
+    if unprepared and (reason := why_no_new_parameters(model)) is not None:
+        _fail("model", f"get {unprepared[0]!r} before it is distributed", f"one {reason}")
     options = {"backend": backend, "output_router_logits": output_router_logits}
     for name, config in adapter.layers.items():
         _check_layer(name, config, present.get(name), linears, adapter.tensors, options)
@@ -91,9 +93,7 @@ def load_lmoe(
 
     layers = {name: present[name] for name in adapter.layers if name in present}
     layers |= _make(made, linears, adapter, options)
-    places = {key: place for name, layer in layers.items() for key, place in places_of_layer(name, layer).items()}
-    places |= {key: place for name, module in saved.items() for key, place in places_of_module(name, module).items()}
-    fill(model, places, adapter.tensors)
+    fill(model, {**layers, **parts_of(saved)}, adapter.tensors)
     new = {id(linears[name]): layers[name] for name in made}
     aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
     replace_modules(model, aliases, adapter.modules_to_save)
@@ -171,17 +171,16 @@ def _check_tensor(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...
 
 def _check_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The modules of modules_to_save, by name: each there, its tensors of the model's shapes."""
-    modules = plain_modules(model)
-    for name in adapter.modules_to_save:
-        if name not in modules:
-            _fail(f"module {name!r}", "be one of the model", "none of that name")
-        for key, (module, part) in places_of_module(name, modules[name]).items():
-            if key not in adapter.tensors:
-                _fail(WEIGHTS, "hold the tensors of modules_to_save", f"1 missing: {key!r}")
-            shape = tuple(getattr(module, part).shape)
-            if adapter.tensors[key].shape != shape:
-                _fail(f"tensor {key!r}", f"have shape {shape}", tuple(adapter.tensors[key].shape))
-    return {name: modules[name] for name in adapter.modules_to_save}
+    known = plain_modules(model)
+    if unknown := next((name for name in adapter.modules_to_save if name not in known), None):
+        _fail(f"module {unknown!r}", "be one of the model", "none of that name")
+    modules = {name: known[name] for name in adapter.modules_to_save}
+    for key, tensor in gathered(model, parts_of(modules)).items():
+        if key not in adapter.tensors:
+            _fail(WEIGHTS, "hold the tensors of modules_to_save", f"1 missing: {key!r}")
+        if adapter.tensors[key].shape != tensor.shape:
+            _fail(f"tensor {key!r}", f"have shape {tuple(tensor.shape)}", tuple(adapter.tensors[key].shape))
+    return modules
 
 
 def _check_keys(adapter: Adapter, saved: Mapping[str, nn.Module]) -> None:

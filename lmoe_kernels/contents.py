@@ -8,12 +8,9 @@ from torch import Tensor, nn
 
 from lmoe_kernels.adapter import Adapter
 from lmoe_kernels.checks import fail
-from lmoe_kernels.distributed import gathered
-from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.distributed import gathered, is_cut_out
 from lmoe_kernels.naming import plain_key, plain_modules
 from lmoe_kernels.targets import linear_layers, lmoe_layers, saved_modules
-
-Places = dict[str, tuple[nn.Module, str]]
 
 
 def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -26,15 +23,15 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
     if not layers:
         fail(op, "model", "have L-MoE layers (see apply_lmoe)", "none")
     shapes = {f"{name}.{key}": shape for name, layer in layers.items() for key, shape in layer.shapes().items()}
-    places: Places = {key: place for name, layer in layers.items() for key, place in places_of_layer(name, layer).items()}
-    places |= {key: place for name, module in saved.items() for key, place in places_of_module(name, module).items()}
-    if state_dict is None:
-        tensors = gathered(model, places)
-    else:
+    if state_dict is not None:
         given = {plain_key(key): tensor for key, tensor in state_dict.items()}
-        if missing := next((key for key in places if key not in given), None):
+        if missing := next((key for key in shapes if key not in given), None):
             fail(op, "state_dict", f"hold {missing!r}", "none of that name")
-        tensors = {key: given[key].detach().clone() for key in places}
+        beside = tuple(f"{name}." for name in saved)
+        tensors = {key: t.detach().clone() for key, t in given.items() if key in shapes or key.startswith(beside)}
+    else:
+        check_within_reach(op, model)
+        tensors = gathered(model, {**layers, **parts_of(saved)})
     for key, tensor in tensors.items():
         if tensor.is_meta:
             fail(op, "model", "hold numbers", f"{key!r} on the meta device")
@@ -45,20 +42,24 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
     return Adapter(options, whole, list(saved), digest_of_base(model))
 
 
-def places_of_layer(name: str, layer: LMoELinear) -> Places:
-    """Where experts and gate of a layer lie, by their keys in the checkpoint."""
-    return {f"{name}.{key}": (layer, key) for key in layer.shapes()}
+def check_within_reach(op: str, model: nn.Module) -> None:
+    """Whether the parameters can be made whole.
+
+    Raises:
+        ValueError: the model was taken out of what shards it.
+    """
+    if is_cut_out(model):
+        must = "be what FullyShardedDataParallel returned"
+        fail(op, "model", must, "the module inside of that (Accelerate's unwrap_model returns it)")
 
 
-def places_of_module(name: str, module: nn.Module) -> Places:
-    """Where the tensors of a module of modules_to_save lie: its parameters and the buffers that its state_dict holds."""
-    places: Places = {}
-    for inner, part in plain_modules(module).items():
-        buffers = part._buffers.keys() - part._non_persistent_buffers_set
-        for key, tensor in [*part._parameters.items(), *part._buffers.items()]:
-            if tensor is not None and (key in part._parameters or key in buffers):
-                places[".".join(filter(None, (name, inner, key)))] = (part, key)
-    return places
+def parts_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """All modules within these, by name."""
+    return {
+        f"{name}.{inner}" if inner else name: part
+        for name, module in modules.items()
+        for inner, part in plain_modules(module).items()
+    }
 
 
 def digest_of_base(model: nn.Module) -> str:

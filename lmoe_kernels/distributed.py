@@ -11,40 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-Places = Mapping[str, tuple[nn.Module, str]]  # tensors by key: the module that holds one, and its name there
+Parts = Mapping[str, nn.Module]  # by name; of each its own parameters and buffers are meant, not its children's
 
 
 def why_no_new_parameters(model: nn.Module) -> str | None:
     """Why new parameters in this model would not be kept equal on all processes; None where they would."""
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            return "in DistributedDataParallel already, which would not average the gradients of new parameters"
-        if _is_fsdp1_unit(module):
-            return "in FullyShardedDataParallel already, which would not shard new parameters"
-    if any(_is_dtensor(parameter) for parameter in model.parameters()):
-        return "sharded already (fully_shard), which would leave new parameters out"
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        return "in DistributedDataParallel already, which would not average the gradients of new parameters"
+    if _fsdp1_units(model) or is_cut_out(model):
+        return "in FullyShardedDataParallel already, which would not shard new parameters"
+    if any(map(_is_dtensor, model.parameters())):
+        return "sharded already (by fully_shard or tensor parallelism), which would leave new parameters out"
     return None
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether no process holds the whole model, so that every process must take part in gathering it."""
-    return any(map(_is_fsdp1_unit, model.modules())) or any(map(_is_dtensor, model.parameters()))
+    return bool(_fsdp1_units(model)) or any(map(_is_dtensor, model.parameters()))
 
 
-def gathered(model: nn.Module, places: Places) -> dict[str, Tensor]:
-    """The whole tensors, on every process. Where the model is sharded, all processes must call this."""
+def is_cut_out(model: nn.Module) -> bool:
+    """Whether the model was taken out of an FSDP1 unit that holds its parameters and alone can make them whole."""
+    inside = {id(module) for unit in _fsdp1_units(model) for module in unit.modules()}
+    outside = [module for module in model.modules() if id(module) not in inside]
+    return any(hasattr(p, "_fsdp_flattened") for module in outside for p in module._parameters.values())
+
+
+def gathered(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
+    """Whole copies of the tensors of these modules, on every process. Of a sharded model all processes must call this."""
     whole: dict[str, Tensor] = {}
 
     def take(key: str, tensor: Any) -> None:
         tensor = tensor.full_tensor() if _is_dtensor(tensor) else tensor
         whole[key] = tensor.detach().clone()  # what FSDP1 summons is gone afterwards
 
-    _visit(model, places, take, writeback=False)
-    return {key: whole[key] for key in places}
+    _visit(model, parts, take, writeback=False)
+    return whole
 
 
-def fill(model: nn.Module, places: Places, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a model, each process its part."""
+def fill(model: nn.Module, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into these modules, each process its part."""
 
     def put(key: str, tensor: Any) -> None:
         source = tensors[key]
@@ -54,7 +60,7 @@ def fill(model: nn.Module, places: Places, tensors: Mapping[str, Tensor]) -> Non
             source = distribute_tensor(source.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
         tensor.data.copy_(source)
 
-    _visit(model, places, put, writeback=True)
+    _visit(model, parts, put, writeback=True)
 
 
 def by_one_process(op: str, model: nn.Module, write: Callable[[], None]) -> None:
@@ -79,19 +85,27 @@ def by_one_process(op: str, model: nn.Module, write: Callable[[], None]) -> None
         raise RuntimeError(f"{op}: process 0 could not write: {told[0]}")
 
 
-def _visit(model: nn.Module, places: Places, act: Callable[[str, Any], None], writeback: bool) -> None:
-    """Call act(key, tensor) for every place, unit by unit of FSDP1: at no time is more than one unit whole."""
-    units = [module for module in model.modules() if _is_fsdp1_unit(module)]
-    # modules() visits outer units first, so that a module is left with the innermost unit around it
+def _visit(model: nn.Module, parts: Parts, act: Callable[[str, Any], None], writeback: bool) -> None:
+    """Call act(key, tensor) for every tensor of these modules, unit by unit of FSDP1: at most one is whole at a time."""
+    units: list[Any] = _fsdp1_units(model)
+    for unit in units:
+        unit.check_is_root()  # outer ones first: what is summoned before it knows its root takes itself for one
     unit_of = {id(module): unit for unit in units for module in unit.modules() if module is not unit}
     with torch.no_grad():
         for unit in (None, *units):
-            mine = {key: place for key, place in places.items() if unit_of.get(id(place[0])) is unit}
+            mine = {name: part for name, part in parts.items() if unit_of.get(id(part)) is unit}
             if not mine:
                 continue
             with nullcontext() if unit is None else _summoned(unit, writeback):
-                for key, (module, name) in mine.items():
-                    act(key, getattr(module, name))
+                for name, part in mine.items():
+                    for key, tensor in _tensors_of(part).items():
+                        act(f"{name}.{key}", tensor)
+
+
+def _tensors_of(module: nn.Module) -> dict[str, Any]:
+    """What a module's state_dict holds, without its children."""
+    buffers = {key: buffer for key, buffer in module._buffers.items() if key not in module._non_persistent_buffers_set}
+    return {key: tensor for key, tensor in {**module._parameters, **buffers}.items() if tensor is not None}
 
 
 def _summoned(unit: nn.Module, writeback: bool) -> AbstractContextManager[None]:
@@ -100,8 +114,9 @@ def _summoned(unit: nn.Module, writeback: bool) -> AbstractContextManager[None]:
     return FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=writeback)
 
 
-def _is_fsdp1_unit(module: nn.Module) -> bool:
-    return "_fsdp_wrapped_module" in module._modules
+def _fsdp1_units(model: nn.Module) -> list[nn.Module]:
+    """FSDP1's units, outer ones first: of those around a module the last, the innermost, holds its parameters."""
+    return [module for module in model.modules() if "_fsdp_wrapped_module" in module._modules]
 
 
 def _is_dtensor(tensor: Any) -> bool:

@@ -1,5 +1,6 @@
 """`LMoELinear`: a frozen linear layer with a trained mixture of LoRA experts beside it."""
 
+import sys
 import warnings
 from difflib import get_close_matches
 from typing import Any, TypeGuard
@@ -167,7 +168,7 @@ class LMoELinear(nn.Module):
         if self.disabled:
             return base(x)
         if self.training and not torch.compiler.is_compiling():
-            self._warn_of_a_frozen_part()
+            self._warn_of_frozen_parameters()
         factors = self.lora_a, self.lora_b
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
@@ -186,13 +187,15 @@ class LMoELinear(nn.Module):
             result, self.router_logits = result
         return result
 
-    def _warn_of_a_frozen_part(self) -> None:
-        """PEFT freezes what it does not know when it wraps a model that has L-MoE layers already."""
-        trained = [p.requires_grad for p in (self.lora_a, self.lora_b, self.gate_weight)]
-        if any(trained) and not all(trained) and self.num_experts > 1 and torch.is_grad_enabled():
+    def _warn_of_frozen_parameters(self) -> None:
+        """PEFT freezes everything that was there before its own layers, and says nothing."""
+        frozen = [
+            name for name, parameter in self._parameters.items() if parameter is not None and not parameter.requires_grad
+        ]
+        if frozen and "peft" in sys.modules and torch.is_grad_enabled():
             warnings.warn(
-                "LMoELinear: some of lora_a, lora_b, gate_weight are trained and some are frozen. get_peft_model after "
-                "apply_lmoe does that: call it before, or train_lmoe(model) after it.",
+                f"LMoELinear: {', '.join(frozen)} of a model that is trained are frozen. get_peft_model does that to what "
+                "it finds: call it before apply_lmoe, or train_lmoe(model) after it, before the optimizer is made.",
                 stacklevel=3,
             )
 

@@ -12,7 +12,7 @@ from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import why_no_new_parameters
 from lmoe_kernels.layer import LMoELinear
-from lmoe_kernels.naming import actual_names, plain_modules, unwrapped
+from lmoe_kernels.naming import actual_names, is_of_peft, plain_modules, unwrapped
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
@@ -108,7 +108,7 @@ def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_
 def train_lmoe(model: nn.Module) -> None:
     """Let experts, gates and modules_to_save be trained, whatever has been frozen since; nothing else is changed.
 
-    `peft.get_peft_model` freezes gates where it wraps a model that has L-MoE layers already: call this after it.
+    `peft.get_peft_model` freezes them where it wraps a model that has L-MoE layers already: call this after it.
     """
     for layer in lmoe_layers(model).values():
         for key in layer.shapes():
@@ -199,8 +199,8 @@ def _names(argument: str, names: Any) -> list[str]:
 
 
 def _is_trained_by_peft(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters into the model: it has frozen the rest already."""
-    return any(hasattr(module, "active_adapters") and hasattr(module, "base_layer") for module in model.modules())
+    """Whether PEFT has put adapters or prompts into the model: it has frozen the rest already."""
+    return any(map(is_of_peft, model.modules()))
 
 
 def _warn_of_what_is_left(model: nn.Module, targets: list[str], whole: list[str]) -> None:

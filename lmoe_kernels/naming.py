@@ -17,7 +17,7 @@ def wrapped_child(module: nn.Module) -> str | None:
     """The name of the child around which this module is a wrapper, None where it is none."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
-    names = _WRAPPED_BY_PEFT if _is_of_peft(module) else _WRAPPED
+    names = _WRAPPED_BY_PEFT if is_of_peft(module) else _WRAPPED
     return next((name for name in names if module._modules.get(name) is not None), None)
 
 
@@ -46,6 +46,11 @@ def plain_key(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPED)
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether the module's class comes from PEFT, which need not be installed."""
+    return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
+
+
 def _walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Name in the plain model, name as it is, module: a wrapper before what it wraps."""
     yield plain, actual, module
@@ -57,8 +62,3 @@ def _walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
-
-
-def _is_of_peft(module: nn.Module) -> bool:
-    """Whether the module's class comes from PEFT, which need not be installed."""
-    return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)

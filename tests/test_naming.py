@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -26,6 +27,7 @@ def _checkpointed(model: nn.Module) -> nn.Module:
 WRAPPINGS = {
     "compiled": torch.compile,
     "compiled blocks": _compiled_blocks,
+    "regions compiled by Accelerate": compile_regions,
     "checkpointed blocks": _checkpointed,
     "both": lambda model: torch.compile(_compiled_blocks(_checkpointed(model))),
     "nn.DataParallel": nn.DataParallel,

@@ -1,0 +1,196 @@
+"""All checks that take two processes, by name: generators of the parts that have held."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
+
+from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
+from tests.models import llama, state
+from tests.stacks.flow import MORE, STEPS, Stack, barrier, equal, flow, plain_model, rank, train, wrapped
+from tests.stacks.wrappings import ONE_PROCESS, STACKS
+
+KEPT = StateDictOptions(ignore_frozen_params=True)
+DISTRIBUTED = ("DDP", "FSDP1", "FSDP1 whole", "FSDP1, flat parameters", "FSDP2", "FSDP2 whole")
+SHARDED = DISTRIBUTED[1:]
+
+
+def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
+    """One adapter goes through every wrapping of an fp64 model, and comes out as it went in."""
+    first = plain_model(Stack(nn.Identity), seed)
+    if rank() == 0:
+        save_lmoe(first, folder / "0")
+    barrier()
+    true = load_file(folder / "0" / "lmoe.safetensors")
+    of_fp64 = {name: stack for name, stack in {**STACKS, **ONE_PROCESS}.items() if stack.base == torch.float64}
+    for i, (name, stack) in enumerate(of_fp64.items()):
+        model, _ = wrapped(stack, seed + 1, other_experts=True)
+        load_lmoe(model, folder / str(i))
+        save_lmoe(model, folder / str(i + 1))
+        barrier()
+        equal(load_file(folder / str(i + 1) / "lmoe.safetensors"), true, name)
+        yield name
+
+
+def beside_peft(seed: int, folder: Path) -> Iterator[str]:
+    """A LoRA of PEFT's is trained in the same model; saving and loading that one is PEFT's affair."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    for name in ("DDP", "FSDP1", "FSDP2"):
+        parts = flow(STACKS[name]._replace(beside=lambda model: get_peft_model(model, config)), seed, folder / name)
+        for part in ("trains", "saves", "loads elsewhere"):
+            assert next(parts) == part
+        yield name
+
+
+def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
+    """Large models are sharded before they have any numbers: layers, their names and shapes are there already."""
+    plain = plain_model(Stack(nn.Identity), seed)
+    if rank() == 0:
+        save_lmoe(plain, folder)
+    barrier()
+    model = STACKS["FSDP2"].wrap(copy.deepcopy(plain).to("meta"))
+    with pytest.raises(ValueError, match="must hold numbers"):
+        load_lmoe(model, folder)
+    model.to_empty(device="cpu")
+    for layer in lmoe_layers(model).values():
+        layer.reset_parameters()
+    assert not any(layer.lora_b.full_tensor().any() for layer in lmoe_layers(model).values())
+    load_lmoe(model, folder)
+    save_lmoe(model, folder / "again")
+    barrier()
+    equal(load_file(folder / "again" / "lmoe.safetensors"), load_file(folder / "lmoe.safetensors"), "from the meta device")
+    yield "holds"
+
+
+def no_new_layers(seed: int, folder: Path) -> Iterator[str]:
+    """A model that is distributed gets no L-MoE layers, and is left as it was."""
+    saved = plain_model(STACKS["DDP"], seed)
+    save_lmoe(saved, folder)
+    barrier()
+    for name in DISTRIBUTED:
+        model = STACKS[name].wrap(llama())
+        for change in (partial(apply_lmoe, model, "q_proj"), partial(load_lmoe, model, folder)):
+            refuses(model, change, "before it is distributed, got one")
+        yield name
+    model = llama()
+    fully_shard(model.model.layers[1])
+    refuses(model, partial(apply_lmoe, model, "lm_head"), "before it is distributed, got one sharded already")
+    yield "one block in FSDP2"
+
+
+def refuses(model: nn.Module, change: Callable[[], object], text: str) -> None:
+    before, names = state(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=re.escape(text)) as caught:
+        change()
+    assert "\n" not in str(caught.value)
+    assert state(model) == before
+    assert list(model.state_dict()) == names
+
+
+def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
+    """The module inside of FSDP1's cannot be gathered by itself: neither saved nor loaded."""
+    save_lmoe(plain_model(Stack(nn.Identity), seed), folder / f"plain-{rank()}")
+    for name in ("FSDP1", "FSDP1 whole", "FSDP1, flat parameters"):
+        model, _ = wrapped(STACKS[name], seed)
+        inside = extract_model_from_parallel(model)  # Accelerate's unwrap_model
+        text = "must be what FullyShardedDataParallel returned, got the module inside of that"
+        refuses(inside, partial(save_lmoe, inside, folder / "none"), text)
+        refuses(inside, partial(load_lmoe, inside, folder / f"plain-{rank()}"), text)
+        refuses(inside, partial(apply_lmoe, inside, "k_proj"), "in FullyShardedDataParallel already")
+        assert not (folder / "none").exists()
+        yield name
+
+
+def unwrapped_by_accelerate(seed: int, folder: Path) -> Iterator[str]:
+    """Where each process holds the whole model, what is inside of the wrapper can be saved too."""
+    model, _ = wrapped(STACKS["Accelerate"], seed)
+    save_lmoe(model, folder / "prepared")
+    save_lmoe(Accelerator().unwrap_model(model), folder / "unwrapped")
+    barrier()
+    prepared, inside = (load_file(folder / name / "lmoe.safetensors") for name in ("prepared", "unwrapped"))
+    equal(inside, prepared, "unwrapped")
+    yield "holds"
+
+
+def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
+    """It raises on every process, and none waits for another."""
+    folder.mkdir(exist_ok=True)
+    blocked = folder / "file"
+    blocked.write_text("not a directory")
+    barrier()
+    for name in SHARDED:
+        model, _ = wrapped(STACKS[name], seed)
+        error, text = (FileExistsError, "") if rank() == 0 else (RuntimeError, "save_lmoe: process 0 could not write: ")
+        with pytest.raises(error, match=text):
+            save_lmoe(model, blocked)
+        save_lmoe(model, folder / name)
+        assert blocked.read_text() == "not a directory"
+        yield name
+
+
+def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
+    """Every process of a data-parallel training writes the same two files to one place; at no time is one partial."""
+    model, _ = wrapped(STACKS["DDP"], seed)
+    save_lmoe(model, folder)
+    barrier()
+    true = load_file(folder / "lmoe.safetensors")
+    for _ in range(20):
+        save_lmoe(model, folder)
+        equal(load_file(folder / "lmoe.safetensors"), true, "while others write")
+    barrier()
+    assert sorted(file.name for file in folder.iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
+    yield "holds"
+
+
+def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
+    """torch's own checkpoints name tensors as the plain model does, and a training resumes from them bitwise."""
+    plain = {name for name, p in plain_model(Stack(nn.Identity), seed).named_parameters() if p.requires_grad}
+    for name in ("DDP", "FSDP1", "FSDP1, flat parameters", "FSDP2", "FSDP2 over compiled, checkpointed blocks"):
+        model, optimizer = wrapped(STACKS[name], seed)
+        train(model, optimizer, seed, 0, STEPS)
+        kept = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, ignore_frozen_params=True))
+        if rank() == 0:
+            assert kept.keys() == plain, name
+        tensors, of_optimizer = get_state_dict(model, optimizer, options=KEPT)
+        dcp.save({"model": tensors, "optimizer": of_optimizer}, checkpoint_id=folder / name)
+        train(model, optimizer, seed, STEPS, MORE)
+        save_lmoe(model, folder / f"{name}-on")
+
+        resumed, optimizer = wrapped(STACKS[name], seed, other_experts=True)
+        tensors, of_optimizer = get_state_dict(resumed, optimizer, options=KEPT)
+        dcp.load({"model": tensors, "optimizer": of_optimizer}, checkpoint_id=folder / name)
+        partly = StateDictOptions(strict=False)
+        set_state_dict(resumed, optimizer, model_state_dict=tensors, optim_state_dict=of_optimizer, options=partly)
+        train(resumed, optimizer, seed, STEPS, MORE)
+        save_lmoe(resumed, folder / f"{name}-resumed")
+        barrier()
+        on, again = (load_file(folder / f"{name}-{end}" / "lmoe.safetensors") for end in ("on", "resumed"))
+        equal(again, on, name)
+        yield name
+
+
+Check = Callable[[int, Path], Iterator[str]]
+CHECKS: dict[str, Check] = {
+    **{name: partial(flow, stack) for name, stack in STACKS.items()},
+    "from each into the next": from_each_into_the_next,
+    "beside PEFT": beside_peft,
+    "from the meta device": from_the_meta_device,
+    "no new layers": no_new_layers,
+    "what FSDP1 holds": what_fsdp1_holds,
+    "unwrapped by Accelerate": unwrapped_by_accelerate,
+    "a save that fails": a_save_that_fails,
+    "all save at once": all_save_at_once,
+    "torch.distributed.checkpoint": torch_distributed_checkpoint,
+}

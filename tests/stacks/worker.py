@@ -1,0 +1,55 @@
+"""One of two processes: runs every check, and writes what came of each."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from torch import distributed
+
+WORLD = 2
+TIMEOUT = timedelta(seconds=60)
+
+
+class Outcome(TypedDict):
+    """The parts of a check that have held, and the error of the next one."""
+
+    held: list[str]
+    error: str | None
+
+
+def outcome_of(check: Callable[[int, Path], Iterator[str]], seed: int, folder: Path) -> Outcome:
+    outcome = Outcome(held=[], error=None)
+    try:
+        for part in check(seed, folder):
+            outcome["held"].append(part)
+    except BaseException:  # of pytest too, whose failures are no Exceptions
+        outcome["error"] = traceback.format_exc()
+    torch._dynamo.reset()
+    return outcome
+
+
+def main(rank: int, seed: int, folder: Path) -> None:
+    from tests.stacks.checks import CHECKS
+
+    report: dict[str, Outcome] = {}
+    for name, check in CHECKS.items():
+        # a group of its own: what one check leaves behind does not meet the next
+        store = distributed.PrefixStore(name, distributed.FileStore(str(folder / "store"), WORLD))
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
+        report[name] = outcome_of(check, seed, folder / name)
+        distributed.destroy_process_group()
+        (folder / f"report-{rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    os.environ |= {
+        "RANK": sys.argv[1],
+        "LOCAL_RANK": sys.argv[1],
+    }  # for Accelerate, which takes the group that is there
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
