@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
@@ -166,8 +167,20 @@ def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """
-    logits = {n: layer.router_logits for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
-    return {name: kept for name, kept in logits.items() if kept is not None}
+    layers = {n: layer for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
+    logits = {name: layer.router_logits for name, layer in layers.items() if layer.router_logits is not None}
+    if torch.is_grad_enabled() and any(_is_cut_off(layers[name], kept) for name, kept in logits.items()):
+        warnings.warn(
+            "collect_router_logits: router logits of layers in training carry no gradient, so that a loss on them trains "
+            "nothing. Reentrant gradient checkpointing does that: say use_reentrant=False.",
+            stacklevel=2,
+        )
+    return logits
+
+
+def _is_cut_off(layer: LMoELinear, logits: Tensor) -> bool:
+    """Whether a layer's gate is trained, and its router logits were computed where no graph is kept."""
+    return layer.training and layer.gate_weight.requires_grad and not logits.requires_grad
 
 
 def _names(argument: str, names: Any) -> list[str]:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top storey to the bottom: a module imports only from storeys below its own.
 STOREYS = [
     {"__init__", "info"},
-    {"checkpoint"},
+    {"auxiliary", "checkpoint"},
     {"model"},
     {"pretrained"},
     {"contents"},
