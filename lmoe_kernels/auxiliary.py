@@ -32,8 +32,9 @@ def auxiliary_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.0, m
         model: of its L-MoE layers those with `output_router_logits` that have run.
         balance, z: the weights of the two losses.
         mask: which tokens count, as in `balance_loss`. One tensor (B, S) for all layers; or {"encoder": (B, S), "decoder":
-            (B, U)}, None for either where all count: each layer takes the mask of the tokens that it sees, by its shape,
-            and by its name where both fit; or a function from a layer's name to its mask.
+            (B, U)}, None for either where all count: each layer takes the mask of the tokens that it sees, which its name
+            tells, or else the shape (cross-attention's keys and values see the encoder's); or a function from a layer's
+            name to its mask.
 
     Returns:
         a scalar in fp32 (fp64 for fp64).
@@ -177,11 +178,13 @@ def _mask_of_layer(name: str, logits: Tensor, mask: Mask) -> Tensor | None:
         return _fitted(name, logits, mask(name))
     if set(mask) != set(_SIDES):
         fail("auxiliary_loss", "mask", f"have the keys {list(_SIDES)}", list(mask))
-    fitting = [side for side in _SIDES if _fits(logits, mask[side])]
-    side = fitting[0] if len(fitting) == 1 else _side(name)
+    side = _side(name)
     if side is None:
-        must = f"be a function of a layer's name where names do not tell which tokens {name!r} sees"
-        fail("auxiliary_loss", "mask", must, "two that fit" if fitting else "two that do not fit")
+        fitting = [side for side in _SIDES if _fits(logits, mask[side])]
+        if len(fitting) != 1:
+            must = f"be a function of a layer's name where names do not tell which tokens {name!r} sees"
+            fail("auxiliary_loss", "mask", must, "two that fit" if fitting else "two that do not fit")
+        side = fitting[0]
     return _fitted(name, logits, mask[side])
 
 
