@@ -1,5 +1,6 @@
 """L-MoE: a mixture of LoRA experts, gated per token, beside a frozen linear layer, as fused and differentiable kernels."""
 
+from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
@@ -19,7 +20,9 @@ from lmoe_kernels.version import __version__
 __all__ = [
     "LMoELinear",
     "__version__",
+    "add_auxiliary_loss",
     "apply_lmoe",
+    "auxiliary_loss",
     "balance_loss",
     "collect_router_logits",
     "disable_lmoe",

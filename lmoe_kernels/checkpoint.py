@@ -87,8 +87,8 @@ def load_lmoe(
     options = {"backend": backend, "output_router_logits": output_router_logits}
     for name, config in adapter.layers.items():
         _check_layer(name, config, present.get(name), linears, adapter.tensors, options)
-    saved = _check_modules(model, adapter)
-    _check_keys(adapter, saved)
+    saved, keys = _check_modules(model, adapter)
+    _check_keys(adapter, keys)
     _check_shared(adapter, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
@@ -169,24 +169,24 @@ def _check_tensor(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...
         _fail(f"tensor {key!r}", f"have a dtype of {', '.join(map(str, checks.DTYPES))}", tensors[key].dtype)
 
 
-def _check_modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
-    """The modules of modules_to_save, by name: each there, its tensors of the model's shapes."""
+def _check_modules(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], set[str]]:
+    """The modules of modules_to_save, by name, and the keys of their tensors: all there, of the model's shapes."""
     known = plain_modules(model)
     if unknown := next((name for name in adapter.modules_to_save if name not in known), None):
         _fail(f"module {unknown!r}", "be one of the model", "none of that name")
     modules = {name: known[name] for name in adapter.modules_to_save}
-    for key, tensor in gathered(model, parts_of(modules)).items():
+    tensors = gathered(model, parts_of(modules))
+    for key, tensor in tensors.items():
         if key not in adapter.tensors:
             _fail(WEIGHTS, "hold the tensors of modules_to_save", f"1 missing: {key!r}")
         if adapter.tensors[key].shape != tensor.shape:
             _fail(f"tensor {key!r}", f"have shape {tuple(tensor.shape)}", tuple(adapter.tensors[key].shape))
-    return modules
+    return modules, set(tensors)
 
 
-def _check_keys(adapter: Adapter, saved: Mapping[str, nn.Module]) -> None:
-    """No tensor may belong to nobody."""
-    known = {f"{name}.{key}" for name in adapter.layers for key in _KEYS}
-    known |= {key for name, module in saved.items() for key in places_of_module(name, module)}
+def _check_keys(adapter: Adapter, beside: set[str]) -> None:
+    """No tensor may belong to nobody: `beside` are those of modules_to_save."""
+    known = beside | {f"{name}.{key}" for name in adapter.layers for key in _KEYS}
     foreign = sorted(adapter.tensors.keys() - known)
     if foreign:
         shown = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")

@@ -1,11 +1,13 @@
 """Losses on router logits, which keep the gate from collapsing onto few experts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from lmoe_kernels.checks import check_positive_int, fail
+from lmoe_kernels.checks import DTYPES, check_positive_int, fail
+
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *DTYPES)
 
 
 def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask: Tensor | None = None) -> Tensor:
@@ -14,14 +16,20 @@ def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask:
     Semantics:
         chosen = one_hot(logits.topk(top_k).indices).sum(-2).mean(0) / top_k;  mean = logits.softmax(-1).mean(0)
         loss = E * (chosen * mean).sum()
+
     Args:
         router_logits: (..., E), or several of them, on any devices: then the mean over them, layer by layer.
         top_k: how many experts count as chosen for a token. With dense gates 1, the strongest.
-        mask: (...) bool or number, the tokens that count (padding: 0); None for all.
+        mask: (...) bool, or numbers of at least 0: the weight of each token in the means; None for all alike. What a token
+            of weight 0 holds, NaN too, changes neither the loss nor its gradient. Numbers on a GPU are not looked at.
+
     Returns:
-        a scalar in fp32 (fp64 for fp64). The gradient flows through `mean`; the choice has none.
+        a scalar in fp32 (fp64 for fp64), 0 where no token counts. The gradient flows through `mean`; the choice has none.
+
     Raises:
-        ValueError: no logits, a top_k outside 1..E, or a mask of another shape. TypeError: no tensors.
+        ValueError: no logits, no experts, a top_k outside 1..E, or a mask of another shape or with negative numbers.
+        TypeError: no plain tensors of a floating dtype that the package supports, or a mask that is no plain tensor.
+
     Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6.
     """
 
@@ -40,7 +48,9 @@ def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None 
 
     Semantics:
         loss = logits.logsumexp(-1).square().mean()
+
     Args, Returns, Raises: as `balance_loss`.
+
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
 
@@ -55,8 +65,13 @@ def _mean(rows: Tensor, weights: Tensor) -> Tensor:
     return (weights[:, None] * rows).sum(dim=0)
 
 
-def _mean_over_layers(op: str, router_logits: Tensor | Iterable[Tensor], mask: Tensor | None, loss) -> Tensor:
-    """Apply loss(logits (T, E), weights (T) summing to one) to every layer's logits; the mean, on the first one's device."""
+def _mean_over_layers(
+    op: str, router_logits: Tensor | Iterable[Tensor], mask: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Apply loss(logits (T, E), weights (T)) to every layer's logits; the mean, on the first one's device.
+
+    The weights sum to one, or to zero where no token counts.
+    """
     must = "be a tensor (..., E) or several"
     if not isinstance(router_logits, Iterable) or isinstance(router_logits, Mapping):
         fail(op, "router_logits", must, type(router_logits).__name__, TypeError)
@@ -69,12 +84,37 @@ def _mean_over_layers(op: str, router_logits: Tensor | Iterable[Tensor], mask: T
 
 def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits as (T, E) in fp32 at least, and the tokens' weights (T)."""
-    flat = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    _check_plain(op, "router_logits", logits, DTYPES)
+    if logits.shape[-1] == 0:
+        fail(op, "router_logits", "have shape (..., E) with E >= 1", tuple(logits.shape))
+    flat = logits.flatten(end_dim=-2) if logits.dim() > 1 else logits[None]
+    flat = flat.to(torch.promote_types(logits.dtype, torch.float32))
     if mask is None:
         return flat, flat.new_full((flat.shape[0],), 1.0 / max(1, flat.shape[0]))
+    _check_mask(op, mask, logits)
+    weights = mask.reshape(-1).to(flat)
+    counts = weights > 0
+    weights = weights.where(counts, 0)
+    return flat.where(counts[:, None], 0), weights / weights.sum().clamp(min=torch.finfo(flat.dtype).tiny)
+
+
+def _check_mask(op: str, mask: Tensor, logits: Tensor) -> None:
+    """Whether a mask fits the logits. Its values are looked at where no device must be waited for."""
     if not isinstance(mask, Tensor):
         fail(op, "mask", "be a torch.Tensor", type(mask).__name__, TypeError)
+    _check_plain(op, "mask", mask, _MASK_DTYPES)
     if mask.shape != logits.shape[:-1]:
         fail(op, "mask", f"have the tokens' shape {tuple(logits.shape[:-1])}", tuple(mask.shape))
-    counted = mask.reshape(-1).to(flat)
-    return flat, counted / counted.sum().clamp(min=1e-9)
+    if mask.is_meta and not logits.is_meta:
+        fail(op, "mask", "hold numbers", "one on the meta device")
+    if mask.device.type == "cpu" and mask.dtype.is_signed and not torch.compiler.is_compiling() and bool((mask < 0).any()):
+        fail(op, "mask", "be at least 0", f"{mask.min().item()} among its numbers")
+
+
+def _check_plain(op: str, argument: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse what has no rows of numbers: sparse, nested and MKL-DNN tensors, complex and 8-bit floating dtypes."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else tensor.layout
+        fail(op, argument, "be a dense tensor", kind, TypeError)
+    if tensor.dtype not in dtypes:
+        fail(op, argument, f"have a dtype of {', '.join(map(str, dtypes))}", tensor.dtype, TypeError)

@@ -1,11 +1,11 @@
 """What works on whole models: put L-MoE layers into one, switch them off, take them out, look at what is trained."""
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
@@ -13,6 +13,7 @@ from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import why_no_new_parameters
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.naming import actual_names, is_of_peft, plain_modules, unwrapped
+from lmoe_kernels.quantised import numel_of
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
@@ -165,7 +166,7 @@ def disable_lmoe(model: nn.Module) -> Iterator[None]:
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print how many numbers of a model are trained, and how many it has, as PEFT does; tied ones count once."""
-    sizes = [(_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    sizes = [(numel_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, every = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
     print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / max(every, 1):.4f}")
 
@@ -179,14 +180,20 @@ def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """
-    logits = {n: layer.router_logits for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
-    return {name: kept for name, kept in logits.items() if kept is not None}
+    layers = {n: layer for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
+    logits = {name: layer.router_logits for name, layer in layers.items() if layer.router_logits is not None}
+    if torch.is_grad_enabled() and any(_is_cut_off(layers[name], kept) for name, kept in logits.items()):
+        warnings.warn(
+            "collect_router_logits: router logits of layers in training carry no gradient, so that a loss on them trains "
+            "nothing. Reentrant gradient checkpointing does that: say use_reentrant=False.",
+            stacklevel=2,
+        )
+    return logits
 
 
-def _size(parameter: nn.Parameter) -> int:
-    """How many numbers a parameter stands for; bitsandbytes packs those of 4 bits."""
-    shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-    return parameter.numel() if shape is None else math.prod(shape)
+def _is_cut_off(layer: LMoELinear, logits: Tensor) -> bool:
+    """Whether a layer's gate is trained, and its router logits were computed where no graph is kept."""
+    return layer.training and layer.gate_weight.requires_grad and not logits.requires_grad
 
 
 def _names(argument: str, names: Any) -> list[str]:

@@ -5,13 +5,16 @@ written where `from_pretrained` does not find it, and drawn anew. So `save_pretr
 names, and the adapter beside it. `resize_token_embeddings` would change the output embedding under its experts.
 """
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lmoe_kernels.adapter import write_adapter
+from lmoe_kernels import quantised
+from lmoe_kernels.adapter import WEIGHTS, write_adapter
 from lmoe_kernels.checks import fail
 from lmoe_kernels.contents import adapter_of
 from lmoe_kernels.layer import LMoELinear
@@ -19,6 +22,8 @@ from lmoe_kernels.naming import plain_key
 from lmoe_kernels.targets import lmoe_layers
 
 _SAVE, _RESIZE = "save_pretrained", "resize_token_embeddings"
+_INDEX, _CONFIG = "model.safetensors.index.json", "config.json"
+_NO_WEIGHTS = "the base is not here: load it as before training, then lmoe_kernels.load_lmoe(model, this directory)"
 
 
 class Save:
@@ -26,9 +31,13 @@ class Save:
 
     The directory then holds the base under its own names, with the experts' tensors among them (a Trainer resumes from
     these; `from_pretrained` lists them as unexpected), and `lmoe.safetensors` and `lmoe_config.json` for `load_lmoe`.
+
+    Of a quantised model, whose base does not change in training, the adapter alone is written, as PEFT does. A Trainer
+    resumes from it in a model that has its L-MoE layers (and lists the base's tensors as missing); `from_pretrained` of
+    the directory, which would draw the base anew, raises an error that says how to load it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(
@@ -43,15 +52,30 @@ class Save:
         own = getattr(type(self.model), _SAVE)
         if not lmoe_layers(self.model):
             return own(self.model, save_directory, is_main_process, state_dict, *args, **options)
-        if getattr(self.model, "hf_quantizer", None) is not None:
-            fail(_SAVE, "model", "not be quantised: save what was trained by save_lmoe(model, directory)", "one that is")
+        without_base = quantised.is_quantised(self.model)
+        if without_base and options.get("push_to_hub"):
+            fail(_SAVE, "push_to_hub", "be False for a quantised model, of which the adapter alone is saved", True)
         tensors = self.model.state_dict() if state_dict is None else state_dict
-        adapter = adapter_of(_SAVE, self.model, tensors)
-        plain = plain_state_dict(self.model, tensors)
-        result = own(self.model, save_directory, is_main_process, plain, *args, **options)
+        adapter, result = adapter_of(_SAVE, self.model, tensors), None
+        if not without_base:
+            plain = plain_state_dict(self.model, tensors)
+            result = own(self.model, save_directory, is_main_process, plain, *args, **options)
         if is_main_process:
             write_adapter(save_directory, adapter)
+            if without_base:
+                self._write_what_trainer_reads(Path(save_directory), adapter.tensors)
         return result
+
+    def _write_what_trainer_reads(self, directory: Path, keys: Iterable[str]) -> None:
+        """The index by which Trainer finds the tensors, and a configuration that names no file of weights.
+
+        transformers shows that name in its error. Where another configuration is given, it stops at the index, which has no
+        metadata.
+        """
+        index = {"weight_map": dict.fromkeys(keys, WEIGHTS)}
+        config = {**json.loads(self.model.config.to_json_string()), "transformers_weights": _NO_WEIGHTS}
+        for name, content in ((_INDEX, index), (_CONFIG, config)):
+            Path(directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class Resize:
@@ -69,7 +93,8 @@ class Resize:
 
 
 def install(model: nn.Module) -> None:
-    """Give every model of transformers in this one the methods above."""
+    """Give every model of transformers in this one the methods above, and let a quantised one be trained."""
+    quantised.let_train(model)
     for module in model.modules():
         if callable(getattr(type(module), _SAVE, None)) and hasattr(module, "config"):
             setattr(module, _SAVE, Save(module))
@@ -78,7 +103,8 @@ def install(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> None:
-    """Give every model its class's own methods back."""
+    """Give every model its class's own methods back, and a quantised one its quantizer."""
+    quantised.restore(model)
     for module in model.modules():
         for name in (_SAVE, _RESIZE):
             module.__dict__.pop(name, None)

@@ -9,12 +9,12 @@ from lmoe_kernels import apply_lmoe, lmoe_layers
 IDS = torch.arange(24).view(2, 12)
 
 
-def llama() -> LlamaForCausalLM:
+def llama(model_class: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16,
     )  # fmt: skip
-    return LlamaForCausalLM(config).double().eval()  # results that are compared differ by a formula, not by rounding
+    return model_class(config).double().eval()  # results that are compared differ by a formula, not by rounding
 
 
 def with_experts(model: nn.Module, **options) -> nn.Module:

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top storey to the bottom: a module imports only from storeys below its own.
 STOREYS = [
     {"__init__", "info"},
-    {"checkpoint"},
+    {"auxiliary", "checkpoint"},
     {"model"},
     {"pretrained"},
     {"contents"},
@@ -25,7 +25,7 @@ STOREYS = [
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"checks", "distributed", "naming", "reference", "version"},
+    {"checks", "distributed", "naming", "quantised", "reference", "version"},
 ]
 LEVEL = {module: level for level, storey in enumerate(STOREYS) for module in storey}
 

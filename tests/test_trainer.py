@@ -1,0 +1,326 @@
+"""The auxiliary loss under transformers' Trainer: once a step, in training alone, on the tokens that count."""
+
+import copy
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+
+from lmoe_kernels import (
+    add_auxiliary_loss,
+    apply_lmoe,
+    balance_loss,
+    collect_router_logits,
+    disable_lmoe,
+    lmoe_layers,
+    router_z_loss,
+)
+from tests.models import llama, with_experts
+
+WEIGHTS = {"balance": 3.0, "z": 0.5}  # large beside the model's loss, so that counting twice shows
+
+
+def rows(count: int) -> list[dict[str, Tensor]]:
+    """Rows of 8 tokens, of which the first 3 to 8 count."""
+    result = []
+    for _ in range(count):
+        tokens = torch.arange(8) < torch.randint(3, 9, ())
+        ids = torch.randint(0, 32, (8,)).where(tokens, 0)
+        result.append({"input_ids": ids, "attention_mask": tokens.long(), "labels": ids.where(tokens, -100)})
+    return result
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    options = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "save_strategy": "no", **options}
+    return TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2,
+        per_device_eval_batch_size=2, logging_steps=1, **options,
+    )  # fmt: skip
+
+
+class Recorder(TrainerCallback):
+    """The gradients of the last step, and the batches that they came from."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.batches: list[dict[str, Tensor]] = []
+        self.gradients: dict[str, Tensor] = {}
+        self.hook = model.register_forward_pre_hook(self._batch, with_kwargs=True)
+
+    def _batch(self, model: nn.Module, args: tuple, batch: dict) -> None:
+        if model.training:
+            self.batches.append(batch)
+
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
+        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def gradients_of_a_step(model: nn.Module, folder: Path, added: bool, trainer_class=Trainer, **options):
+    """The gradients of one step of the optimizer, and the batches that it saw."""
+    data = rows(16) if "data" not in options else options.pop("data")
+    func = options.pop("compute_loss_func", None)
+    recorder = Recorder(model)
+    trainer = trainer_class(
+        model, arguments(folder, **options), train_dataset=data, callbacks=[recorder], compute_loss_func=func
+    )
+    handle = add_auxiliary_loss(trainer, **WEIGHTS) if added else None
+    trainer.train()
+    if handle is not None:
+        handle.remove()
+    recorder.hook.remove()
+    return recorder.gradients, recorder.batches
+
+
+def expected_gradients(model: nn.Module, batches: list[dict]) -> dict[str, Tensor]:
+    """The gradients of the mean over batches of the auxiliary loss, written out."""
+    model.train().zero_grad()
+    for batch in batches:
+        model(**batch)
+        logits, mask = collect_router_logits(model).values(), batch["attention_mask"]
+        loss = WEIGHTS["balance"] * balance_loss(logits, mask=mask) + WEIGHTS["z"] * router_z_loss(logits, mask)
+        (loss / len(batches)).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class WithoutLossArguments(LlamaForCausalLM):
+    """Its loss is a mean over the batch, which Trainer divides by the number of micro-batches."""
+
+    accepts_loss_kwargs = False
+
+
+def summed_loss(outputs, labels: Tensor, num_items_in_batch) -> Tensor:
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(outputs.logits.flatten(0, 1), shifted.flatten(), reduction="sum") / num_items_in_batch
+
+
+class SaysItIsScaled(Trainer):
+    loss_is_scaled_for_ga = True
+
+
+CASES = {
+    "scaled by the model": {},
+    "scaled by Trainer": {"model_class": WithoutLossArguments},
+    "scaled by a function": {"compute_loss_func": summed_loss},
+    "scaled by a function, the model none": {"compute_loss_func": summed_loss, "model_class": WithoutLossArguments},
+    "label smoothing": {"label_smoothing_factor": 0.1},
+    "a Trainer that says it is": {"trainer_class": SaysItIsScaled, "model_class": WithoutLossArguments},
+    "checkpointing": {"activation_checkpointing": True},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+}
+
+
+@pytest.mark.parametrize(("case", "accumulated"), [(case, 4) for case in CASES] + [("scaled by the model", 1)])
+def test_the_loss_counts_once_a_step(case: str, accumulated: int, tmp_path: Path) -> None:
+    options = dict(CASES[case])
+    model = with_experts(llama(options.pop("model_class", LlamaForCausalLM)), output_router_logits=True)
+    options |= {"gradient_accumulation_steps": accumulated, "data": rows(2 * accumulated)}
+    alone, _ = gradients_of_a_step(model, tmp_path, added=False, **copy.copy(options))
+    both, batches = gradients_of_a_step(model, tmp_path, added=True, **options)
+    assert len(batches) == accumulated
+    if options.get("activation_checkpointing"):
+        model.activation_checkpointing_disable()
+    expected = expected_gradients(model, batches)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)  # its norms are in fp32
+
+
+def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
+    }  # fmt: skip
+    torch.manual_seed(port)
+    model = with_experts(llama(), output_router_logits=True)
+    for average in (True, False):
+        options = {"average_tokens_across_devices": average, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+        options["data"] = rows(8)
+        alone, _ = gradients_of_a_step(model, folder, added=False, **copy.copy(options))
+        both, mine = gradients_of_a_step(model, folder, added=True, **options)
+        batches: list = [None, None]
+        torch.distributed.all_gather_object(batches, mine)
+        assert len(mine) == 2
+        for name, gradient in expected_gradients(model, batches[0] + batches[1]).items():
+            torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
+def test_the_loss_counts_once_on_two_processes(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_step_of_one_process, (tmp_path, port), nprocs=2)
+
+
+def test_replicas_of_data_parallel_keep_their_losses() -> None:
+    """DataParallel runs copies of the modules that are gone when compute_loss returns: here made as it makes them."""
+    model = with_experts(llama(), output_router_logits=True).train()
+    trainer = Trainer(model, arguments(Path("unused")), train_dataset=rows(2))
+    alone = trainer.compute_loss
+    batches = [{name: torch.stack([row[name] for row in rows(2)]) for name in ("input_ids", "attention_mask", "labels")}]
+    batches.append({name: tensor[:, :5] for name, tensor in batches[0].items()})
+
+    def data_parallel(model: nn.Module, batch: list[dict], **options) -> Tensor:
+        return torch.stack([_replica(model)(**part).loss for part in batch])
+
+    trainer.compute_loss = data_parallel
+    add_auxiliary_loss(trainer, **WEIGHTS)
+    loss = trainer.compute_loss(model, batches)
+    model.zero_grad()
+    loss.mean().backward()
+    both = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    data_parallel(model, batches).mean().backward()
+    alone = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for name, gradient in expected_gradients(model, batches).items():
+        torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    replica = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter * 1)
+    replica._buffers = dict(module._buffers)
+    replica._modules = {name: child and _replica(child) for name, child in module._modules.items()}
+    return replica
+
+
+def test_evaluation_and_generation_know_nothing_of_it(tmp_path: Path) -> None:
+    model, data = with_experts(llama(), output_router_logits=True), rows(6)
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1), train_dataset=data,
+                      eval_dataset=data)  # fmt: skip
+    before = trainer.evaluate()["eval_loss"]
+    handle = add_auxiliary_loss(trainer, balance=100.0)
+    assert trainer.evaluate()["eval_loss"] == before
+    trainer.train()
+    assert _last(trainer, "eval_loss") == before
+    assert _last(trainer, "loss") > before + 50
+    with torch.no_grad():
+        model.generate(data[0]["input_ids"][None, :3], attention_mask=torch.ones(1, 3), max_new_tokens=2, pad_token_id=0)
+        model.train()(data[0]["input_ids"][None])
+    assert handle._losses == []
+    handle.remove()
+    assert "compute_loss" not in vars(trainer)
+    assert not model._forward_hooks
+    trainer.train()
+    assert _last(trainer, "loss") < before + 50
+
+
+def _last(trainer: Trainer, key: str) -> float:
+    return [log[key] for log in trainer.state.log_history if key in log][-1]
+
+
+def test_under_peft(tmp_path: Path) -> None:
+    """PEFT's model calls the forward of the one below, without its hooks."""
+    peft_model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.0))
+    model = with_experts(peft_model, output_router_logits=True)
+    options = {"gradient_accumulation_steps": 2, "data": rows(4)}
+    alone, _ = gradients_of_a_step(model, tmp_path, added=False, **copy.copy(options))
+    both, batches = gradients_of_a_step(model, tmp_path, added=True, **options)
+    for name, gradient in expected_gradients(model, batches).items():
+        torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_reentrant_checkpointing_is_told_of_once(use_reentrant: bool, tmp_path: Path) -> None:
+    model, data = with_experts(llama(), output_router_logits=True), rows(8)
+    kwargs = {"use_reentrant": use_reentrant}
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=4, activation_checkpointing=True, activation_checkpointing_kwargs=kwargs),
+        train_dataset=data, eval_dataset=data,
+    )  # fmt: skip
+    add_auxiliary_loss(trainer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        trainer.train()
+        trainer.evaluate()
+    told = [str(warning.message) for warning in caught if "router logits" in str(warning.message)]
+    assert len(told) == (1 if use_reentrant else 0)
+    assert all("use_reentrant=False" in text for text in told)
+
+
+def t5(**options) -> nn.Module:
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+    )  # fmt: skip
+    model = T5ForConditionalGeneration(config).double()
+    apply_lmoe(model, ["q", "k", "wo"], num_experts=3, rank=2, **options)
+    return model
+
+
+@pytest.mark.parametrize("decoder_length", [5, 8], ids=["shorter", "of one length"])
+def test_an_encoder_decoder_model(decoder_length: int, tmp_path: Path) -> None:
+    """Each layer counts the tokens that it sees: those of cross-attention's keys are the encoder's."""
+    model, data = t5(output_router_logits=True), rows(4)
+    for row in data:
+        target = torch.randint(1, 32, (decoder_length,))
+        row["labels"] = target.where(torch.arange(decoder_length) < torch.randint(2, decoder_length, ()), -100)
+    options = {"gradient_accumulation_steps": 2, "data": data}
+    alone, _ = gradients_of_a_step(model, tmp_path, added=False, **copy.copy(options))
+    both, batches = gradients_of_a_step(model, tmp_path, added=True, **options)
+    model.zero_grad()
+    for batch in batches:
+        model(**batch)
+        logits, losses = collect_router_logits(model), []
+        assert sum("EncDecAttention.k" in name for name in logits) == 1
+        for name, of_layer in logits.items():
+            sees_encoder = name.startswith("encoder.") or "EncDecAttention.k" in name
+            mask = batch["attention_mask"] if sees_encoder else batch["labels"] != -100
+            losses.append(
+                WEIGHTS["balance"] * balance_loss(of_layer, mask=mask) + WEIGHTS["z"] * router_z_loss(of_layer, mask)
+            )
+        (torch.stack(losses).sum() / len(logits) / len(batches)).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(both[name] - alone[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_mask_of_ones_own(tmp_path: Path) -> None:
+    model, data = with_experts(llama(), output_router_logits=True), rows(2)
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=data)
+    seen = []
+
+    def first_tokens(batch):
+        seen.append(set(batch))
+        return lambda name: (torch.arange(8) < 2).expand(2, 8) if "q_proj" in name else None
+
+    add_auxiliary_loss(trainer, **WEIGHTS, mask=first_tokens)
+    batch = {name: torch.stack([row[name] for row in data]) for name in data[0]}
+    model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    added = trainer.compute_loss(model, batch) - model(**batch).loss
+    logits = collect_router_logits(model)
+    expected = [
+        WEIGHTS["balance"] * balance_loss(part) + WEIGHTS["z"] * router_z_loss(part)
+        for part in (of_layer[:, :2] if "q_proj" in name else of_layer for name, of_layer in logits.items())
+    ]
+    torch.testing.assert_close(added, torch.stack(expected).mean())
+    assert {"input_ids", "attention_mask"} <= seen[0]
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"trainer must be a transformers\.Trainer with a model, got Linear"):
+        add_auxiliary_loss(nn.Linear(2, 2))
+    trainer = Trainer(with_experts(llama()), arguments(tmp_path), train_dataset=rows(2))
+    with pytest.raises(ValueError, match=r"keep router logits, got none \(is output_router_logits set"):
+        add_auxiliary_loss(trainer)
+    assert "compute_loss" not in vars(trainer)
+    for layer in lmoe_layers(trainer.model).values():
+        layer.output_router_logits = True
+    with pytest.raises(ValueError, match="balance must be a number of at least 0, got -1"):
+        add_auxiliary_loss(trainer, balance=-1)
+    handle = add_auxiliary_loss(trainer)
+    with pytest.raises(ValueError, match="get one auxiliary loss"):
+        add_auxiliary_loss(trainer)
+    with disable_lmoe(trainer.model), pytest.raises(ValueError, match="kept router logits in its last forward, got none"):
+        trainer.train()
+    handle.remove()
+    made = Trainer(args=arguments(tmp_path), model_init=lambda: with_experts(llama(), output_router_logits=True))
+    with pytest.raises(ValueError, match="be given its model, got model_init"):
+        add_auxiliary_loss(made)
