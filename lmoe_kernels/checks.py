@@ -73,7 +73,7 @@ def check_finite(op: str, name: str, value: float, must: str, at_least: float = 
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)
     try:
-        fits = -math.inf < float(value) < math.inf and value >= at_least  # math.isfinite: torch.compile takes no answer of it
+        fits = -math.inf < float(value) < math.inf and value >= at_least  # torch.compile cannot trace math.isfinite here
     except OverflowError:
         fail(op, name, must, "an integer beyond the range of a float")
     if not fits:
