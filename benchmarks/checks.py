@@ -149,8 +149,9 @@ def compare(ours: Tensor, plain: Tensor, true: Tensor, dtype: torch.dtype) -> st
         return f"shape {tuple(ours.shape)}, not {tuple(true.shape)}"
     if true.numel() == 0:
         return None
-    if not ours.isfinite().all():
-        return "not finite"
+    for whose, results in (("", ours), ("plain PyTorch is ", plain), ("the truth is ", true)):
+        if not results.isfinite().all():  # no error is larger than NaN, and none than an infinite one that is allowed
+            return f"{whose}not finite"
     for kind, size in (("rms", _rms), ("largest", _largest)):
         error, error_of_plain = size(ours.double() - true), size(plain.double() - true)
         allowed = 4 * error_of_plain + 8 * torch.finfo(dtype).eps * size(true)

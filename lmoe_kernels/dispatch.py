@@ -8,6 +8,7 @@ the table from the top and takes the first backend without a reason.
 import os
 import shutil
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,7 +142,30 @@ BACKENDS = {
 }
 
 
-_preferred: str | None = None  # the backend of `use_backend`; a plain global, because torch.compile guards on those
+class _Block:
+    """A `with use_backend(name)` that is open."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+
+class _BlocksOfThread(threading.local):
+    def __init__(self) -> None:
+        self.open: list[_Block] = []
+
+
+# Not a context variable: torch.compile cannot trace one, but guards on these two.
+_own = _BlocksOfThread()
+_open: list[_Block] = []  # of all threads, in the order in which they were entered
+
+
+def _preferred() -> str | None:
+    """The backend of the innermost block of this thread; where it has none, of the block that any thread entered last.
+
+    The latter is for threads that work for others: autograd's, which recompute checkpointed layers, and DataParallel's.
+    """
+    innermost = (_own.open or _open)[-1:]  # a slice: another thread may leave its block between two steps
+    return innermost[0].name if innermost else None
 
 
 def choose(op: str, problem: Problem, backend: str | None) -> str:
@@ -150,7 +174,7 @@ def choose(op: str, problem: Problem, backend: str | None) -> str:
     Raises:
         ValueError: the name is unknown, or the named backend cannot take this call.
     """
-    name = backend if backend is not None else _preferred
+    name = backend if backend is not None else _preferred()
     if name is None:
         # why_not first: a compiled call is then not bound to sizes that only a backend which cannot run would ask for
         return next(b.name for b in BACKENDS.values() if not (b.why_not(problem) or b.why_not_unasked(problem)))
@@ -170,7 +194,7 @@ def check_name(op: str, name: str) -> None:
 def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
     """A line for the call, then one for each backend: taken, or why not."""
     name = choose(op, problem, backend)
-    by_name = backend is not None or _preferred is not None
+    by_name = backend is not None or _preferred() is not None
     lines = [f"{op}: {problem}"]
     for row in BACKENDS.values():
         if row.name == name:
@@ -189,22 +213,26 @@ def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
 def use_backend(name: str | None) -> Iterator[None]:
     """Within this block, calls that name no backend take this one; None restores the automatic choice.
 
-    It holds for every thread of the process, and a compiled function compiles again for it.
+    It holds for the thread that enters it, and for every thread that has entered no such block itself. A compiled function
+    compiles again for it. Blocks of several threads may overlap in any order.
 
     Example:
         with use_backend("torch"):
             y = layer(x)
+
     Raises:
         ValueError: the name is unknown; a call within the block that the backend cannot take.
     """
     if name is not None:
         check_name("use_backend", name)
-    global _preferred
-    before, _preferred = _preferred, name
+    block, own = _Block(name), _own.open
+    own.append(block)
+    _open.append(block)
     try:
         yield
     finally:
-        _preferred = before
+        own.remove(block)
+        _open.remove(block)
 
 
 @cache

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
@@ -275,7 +276,9 @@ def features_of(linear: nn.Module) -> tuple[int, int] | None:
 def weight_of(linear: nn.Module) -> Tensor:
     """The tensor whose device and dtype are the layer's."""
     weight = getattr(linear, "weight", None)
-    return weight if isinstance(weight, Tensor) else next(linear.parameters(), torch.empty(0))
+    if isinstance(weight, Tensor):
+        return weight
+    return next(chain(linear.parameters(), linear.buffers()), torch.empty(0))  # GPTQ's layers have buffers alone
 
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:

@@ -1,0 +1,77 @@
+"""Bad input that looks good, and good input that looks bad: counts, biases, autocast, sizes of nothing."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmoe_kernels import LMoELinear, explain, lmoe, lmoe_linear
+
+
+def _arguments(**changes: Any) -> dict[str, Any]:
+    """Good arguments for T=2, I=16, O=12, E=8, R=4, with some of them changed."""
+    good = {
+        "x": torch.randn(2, 16),
+        "lora_a": torch.randn(8, 4, 16),
+        "lora_b": torch.randn(8, 4, 12),
+        "gate_weight": torch.randn(8, 16),
+    }
+    return good | changes
+
+
+@pytest.mark.parametrize("count", ["num_experts", "rank", "top_k"])
+def test_true_is_no_count(count: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        LMoELinear.from_linear(nn.Linear(8, 12), **{count: True})
+    assert str(caught.value) == f"LMoELinear: {count} must be an int, got bool"
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "text"),
+    [
+        ([0.0] * 12, TypeError, "bias must be a torch.Tensor, got list"),
+        (torch.zeros(12).half(), TypeError, "bias must have dtype torch.float32 as x, got torch.float16"),
+        (torch.zeros(12, device="meta"), ValueError, "bias must be on cpu as x, got meta"),
+    ],
+    ids=["no tensor", "dtype", "device"],
+)
+def test_bad_bias(bias: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        lmoe_linear(**_arguments(weight=torch.zeros(12, 16), bias=bias))
+    assert str(caught.value) == f"lmoe_linear: {text}"
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    """As it does in `torch.nn.functional.linear`."""
+    arguments: dict[str, Tensor] = {name: t.double() for name, t in _arguments(base=torch.randn(2, 12)).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lmoe(**arguments)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, lmoe(**arguments))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
+        ({"lora_b": torch.zeros(8, 5, 12)}, ValueError, "lora_a must have shape (E, R, I) = (8, 5, 16), got (8, 4, 16)"),
+        ({"mixing": "sum"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'sum'"),
+        ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
+    ],
+    ids=["x", "lora_b", "mixing", "top_k"],
+)
+def test_explain_refuses_what_lmoe_refuses(changes: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error) as caught:
+        explain(**_arguments(**changes))
+    assert str(caught.value) == f"explain: {text}"
+
+
+@pytest.mark.parametrize(("lead", "tokens"), [((), 1), ((6,), 6), ((2, 0, 3), 0), ((2, 3), 6)], ids=str)
+@pytest.mark.parametrize("features", [0, 16])
+def test_tokens_are_counted_in_the_leading_dims(lead: tuple[int, ...], tokens: int, features: int) -> None:
+    """Also where a token has no features, and so no element that could be counted."""
+    x, lora_a, gate_weight = torch.zeros(*lead, features), torch.zeros(8, 4, features), torch.zeros(8, features)
+    arguments = _arguments(x=x, lora_a=lora_a, gate_weight=gate_weight)
+    assert explain(**arguments).startswith(f"lmoe: T={tokens} I={features} O=12 E=8 R=4, ")
+    assert lmoe(**arguments).shape == (*lead, 12)

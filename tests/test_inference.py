@@ -1,0 +1,39 @@
+"""Without gradients nothing is written for a backward."""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lmoe_kernels import lmoe, ops
+from tests.problems import Case, leaves_of, make_problem
+
+
+class _Results(TorchDispatchMode):
+    """What calls of the op `forward` return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is ops.forward:
+            self.seen.append(result)
+        return result
+
+
+@pytest.mark.parametrize("without", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])
+def test_parameters_that_want_gradients_get_nothing_saved_without_them(
+    without: AbstractContextManager, backend: str
+) -> None:
+    leaves = leaves_of(make_problem(Case(), torch.float32).tensors)
+    arguments = leaves["x"], leaves["lora_a"], leaves["lora_b"]
+    with without, _Results() as results:
+        y = lmoe(*arguments, gate_weight=leaves["gate_weight"], backend=backend)
+    assert not y.requires_grad
+    (saved,) = results.seen
+    assert [t.numel() for t in saved] == [y.numel(), 0, 0]
