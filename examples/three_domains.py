@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     base = small_llama()
     nn.Module.to(base, device)
-    train("base on English", base, domains[:1], budget.base_steps, args.seed)
+    train("base on English", base, domains[:1], budget.base_steps, args.seed, peak=3e-3)
     base.requires_grad_(False)
     bits = {"base": bits_per_byte(base, domains, budget)}
 
@@ -118,11 +118,31 @@ def train(
     domains: Sequence[Domain],
     steps: int,
     seed: int,
+    peak: float,
     auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
 ) -> None:
-    """AdamW with warm-up and cosine decay, on batches that hold every domain in equal parts."""
+    """Take all steps of `training`, with a progress bar."""
+    losses = training(model, domains, steps, seed, peak, auxiliary_loss)
+    bar = tqdm(losses, total=steps, desc=f"{name:<17}", unit="step", file=sys.stderr)
+    for loss in bar:
+        bar.set_postfix_str(f"{loss / math.log(2):.2f} bits per byte", refresh=False)
+
+
+def training(
+    model: nn.Module,
+    domains: Sequence[Domain],
+    steps: int,
+    seed: int,
+    peak: float,
+    auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
+    windows: int = WINDOWS,
+) -> Iterator[float]:
+    """AdamW with warm-up to the learning rate `peak` and cosine decay, on batches that hold every domain in equal parts.
+
+    Yields:
+        the loss of each step, in nats, without the auxiliary one.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    peak = 3e-3 if len(domains) == 1 else 1e-2
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)))
@@ -130,15 +150,14 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     device = parameters[0].device
     model.train()
-    bar = tqdm(range(steps), desc=f"{name:<17}", unit="step", file=sys.stderr)
-    for _ in bar:
-        loss = cross_entropy(model, mixed_batch(domains, generator).to(device))
+    for _ in range(steps):
+        loss = cross_entropy(model, mixed_batch(domains, generator, windows).to(device))
         optimizer.zero_grad(set_to_none=True)
         (loss + auxiliary_loss(model)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix_str(f"{loss.item() / math.log(2):.2f} bits per byte", refresh=False)
+        yield loss.item()
     model.eval()
 
 
@@ -147,9 +166,9 @@ def balance(model: nn.Module) -> Tensor:
     return BALANCE * lk.balance_loss(lk.collect_router_logits(model).values())
 
 
-def mixed_batch(domains: Sequence[Domain], generator: torch.Generator) -> Tensor:
-    """(WINDOWS, LENGTH + 1) bytes, the same number of windows from every domain."""
-    return torch.cat([domain.batch(WINDOWS // len(domains), LENGTH, generator) for domain in domains])
+def mixed_batch(domains: Sequence[Domain], generator: torch.Generator, windows: int = WINDOWS) -> Tensor:
+    """(windows, LENGTH + 1) bytes, the same number of windows from every domain."""
+    return torch.cat([domain.batch(windows // len(domains), LENGTH, generator) for domain in domains])
 
 
 def cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
