@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from benchmarks.defaults.trials import Outcome, Trial
-from lmoe_kernels.layer import default_alpha
+from lmoe_kernels import LMoELinear
 
 METHODS = ("LoRA", "factors", "outputs")
 MIXINGS = METHODS[1:]
@@ -18,15 +18,19 @@ def _scalings() -> dict[str, tuple[float, ...]]:
     return {"LoRA": (1.0, 2.0, 4.0, 8.0, 16.0), "factors": MIXTURE_SCALINGS, "outputs": MIXTURE_SCALINGS}
 
 
+def _candidates() -> dict[str, tuple[float, ...]]:
+    return {"LoRA": (1.0, 2.0), "factors": (8.0, 16.0), "outputs": (8.0, 16.0)}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What is varied, one stage after the other."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
-    repeated_rates: tuple[float, ...] = (3e-3,)  # at which every scaling is tried on all seeds
     scalings: dict[str, tuple[float, ...]] = field(default_factory=_scalings)
-    experts: tuple[int, ...] = (4, 16)
+    candidates: dict[str, tuple[float, ...]] = field(default_factory=_candidates)  # for a default
+    experts: tuple[int, ...] = (4, 8, 16)
     scalings_over_experts: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
     scalings_of_top_2: tuple[float, ...] = (2.0, 4.0, 8.0, 16.0)
     gate_init_stds: tuple[float, ...] = (0.02, 0.5)  # beside 1 / sqrt(in_features): .09 and, for down_proj, .05
@@ -46,13 +50,11 @@ class Plan:
                 yield from (point(method, scaling, rate, self.seeds[0]) for scaling in self.scalings[method])
 
     def repeats(self, outcomes: Iterable[Outcome]) -> Iterator[Trial]:
-        """What tuning chose, and every scaling at some of the learning rates, on the other seeds."""
+        """What tuning chose, and the candidates of a default, on the other seeds."""
         known = list(outcomes)
         for seed in self.seeds[1:]:
             yield from (replace(self.best(known, method).trial, seed=seed) for method in METHODS)
-        for rate in self.repeated_rates:
-            for method in METHODS:
-                yield from (point(method, s, rate, seed) for s in self.scalings[method] for seed in self.seeds[1:])
+            yield from (point(method, scaling, USUAL, seed) for method in METHODS for scaling in self.candidates[method])
 
     def other_sizes(self) -> Iterator[Trial]:
         """Scalings that go with the number of experts, the number of parameters staying."""
@@ -81,9 +83,9 @@ class Plan:
 
 
 FULL = Plan()
+_QUICK_SCALINGS = {"LoRA": (1.0,), "factors": (8.0,), "outputs": (8.0,)}
 QUICK = Plan(
-    seeds=(0, 1), rates=(USUAL,), repeated_rates=(USUAL,),
-    scalings={"LoRA": (1.0,), "factors": (8.0,), "outputs": (8.0,)},
+    seeds=(0, 1), rates=(USUAL,), scalings=_QUICK_SCALINGS, candidates=_QUICK_SCALINGS,
     experts=(2,), scalings_over_experts=(1.0,), scalings_of_top_2=(2.0,), gate_init_stds=(0.02,),
 )  # fmt: skip
 
@@ -102,6 +104,5 @@ def method_of(trial: Trial) -> str:
 
 def default_scaling(method: str) -> float:
     """That of a layer which is given no alpha, at the grid's sizes."""
-    if method == "LoRA":
-        return default_alpha(1, RANK_OF_LORA, "factors") / RANK_OF_LORA
-    return default_alpha(EXPERTS, RANK, method) / RANK
+    like = point(method, 1.0, USUAL)
+    return LMoELinear(1, 1, num_experts=like.num_experts, rank=like.rank, mixing=like.mixing).scaling

@@ -73,7 +73,7 @@ class Lab:
         if (folder / "config.json").is_file():
             self.base = type(self.base).from_pretrained(folder)
         else:
-            for _ in self.demo.training(self.base, self.domains[:1], settings.base_steps, seed=0, peak=3e-3):
+            for _ in self.demo.training(self.base, self.domains[:1], settings.base_steps, seed=0):
                 pass
             self.base.save_pretrained(folder)
         self.base.requires_grad_(False)
@@ -84,11 +84,10 @@ class Lab:
         """Train and judge."""
         model = self.adapted(trial)
         mixture = trial.num_experts > 1
-        auxiliary = {"auxiliary_loss": self.demo.balance} if mixture else {}
-        steps, windows = self.settings.steps, self.settings.windows
-        for _ in self.demo.training(
-            model, self.domains, steps, trial.seed, trial.learning_rate, windows=windows, **auxiliary
-        ):
+        options = {"rate": trial.learning_rate, "windows": self.settings.windows}
+        if mixture:
+            options["auxiliary_loss"] = self.demo.balance
+        for _ in self.demo.training(model, self.domains, self.settings.steps, trial.seed, **options):
             pass
         bits = [self.bits(model, windows) for windows in (self.choosing, self.reporting)]
         return Outcome(trial, *bits, likeness=likeness(model) if mixture else None)
