@@ -53,10 +53,10 @@ class Row:
     compiled: bool = False
 
 
-def leaf(inputs: Inputs, name: str, expert: int | None = None) -> Leaf:
-    """A view of an input that requires a gradient."""
+def leaf(inputs: Inputs, name: str, expert: int | None = None, dtype: torch.dtype | None = None) -> Leaf:
+    """A view of an input that requires a gradient, or a copy in another dtype."""
     tensor = getattr(inputs, name) if expert is None else getattr(inputs, name)[expert]
-    return Leaf(tensor.detach().requires_grad_(), name, expert)
+    return Leaf(tensor.detach().to(dtype or tensor.dtype).requires_grad_(), name, expert)
 
 
 def frozen(inputs: Inputs, scope: str) -> Step:
@@ -148,9 +148,10 @@ def per_token(x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor) ->
     return SCALING * torch.einsum("tro,tr->to", b_of_token, torch.einsum("tri,ti->tr", a_of_token, x))
 
 
-def ours(backend: str, inputs: Inputs, scope: str) -> Step:
-    """The package itself, by one of its backends."""
-    leaves = tuple(leaf(inputs, name) for name in ("x", "lora_a", "lora_b", "gate_weight"))
+def ours(backend: str, inputs: Inputs, scope: str, dtype: torch.dtype | None = None) -> Step:
+    """The package itself, by one of its backends; experts and gate in `dtype`, None for that of the activations."""
+    parameters = (leaf(inputs, name, dtype=dtype) for name in ("lora_a", "lora_b", "gate_weight"))
+    leaves = leaf(inputs, "x"), *parameters
     x, lora_a, lora_b, gate_weight = (tensor for tensor, *_ in leaves)
     options: dict[str, Any] = {"gate_weight": gate_weight, "scaling": SCALING, "backend": backend}
     call: Any = (
@@ -201,14 +202,23 @@ def why_not_timed(backend: Backend, problem: Problem) -> str | None:
     return backend.why_not(problem) or (backend.why_not_unasked(problem) if problem.device.type == "cpu" else None)
 
 
-def _backend_row(backend: Backend) -> Row:
+def _backend_rows(backend: Backend) -> tuple[Row, Row]:
+    """Experts in the activations' dtype, and in fp32 as `LMoELinear` has them."""
     says = f"ours, backend {backend.name}"
     both = ("layer", "delta")
 
     def why_not(shape: Shape, device: torch.device) -> str | None:
         return why_not_timed(backend, shape.problem(device))
 
-    return Row(backend.name, says, "factors", partial(ours, backend.name), both, why_not)
+    def why_not_fp32(shape: Shape, device: torch.device) -> str | None:
+        same = f"the same as {backend.name} in float32" if DTYPES[shape.dtype] == torch.float32 else None
+        return why_not(shape, device) or same
+
+    in_fp32 = partial(ours, backend.name, dtype=torch.float32)
+    return (
+        Row(backend.name, says, "factors", partial(ours, backend.name), both, why_not),
+        Row(f"{backend.name}-fp32", f"{says}, fp32 experts (the default)", "factors", in_fp32, both, why_not_fp32),
+    )
 
 
 def rows() -> Mapping[str, Row]:
@@ -230,7 +240,7 @@ def rows() -> Mapping[str, Row]:
             wide_tokens=6, compiled=True,
         ),
     ]  # fmt: skip
-    table += [_backend_row(backend) for backend in BACKENDS.values() if backend.name != "reference"]
+    table += [row for backend in BACKENDS.values() if backend.name != "reference" for row in _backend_rows(backend)]
     return {row.name: row for row in table}
 
 

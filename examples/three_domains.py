@@ -16,7 +16,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmoe_kernels as lk
 
-NUM_EXPERTS, RANK, ALPHA = 8, 4, 32
+NUM_EXPERTS, RANK = 8, 4
+SCALINGS = {"L-MoE": 32.0, "one LoRA": 8.0}  # each the best of its kind at this learning rate, see docs/defaults.md
+RATE = 3e-3  # highest learning rate of every training
 LENGTH = 128  # bytes in a window
 WINDOWS = 12  # windows in a batch
 BALANCE = 0.01  # weight of the balance loss
@@ -67,9 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bits = {"base": bits_per_byte(base, domains, budget)}
 
     mixture = copy.deepcopy(base)
-    lk.apply_lmoe(
-        mixture, "all-linear", num_experts=NUM_EXPERTS, rank=RANK, alpha=ALPHA, gate_init_std=0.1, output_router_logits=True
-    )
+    alpha = SCALINGS["L-MoE"] * RANK
+    lk.apply_lmoe(mixture, "all-linear", num_experts=NUM_EXPERTS, rank=RANK, alpha=alpha, output_router_logits=True)
     train("L-MoE, 8 experts", mixture, domains, budget.adapter_steps, args.seed, auxiliary_loss=balance)
     bits["L-MoE"] = bits_per_byte(mixture, domains, budget)
     lk.save_lmoe(mixture, out / "adapter")
@@ -109,7 +110,8 @@ def one_lora(model: nn.Module, like: nn.Module) -> nn.Module:
     """PEFT's LoRA on the same layers, of the rank whose number of parameters comes nearest to that of `like`."""
     features = sum(layer.in_features + layer.out_features for layer in lk.lmoe_layers(like).values())
     rank = round(trainable(like) / features)
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    alpha = int(SCALINGS["one LoRA"] * rank)
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear"))
 
 
 def train(
@@ -120,25 +122,43 @@ def train(
     seed: int,
     auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
 ) -> None:
-    """AdamW with warm-up and cosine decay, on batches that hold every domain in equal parts."""
+    """Take all steps of `training`, with a progress bar."""
+    losses = training(model, domains, steps, seed, auxiliary_loss)
+    bar = tqdm(losses, total=steps, desc=f"{name:<17}", unit="step", file=sys.stderr)
+    for loss in bar:
+        bar.set_postfix_str(f"{loss / math.log(2):.2f} bits per byte", refresh=False)
+
+
+def training(
+    model: nn.Module,
+    domains: Sequence[Domain],
+    steps: int,
+    seed: int,
+    auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
+    rate: float = RATE,
+    windows: int = WINDOWS,
+) -> Iterator[float]:
+    """AdamW with warm-up to the learning rate `rate` and cosine decay, on batches that hold every domain in equal parts.
+
+    Yields:
+        the loss of each step, in nats, without the auxiliary one.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    peak = 3e-3 if len(domains) == 1 else 1e-2
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / 20) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)))
     )
     generator = torch.Generator().manual_seed(seed)
     device = parameters[0].device
     model.train()
-    bar = tqdm(range(steps), desc=f"{name:<17}", unit="step", file=sys.stderr)
-    for _ in bar:
-        loss = cross_entropy(model, mixed_batch(domains, generator).to(device))
+    for _ in range(steps):
+        loss = cross_entropy(model, mixed_batch(domains, generator, windows).to(device))
         optimizer.zero_grad(set_to_none=True)
         (loss + auxiliary_loss(model)).backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix_str(f"{loss.item() / math.log(2):.2f} bits per byte", refresh=False)
+        yield loss.item()
     model.eval()
 
 
@@ -147,9 +167,9 @@ def balance(model: nn.Module) -> Tensor:
     return BALANCE * lk.balance_loss(lk.collect_router_logits(model).values())
 
 
-def mixed_batch(domains: Sequence[Domain], generator: torch.Generator) -> Tensor:
-    """(WINDOWS, LENGTH + 1) bytes, the same number of windows from every domain."""
-    return torch.cat([domain.batch(WINDOWS // len(domains), LENGTH, generator) for domain in domains])
+def mixed_batch(domains: Sequence[Domain], generator: torch.Generator, windows: int = WINDOWS) -> Tensor:
+    """(windows, LENGTH + 1) bytes, the same number of windows from every domain."""
+    return torch.cat([domain.batch(windows // len(domains), LENGTH, generator) for domain in domains])
 
 
 def cross_entropy(model: nn.Module, windows: Tensor) -> Tensor:
@@ -190,8 +210,9 @@ def report(results: dict, domains: Sequence[str], gates: dict[str, Tensor]) -> N
     for name, by_domain in bits.items():
         values = [*by_domain.values(), sum(by_domain.values()) / len(by_domain)]
         _line(f"  {name}", *(f"{value:.3f}" for value in values), parameters.get(name, ""), width=10)
-    best = min(parameters, key=lambda name: sum(bits[name].values()))
-    print(f"  lower is better: of the two adapters, {best} wins")
+    best, other = sorted(parameters, key=lambda name: sum(bits[name].values()))
+    lead = sum(bits[other][domain] - bits[best][domain] for domain in domains) / len(domains)
+    print(f"  lower is better: of the two adapters, {best} wins, by {lead:.3f}")
 
     _line("\nMean gate of each expert, per cent", *range(NUM_EXPERTS), width=5)
     for layer in most_specialised(gates)[:3]:

@@ -112,8 +112,9 @@ class LMoELinear(nn.Module):
             checks.check_finite("LMoELinear", "alpha", alpha, "be None or a finite number")
         checks.check_bool("LMoELinear", "shared_a", shared_a)
         checks.check_bool("LMoELinear", "output_router_logits", output_router_logits)
-        alpha = default_alpha(num_experts, rank, mixing) if alpha is None else alpha
-        checks.check_options("LMoELinear", num_experts, alpha / rank, mixing, top_k, renormalize)
+        scaling = 1.0 if alpha is None else alpha / rank
+        checks.check_options("LMoELinear", num_experts, scaling, mixing, top_k, renormalize)
+        alpha = default_alpha(num_experts if top_k is None else top_k, rank) if alpha is None else alpha
         if gate_init_std is not None:
             checks.check_finite(
                 "LMoELinear", "gate_init_std", gate_init_std, "be None or a number of at least 0", at_least=0
@@ -257,9 +258,9 @@ class LMoELinear(nn.Module):
         return {**self.__dict__, "router_logits": None}
 
 
-def default_alpha(num_experts: int, rank: int, mixing: str) -> float:
-    """The alpha of a layer that is given none."""
-    return float(rank)
+def default_alpha(num_experts: int, rank: int) -> float:
+    """The alpha of a layer that is given none, by the number of experts that share a token."""
+    return 2.0 * num_experts * rank
 
 
 def features_of(linear: nn.Module) -> tuple[int, int] | None:
