@@ -12,6 +12,7 @@ import torch
 
 from lmoe_kernels import dispatch
 from lmoe_kernels.backends.cuda import extension
+from tests import plans
 from tests.cuda_emu import build
 from tests.triton_interpreter import interpret
 from tests.watch import AllocationWatch
@@ -53,6 +54,18 @@ def backend(request: pytest.FixtureRequest) -> str:
         if request.node.callspec.params.get("dtype") is torch.float64:
             pytest.skip("the cuda backend does not take float64")
     return request.param
+
+
+@pytest.fixture(params=plans.PLANS, ids=": ".join)
+def every_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each backend that computes with its own code, made to take each of its plans in turn."""
+    name, plan = request.param
+    if name == "cuda":
+        request.getfixturevalue("emulated_cuda")
+    if name == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+    plans.force(name, plan, monkeypatch)
+    return name
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Bugs put into copies of the kernels, one at a time: what the emulator must catch."""
 
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,15 @@ PROBLEMS = 4
 
 @dataclass(frozen=True)
 class Bug:
-    """A change of one place in csrc/, and what is said where it is caught."""
+    """A change of one place in csrc/, and what is said where it is caught.
+
+    The place is code within one function, which the copy has without its comments: another comment, or another function with
+    the same line, is none of a bug's business.
+    """
 
     name: str
     file: str
+    function: str  # enough of its head to find it by, with the opening parenthesis
     right: str
     wrong: str
     caught_as: str  # a part of the driver's output
@@ -30,17 +36,31 @@ class Bug:
         csrc = folder / "csrc"
         shutil.copytree(CSRC, csrc)
         path = csrc / self.file
-        text = path.read_text()
-        assert text.count(self.right) == 1, f"{self.name}: {self.file} has {text.count(self.right)} times {self.right!r}"
-        path.write_text(text.replace(self.right, self.wrong))
+        text = re.sub(r"[ \t]*//.*", "", path.read_text())
+        begin, end = self._body(text)
+        body = text[begin:end]
+        assert body.count(self.right) == 1, f"{self.name}: {self.function}...) has {body.count(self.right)} times {self.right!r}"
+        path.write_text(text[:begin] + body.replace(self.right, self.wrong) + text[end:])
         return csrc
+
+    def _body(self, text: str) -> tuple[int, int]:
+        """Where the function's body begins and ends."""
+        assert text.count(self.function) == 1, f"{self.name}: {self.file} has {text.count(self.function)} times {self.function!r}"
+        begin = text.index("{\n", text.index(self.function))
+        depth = 0
+        for at in range(begin, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if depth == 0:
+                return begin, at
+        raise AssertionError(f"{self.name}: {self.function}...) does not end")
 
 
 BUGS = (
     Bug(
         "a barrier removed from the pipeline",
         "cuda/tiles.cuh",
-        "            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more\n",
+        "void pipeline(",
+        "__syncthreads();",
         "",
         "is off by",
         is_race=True,
@@ -48,6 +68,7 @@ BUGS = (
     Bug(
         "a wait that is off by one",
         "cuda/tiles.cuh",
+        "void pipeline(",
         "copy_async_wait<DEPTH - 2>();",
         "copy_async_wait<DEPTH - 1>();",
         "is off by",
@@ -56,6 +77,7 @@ BUGS = (
     Bug(
         "a wrong stage, still being read",
         "cuda/tiles.cuh",
+        "float* run(",
         "S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);\n                const",
         "S* stage = reinterpret_cast<S*>(smem + (step + 1) % STAGES * STAGE_BYTES);\n                const",
         "is off by",
@@ -63,14 +85,16 @@ BUGS = (
     Bug(
         "an output over stages that are still being read",
         "cuda/tiles.cuh",
-        "        __syncthreads();  // the output takes the place of the stages\n",
-        "",
+        "float* run(",
+        "__syncthreads();\n        float* out",
+        "float* out",
         "is off by",
         is_race=True,
     ),
     Bug(
         "a first step that waits for nobody, not for mix either",
         "cuda/tiles.cuh",
+        "void pipeline(",
         "        if (step >= 0) {\n",
         "        if (step > 0) {\n",
         "is off by",
@@ -79,7 +103,8 @@ BUGS = (
     Bug(
         "a swept output read before it is whole",
         "cuda/tiles.cuh",
-        "                __syncthreads();  // the output is there for all\n",
+        "void sweep(",
+        "__syncthreads();",
         "",
         "is off by",
         is_race=True,
@@ -87,7 +112,8 @@ BUGS = (
     Bug(
         "gates mixed before they are there",
         "cuda/stages.cuh",
-        "    __syncthreads();  // the gates are there for all\n",
+        "void gate_softmax(",
+        "__syncthreads();",
         "",
         "is off by",
         is_race=True,
@@ -95,7 +121,8 @@ BUGS = (
     Bug(
         "sums of parts mixed before they are stored",
         "cuda/stages.cuh",
-        "    __syncthreads();  // what was stored can be read by the whole block\n",
+        "void sum_parts(",
+        "__syncthreads();",
         "",
         "is off by",
         is_race=True,
@@ -104,6 +131,7 @@ BUGS = (
     Bug(
         "a load without a mask",
         "cuda/tiles.cuh",
+        "Place of(",
         "row < last_row ? m.columns - col : 0;",
         "m.columns - col;",
         "AddressSanitizer: heap-buffer-overflow",
@@ -112,13 +140,15 @@ BUGS = (
     Bug(
         "a barrier in one warp only",
         "cuda/backward.cuh",
-        "    __syncthreads();  // h and dh are in scratch\n",
-        "    if (threadIdx.x < 32) __syncthreads();\n",
+        "void mix_tokens_bwd(",
+        "__syncthreads();\n    for (int i = threadIdx.x; i < tokens * E;",
+        "if (threadIdx.x < 32) __syncthreads();\n    for (int i = threadIdx.x; i < tokens * E;",
         "exits while others wait in __syncthreads",
     ),
     Bug(
         "lanes missing from a shuffle",
         "cuda/decode.cuh",
+        "void shrink_chunk(",
         "__shfl_xor_sync(~0u,",
         "__shfl_xor_sync(0xffffu,",
         "the calling lane is not in its mask",
@@ -126,21 +156,24 @@ BUGS = (
     Bug(
         "no barrier of the grid",
         "cuda/decode.cuh",
-        "    grid_barrier();\n",
-        "    __syncthreads();\n",
+        "decode_fwd_kernel(",
+        "grid_barrier();",
+        "__syncthreads();",
         "is off by",
         is_race=True,
     ),
     Bug(
         "a barrier of the grid that one block does not reach",
         "cuda/decode.cuh",
-        "    grid_barrier();\n",
-        "    if (blockIdx.x + 1 < gridDim.x) grid_barrier();\n",
+        "decode_fwd_kernel(",
+        "grid_barrier();",
+        "if (blockIdx.x + 1 < gridDim.x) grid_barrier();",
         "waits for ever",
     ),
     Bug(
         "a barrier of the grid in a launch that is not cooperative",
         "cuda/decode.cu",
+        "void decode(",
         'check("decode_fwd_kernel", launch_cooperative(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p));',
         'LAUNCH(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p); check_launch("decode_fwd_kernel");',
         "a grid-wide barrier in a launch that is not cooperative",

@@ -47,6 +47,14 @@ def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
     return _compile(cache, f"driver_{target}", [EMULATOR / "driver.cpp"], TARGETS[target], csrc)
 
 
+def has_sanitizer(target: str, folder: Path) -> bool:
+    """Whether the compiler has the sanitizer of a target, and what it makes runs here."""
+    program = folder / f"nothing_{target}"
+    command = [str(COMPILER), *TARGETS[target], "-x", "c++", "-", "-o", str(program)]
+    made = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
+    return made.returncode == 0 and subprocess.run([str(program)], capture_output=True).returncode == 0
+
+
 def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedProcess[str]:
     """Run problems first, first + 1, ... until a sanitizer speaks; the exit status is 0 where none did and none failed."""
     return subprocess.run(

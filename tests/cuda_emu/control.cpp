@@ -1,5 +1,5 @@
-// Lets Python choose the emulator's schedule, and whether a launch runs at all.
-#include "machine.h"
+// Lets Python choose the emulator's schedule, and whether a launch runs at all; tells it of the launches that ran.
+#include "runtime.h"
 
 extern "C" __attribute__((visibility("default"))) void emu_set_schedule(uint64_t seed, int early_copies) {
     emu::options.seed = seed;
@@ -10,3 +10,12 @@ extern "C" __attribute__((visibility("default"))) void emu_launch_nothing(int pr
     emu::options.running = false;
     emu::options.processors = processors;
 }
+
+extern "C" __attribute__((visibility("default"))) void emu_forget_launches() { emu::launches.clear(); }
+
+extern "C" __attribute__((visibility("default"))) size_t emu_launches(const emu::Launch** first) {
+    *first = emu::launches.data();
+    return emu::launches.size();
+}
+
+extern "C" __attribute__((visibility("default"))) int emu_current_device() { return emu::current_device; }

@@ -3,9 +3,8 @@
 
 #include <cmath>
 #include <type_traits>
-#include <utility>
 
-#include "machine.h"
+#include "runtime.h"
 
 #define __global__
 #define __device__
@@ -13,8 +12,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define DYNAMIC_SMEM(name) unsigned char* name = emu::self->block->shared
-#define LAUNCH(kernel, grid, block, smem, stream, params) \
-    ((void)(stream), emu::launch(grid, block, smem, false, [=] { kernel(params); }))
 #define threadIdx (emu::self->index)
 #define blockIdx (emu::self->block->index)
 #define blockDim (emu::grid->block)
@@ -64,41 +61,6 @@ S from_float(float x) {
         if (x != x) return {0x7fff};
         return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
     }
-}
-
-// The runtime, as far as the launchers use it.
-using cudaStream_t = void*;
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaGetLastError() { return std::exchange(emu::error_is_told, true) ? cudaSuccess : 1; }
-inline const char* cudaGetErrorString(cudaError_t) { return emu::last_error.c_str(); }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-    *value = emu::options.processors;
-    return cudaSuccess;
-}
-struct cudaFuncAttributes {};
-template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
-    return cudaSuccess;
-}
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
-    return cudaSuccess;
-}
-
-template <class Params>
-cudaError_t launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, int smem, cudaStream_t, Params params) {
-    if (grid.x > static_cast<unsigned>(emu::options.processors)) {
-        emu::last_error = "too many blocks in cooperative launch";
-        emu::error_is_told = false;
-    } else {
-        emu::launch(grid, block, smem, true, [=] { kernel(params); });
-    }
-    return emu::error_is_told ? cudaSuccess : 1;
 }
 
 inline void __syncthreads() { emu::block_barrier(); }

@@ -1,0 +1,63 @@
+"""Plans forced upon a backend, whatever the shape would take: every way through its kernels on tiny problems."""
+
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+PLANS = [
+    ("torch", "its only one"),
+    ("triton", "few processors"),  # one pass, or two where a case has too many columns
+    ("triton", "many processors"),  # features and tokens in splits
+    ("triton", "in groups"),  # tokens by expert, where only some of the experts are kept
+    ("cuda", "decode"),
+    ("cuda", "one pass"),
+    ("cuda", "stages"),
+    ("cuda", "parts"),  # features and tokens in splits
+]
+
+
+def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a backend take a plan until the test ends."""
+    if backend == "triton":
+        _force_triton(plan, monkeypatch)
+    elif backend == "cuda":
+        _force_cuda(plan, monkeypatch)
+
+
+def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = import_module("lmoe_kernels.backends.triton.configs")
+    chip, grouped_plan = configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), configs.grouped_plan
+    for module in _modules("triton"):
+        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+
+    def of_many(sizes: Any, *rest: Any) -> Any:
+        """The plan of so many tokens and experts that grouping pays."""
+        experts = max(sizes.E, 65)
+        many = replace(sizes, T=1 << 20, E=experts, E_of_a=experts if sizes.E_of_a == sizes.E else 1)
+        return grouped_plan(many, *rest)
+
+    if plan == "in groups":
+        monkeypatch.setattr(configs, "grouped_plan", of_many)
+
+
+def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One processor is filled by any tile, a million by none."""
+    configs = import_module("lmoe_kernels.backends.cuda.configs")
+    forward, backward = _modules("cuda")
+    one_pass_smem, processors = configs.one_pass_smem, 1 if plan == "one pass" else 1 << 20
+    if plan != "decode":
+        monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: one_pass_smem(*sizes[:-1], processors))
+    parts = 2 if plan == "parts" else 1
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "shrink_parts", lambda *sizes: parts)
+    monkeypatch.setattr(backward, "wgrad_splits", lambda *sizes: parts)
+
+
+def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
+    """The modules `forward` and `backward`: the package's names for them are the functions'."""
+    first, second = (import_module(f"lmoe_kernels.backends.{backend}.{name}") for name in ("forward", "backward"))
+    return first, second

@@ -1,0 +1,29 @@
+"""The CUDA kernels under the thread sanitizer, for seconds; `make racecheck` does so for minutes, on every seeded bug."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cuda_emu import build
+from tests.cuda_emu.bugs import BUGS, PROBLEMS
+
+
+@pytest.fixture(scope="module")
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if build.COMPILER is None:
+        pytest.skip("no g++ to compile the CUDA emulator")
+    if not build.has_sanitizer("thread", tmp_path_factory.mktemp("sanitizer")):
+        pytest.skip("the compiler has no thread sanitizer that works here")
+    return Path(request.config.cache.mkdir("cuda_emu"))
+
+
+def test_no_kernel_has_a_data_race(cache: Path, request: pytest.FixtureRequest) -> None:
+    done = build.run_driver(build.build_driver(cache, "thread"), request.config.option.seed, 3)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+def test_a_race_is_seen(cache: Path, tmp_path: Path) -> None:
+    bug = next(bug for bug in BUGS if bug.name == "no barrier of the grid")
+    done = build.run_driver(build.build_driver(cache, "thread", bug.plant(tmp_path)), bug.first_problem, PROBLEMS)
+    assert done.returncode != 0, "not caught"
+    assert "ThreadSanitizer: data race" in done.stdout, done.stdout[-4000:]

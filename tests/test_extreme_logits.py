@@ -1,0 +1,77 @@
+"""Router logits that are large, infinite or NaN: the softmax of every backend, on each of its plans, forward and backward."""
+
+import pytest
+import torch
+
+from tests.problems import Case, Problem, assert_all_no_worse, leaves_of, make_problem, outcome
+
+CASES = [
+    Case(T=9, outside_logits=True),
+    Case(T=9, outside_logits=True, top_k=2, mixing="outputs"),
+    Case(T=9, outside_logits=True, top_k=3),
+]
+
+# Triton's interpreter computes the exponentials of padded experts, too, which are masked after that.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+def _run(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
+    leaves = leaves_of(problem.tensors)
+    return outcome(problem, problem.call(backend, **leaves), leaves)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_large_logits(case: Case, every_plan: str, watch) -> None:
+    """Their exponentials overflow; those of their distances from the largest do not."""
+    problem = make_problem(case, torch.float32)
+    problem.tensors["gate_logits"] += torch.tensor([1000.0, -1000.0, 100.0]).repeat(case.T)[: case.T, None]
+    assert_all_no_worse(problem, _run(problem, every_plan))
+
+
+def test_large_logits_of_the_layers_own_gate(every_plan: str, watch) -> None:
+    problem = make_problem(Case(T=9), torch.float32)
+    x, gate_weight = problem.tensors["x"], problem.tensors["gate_weight"]
+    x.mul_(8).round_().div_(8)[:, 0] = 1.0  # the logits are exact: of one about 512 a rounding would be the whole error
+    gate_weight.mul_(64).round_().div_(64)[:, 0] = 512.0
+    assert_all_no_worse(problem, _run(problem, every_plan))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_nan_in_the_logits_of_a_token_is_seen_in_that_token_alone(case: Case, every_plan: str) -> None:
+    problem = make_problem(case, torch.float32)
+    problem.tensors["gate_logits"][2, 1] = float("nan")
+    results = _run(problem, every_plan)
+    others = torch.arange(case.T) != 2
+    for name in ("y", "x"):
+        assert results[name][2].isnan().all(), name
+        assert results[name][others].isfinite().all(), name
+    assert results["gate_logits"][2].isnan().any()
+    assert results["gate_logits"][others].isfinite().all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_an_expert_masked_by_minus_infinity_is_not_there(case: Case, every_plan: str, watch) -> None:
+    problem = make_problem(case, torch.float32)
+    problem.tensors["gate_logits"][:, 3] = float("-inf")
+    results = _run(problem, every_plan)
+    for name in ("lora_a", "lora_b"):
+        assert (results[name][3] == 0).all(), name
+    assert torch.equal(results["gate_logits"][:, 3], problem.dlogits[:, 3])
+    kept = [e for e in range(case.E) if e != 3]
+    rest = problem.of_experts(kept)
+    index = torch.tensor(kept)
+    of_kept = {name: results[name][index] for name in ("lora_a", "lora_b")} | {"gate_logits": results["gate_logits"][:, kept]}
+    assert_all_no_worse(rest, {"y": results["y"], "x": results["x"], **of_kept})
+
+
+@pytest.mark.parametrize("experts", [6, 40], ids=["one to a lane", "more than a warp has lanes"])
+def test_of_equal_logits_the_lower_expert_is_kept_forward_and_backward(experts: int, every_plan: str, watch) -> None:
+    case = Case(T=9, I=16, O=16, E=experts, R=2, outside_logits=True, top_k=3)
+    problem = make_problem(case, torch.float32)
+    problem.tensors["gate_logits"].zero_()[:, 4] = 1.0
+    results, kept = _run(problem, every_plan), [0, 1, 4]
+    dropped = torch.ones(experts).index_fill(0, torch.tensor(kept), 0.0).bool()
+    for name in ("lora_a", "lora_b"):
+        assert (results[name][dropped] == 0).all(), name
+    of_kept = {name: results[name][~dropped] for name in ("lora_a", "lora_b")}
+    assert_all_no_worse(problem.of_experts(kept), {"y": results["y"], "x": results["x"], **of_kept})
