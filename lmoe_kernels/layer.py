@@ -191,13 +191,11 @@ class LMoELinear(nn.Module):
 
     def _warn_of_frozen_parameters(self) -> None:
         """PEFT freezes everything that was there before its own layers, and says nothing."""
-        frozen = [
-            name for name, parameter in self._parameters.items() if parameter is not None and not parameter.requires_grad
-        ]
+        frozen = not any(parameter.requires_grad for parameter in (self.lora_a, self.lora_b, self.gate_weight))
         if frozen and "peft" in sys.modules and torch.is_grad_enabled():
             warnings.warn(
-                f"LMoELinear: {', '.join(frozen)} of a model that is trained are frozen. get_peft_model does that to what "
-                "it finds: call it before apply_lmoe, or train_lmoe(model) after it, before the optimizer is made.",
+                "LMoELinear: lora_a, lora_b, gate_weight of a model that is trained are frozen. get_peft_model does that to "
+                "what it finds: call it before apply_lmoe, or train_lmoe(model) after it, before the optimizer is made.",
                 stacklevel=3,
             )
 

@@ -198,6 +198,17 @@ def test_what_peft_freezes_is_told(method: str) -> None:
     assert {"lora_a", "lora_b", "gate_weight"} < kinds(model)
 
 
+def test_gates_alone_may_be_trained() -> None:
+    """As over experts that were trained apart: what a user freezes of a layer is no accident."""
+    model = with_experts(llama()).train()
+    for layer in lmoe_layers(model).values():
+        layer.lora_a.requires_grad_(False)
+        layer.lora_b.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=IDS)
+
+
 @pytest.mark.parametrize("method", LATER)
 def test_what_peft_trains_stays_trained(method: str) -> None:
     model = get_peft_model(llama(), LATER[method])
