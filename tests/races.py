@@ -12,9 +12,9 @@ import numpy as np
 def race_checked() -> Iterator[None]:
     """Within this block a kernel raises where it would hang on luck what it reads or leaves behind.
 
-    What a program has stored it may touch again only behind a barrier, and what it has loaded it may store to only there,
-    since other threads of it may do so; but for a tile that is stored as it was loaded, place by place. What one program of a
-    launch stores, no other may touch at all.
+    What a program has stored it may touch again only behind a barrier, and only there may it store to what it has loaded,
+    since other threads may do so; but a tile may be stored as it was loaded, place by place. What one program of a launch
+    stores, no other may touch at all.
     """
     from triton.runtime import interpreter
 
