@@ -55,7 +55,7 @@ BAD = [
         ValueError,
         "gate_logits must have shape (..., E) = (2, 8), got (3, 8)",
     ),
-    ({"scaling": "1"}, TypeError, "scaling must be a number, got str"),
+    ({"scaling": "1"}, TypeError, "scaling must be a finite number, got str"),
     ({"mixing": "sum"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'sum'"),
     ({"top_k": 0}, ValueError, "top_k must be in 1 .. E = 8, got 0"),
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
