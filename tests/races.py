@@ -12,8 +12,9 @@ import numpy as np
 def race_checked() -> Iterator[None]:
     """Within this block a kernel raises where it would hang on luck what it reads or leaves behind.
 
-    What a program has stored it may touch again only behind a barrier, since other threads may do so; and what one program
-    of a launch stores, no other may touch at all.
+    What a program has stored it may touch again only behind a barrier, and only there may it store to what it has loaded,
+    since other threads may do so; but a tile may be stored as it was loaded, place by place. What one program of a launch
+    stores, no other may touch at all.
     """
     from triton.runtime import interpreter
 
@@ -30,7 +31,7 @@ def race_checked() -> Iterator[None]:
         return store(self, pointers, value, mask, *rest)
 
     def settle(self: Any) -> None:
-        launches[-1].unsettled.clear()
+        launches[-1].settle()
 
     def checking_call(self: Any, *args: Any, **kwargs: Any) -> Any:
         launches.append(_Launch(self.fn.__name__))
@@ -54,25 +55,41 @@ def _addresses(pointers: Any, mask: Any) -> np.ndarray:
     return pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
 
 
+def _meet(these: np.ndarray, those: np.ndarray) -> bool:
+    """Whether an address is in both. Most pairs lie in different tensors."""
+    if not (these.size and those.size) or these.max() < those.min() or those.max() < these.min():
+        return False
+    return bool(np.isin(these, those).any())
+
+
 class _Launch:
     """The addresses that the programs of one launch touch."""
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
         self.program: Any = None
-        self.unsettled: list[np.ndarray] = []  # stored by the running program since its last barrier
+        self.unsettled: dict[str, list[np.ndarray]] = {"loaded": [], "stored": []}  # by it, since its last barrier
         self.loaded: dict[Any, list[np.ndarray]] = {}
         self.stored: dict[Any, list[np.ndarray]] = {}
+
+    def settle(self) -> None:
+        for addresses in self.unsettled.values():
+            addresses.clear()
 
     def touch(self, program: Any, addresses: np.ndarray, stores: bool) -> None:
         if program != self.program:
             self.program = program
-            self.unsettled.clear()
-        for before in self.unsettled:
-            assert not np.isin(addresses, before).any(), f"{self.kernel}: touches what it stored, with no barrier between"
-        if stores:
-            self.unsettled.append(addresses)
-        (self.stored if stores else self.loaded).setdefault(program, []).append(addresses)
+            self.settle()
+        for before in self.unsettled["stored"]:
+            assert not _meet(addresses, before), f"{self.kernel}: touches what it stored, with no barrier between"
+        for before in self.unsettled["loaded"] if stores else ():
+            in_place = np.array_equal(addresses, before)  # every thread stores where it has itself loaded
+            assert in_place or not _meet(addresses, before), (
+                f"{self.kernel}: stores where another thread may still load, with no barrier between"
+            )
+        what, by_program = ("stored", self.stored) if stores else ("loaded", self.loaded)
+        self.unsettled[what].append(addresses)
+        by_program.setdefault(program, []).append(addresses)
 
     def check_programs(self) -> None:
         """No address that one program stores is touched by another."""
