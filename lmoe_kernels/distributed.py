@@ -50,9 +50,11 @@ def gathered(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into these modules, each process its part."""
+    """Copy whole tensors into these modules, each process its part; what is not among them stays."""
 
     def put(key: str, tensor: Any) -> None:
+        if key not in tensors:
+            return
         source = tensors[key]
         if _is_dtensor(tensor):
             from torch.distributed.tensor import distribute_tensor  # few models are sharded, and the import is slow

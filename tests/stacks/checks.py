@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
 from tests.models import llama, state
-from tests.stacks.flow import MORE, STEPS, Stack, barrier, equal, flow, plain_model, rank, train, wrapped
+from tests.stacks.flow import MORE, STEPS, barrier, equal, flow, plain_model, rank, train, wrapped
 from tests.stacks.wrappings import ONE_PROCESS, STACKS
 
 KEPT = StateDictOptions(ignore_frozen_params=True)
@@ -29,7 +29,7 @@ SHARDED = DISTRIBUTED[1:]
 
 def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
     """One adapter goes through every wrapping of an fp64 model, and comes out as it went in."""
-    first = plain_model(Stack(nn.Identity), seed)
+    first = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(first, folder / "0")
     barrier()
@@ -56,7 +56,7 @@ def beside_peft(seed: int, folder: Path) -> Iterator[str]:
 
 def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
     """Large models are sharded before they have any numbers: layers, their names and shapes are there already."""
-    plain = plain_model(Stack(nn.Identity), seed)
+    plain = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(plain, folder)
     barrier()
@@ -101,7 +101,7 @@ def refuses(model: nn.Module, change: Callable[[], object], text: str) -> None:
 
 def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
     """The module inside of FSDP1's cannot be gathered by itself: neither saved nor loaded."""
-    save_lmoe(plain_model(Stack(nn.Identity), seed), folder / f"plain-{rank()}")
+    save_lmoe(plain_model(ONE_PROCESS["plain"], seed), folder / f"plain-{rank()}")
     for name in ("FSDP1", "FSDP1 whole", "FSDP1, flat parameters"):
         model, _ = wrapped(STACKS[name], seed)
         inside = extract_model_from_parallel(model)  # Accelerate's unwrap_model
@@ -156,7 +156,7 @@ def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
 
 def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
     """torch's own checkpoints name tensors as the plain model does, and a training resumes from them bitwise."""
-    plain = {name for name, p in plain_model(Stack(nn.Identity), seed).named_parameters() if p.requires_grad}
+    plain = {name for name, p in plain_model(ONE_PROCESS["plain"], seed).named_parameters() if p.requires_grad}
     for name in ("DDP", "FSDP1", "FSDP1, flat parameters", "FSDP2", "FSDP2 over compiled, checkpointed blocks"):
         model, optimizer = wrapped(STACKS[name], seed)
         train(model, optimizer, seed, 0, STEPS)
