@@ -142,13 +142,18 @@ def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
 
 def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
     """Every process of a data-parallel training writes the same two files to one place; at no time is one partial."""
-    model, _ = wrapped(STACKS["DDP"], seed)
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(2048, 2048, bias=False))  # large enough to be met half-written
+    apply_lmoe(layers, "0", num_experts=8, rank=16)
+    model = nn.parallel.DistributedDataParallel(layers)
     save_lmoe(model, folder)
     barrier()
     true = load_file(folder / "lmoe.safetensors")
-    for _ in range(20):
-        save_lmoe(model, folder)
-        equal(load_file(folder / "lmoe.safetensors"), true, "while others write")
+    for turn in range(60):
+        if turn % 2 == rank():
+            save_lmoe(model, folder)
+        else:
+            equal(load_file(folder / "lmoe.safetensors"), true, "while another writes")
     barrier()
     assert sorted(file.name for file in folder.iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
     yield "holds"
