@@ -118,6 +118,10 @@ def test_a_save_that_fails_raises_on_every_process(reports: Reports) -> None:
     _hold(reports["a save that fails"])
 
 
+def test_a_load_that_fails_raises_on_every_process(reports: Reports) -> None:
+    _hold(reports["a load that fails"])
+
+
 def test_all_processes_may_save_to_one_place(reports: Reports) -> None:
     _hold(reports["all save at once"])
 

@@ -132,11 +132,26 @@ def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
     barrier()
     for name in SHARDED:
         model, _ = wrapped(STACKS[name], seed)
-        error, text = (FileExistsError, "") if rank() == 0 else (RuntimeError, "save_lmoe: process 0 could not write: ")
+        error, text = (FileExistsError, "") if rank() == 0 else (RuntimeError, "save_lmoe: process 0 failed: ")
         with pytest.raises(error, match=text):
             save_lmoe(model, blocked)
         save_lmoe(model, folder / name)
         assert blocked.read_text() == "not a directory"
+        yield name
+
+
+def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
+    """A directory that one process cannot read, of a disk of its own, is an error of all."""
+    adapter = folder / str(rank())
+    save_lmoe(plain_model(ONE_PROCESS["plain"], seed), adapter)
+    if rank() == 1:
+        (adapter / "lmoe_config.json").unlink()
+    for name in SHARDED:
+        model, _ = wrapped(STACKS[name], seed)
+        error, text = (RuntimeError, "load_lmoe: process 1 failed: ") if rank() == 0 else (FileNotFoundError, "not exist")
+        with pytest.raises(error, match=text):
+            load_lmoe(model, adapter)
+        load_lmoe(model, folder / "0")
         yield name
 
 
@@ -196,6 +211,7 @@ CHECKS: dict[str, Check] = {
     "what FSDP1 holds": what_fsdp1_holds,
     "unwrapped by Accelerate": unwrapped_by_accelerate,
     "a save that fails": a_save_that_fails,
+    "a load that fails": a_load_that_fails,
     "all save at once": all_save_at_once,
     "torch.distributed.checkpoint": torch_distributed_checkpoint,
 }
