@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
 from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
-from lmoe_kernels.distributed import by_one_process, fill, gathered, why_no_new_parameters
+from lmoe_kernels.distributed import by_one_process, fill, gathered, together, why_no_new_parameters
 from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
 from lmoe_kernels.model import replace_modules
 from lmoe_kernels.naming import plain_modules
@@ -71,7 +71,7 @@ def load_lmoe(
     """
     several = [directory] if isinstance(directory, str | os.PathLike) else directory
     directories = [Path(part) for part in several]
-    adapter = _merged(model, directories)
+    adapter = together("load_lmoe", model, lambda: _merged(model, directories))
     check_within_reach("load_lmoe", model)
     present = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
     named = {id(present[name]) for name in adapter.layers if name in present}

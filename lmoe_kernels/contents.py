@@ -23,15 +23,18 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
     if not layers:
         fail(op, "model", "have L-MoE layers (see apply_lmoe)", "none")
     shapes = {f"{name}.{key}": shape for name, layer in layers.items() for key, shape in layer.shapes().items()}
-    if state_dict is not None:
-        given = {plain_key(key): tensor for key, tensor in state_dict.items()}
-        if missing := next((key for key in shapes if key not in given), None):
-            fail(op, "state_dict", f"hold {missing!r}", "none of that name")
-        beside = tuple(f"{name}." for name in saved)
-        tensors = {key: t.detach().clone() for key, t in given.items() if key in shapes or key.startswith(beside)}
-    else:
+    beside = tuple(f"{name}." for name in saved)
+
+    def belongs(key: str) -> bool:
+        return key in shapes or key.startswith(beside)
+
+    if state_dict is None:
         check_within_reach(op, model)
-        tensors = gathered(model, {**layers, **parts_of(saved)})
+        tensors = {key: t for key, t in gathered(model, {**layers, **parts_of(saved)}).items() if belongs(key)}
+    else:
+        tensors = {plain: t.detach().clone() for key, t in state_dict.items() if belongs(plain := plain_key(key))}
+    if missing := next((key for key in shapes if key not in tensors), None):
+        fail(op, "model" if state_dict is None else "state_dict", f"hold {missing!r}", "none of that name")
     for key, tensor in tensors.items():
         if tensor.is_meta:
             fail(op, "model", "hold numbers", f"{key!r} on the meta device")

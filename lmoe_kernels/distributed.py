@@ -6,11 +6,12 @@ tensor: they are whole only while the unit is summoned.
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
+Result = TypeVar("Result")
 Parts = Mapping[str, nn.Module]  # by name; of each its own parameters and buffers are meant, not its children's
 
 
@@ -50,9 +51,11 @@ def gathered(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into these modules, each process its part."""
+    """Copy whole tensors into these modules, each process its part; what is not among them stays."""
 
     def put(key: str, tensor: Any) -> None:
+        if key not in tensors:
+            return
         source = tensors[key]
         if _is_dtensor(tensor):
             from torch.distributed.tensor import distribute_tensor  # few models are sharded, and the import is slow
@@ -63,26 +66,37 @@ def fill(model: nn.Module, parts: Parts, tensors: Mapping[str, Tensor]) -> None:
     _visit(model, parts, put, writeback=True)
 
 
-def by_one_process(op: str, model: nn.Module, write: Callable[[], None]) -> None:
-    """Run `write` on one process of a sharded model, and wait for it on the others; an error is raised on all.
+def together(op: str, model: nn.Module, act: Callable[[], Result]) -> Result:
+    """Run `act` on every process of a sharded model. Where it fails on one it raises on all, and none waits for another."""
+    if not _is_shared_out(model):
+        return act()
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = act()
+    except Exception as caught:
+        error = caught
+    errors: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(errors, None if error is None else str(error))
+    if error is not None:
+        raise error
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise RuntimeError(f"{op}: process {rank} failed: {text}")
+    return result
+
+
+def by_one_process(op: str, model: nn.Module, act: Callable[[], None]) -> None:
+    """Run `act` on the first process of a sharded model while the others wait; where it fails it raises on all.
 
     Where every process holds a whole model (a plain one, data parallelism) each runs it: often only one calls at all.
     """
-    if not (is_sharded(model) and distributed.is_available() and distributed.is_initialized()):
-        write()
-        return
-    error: Exception | None = None
-    if distributed.get_rank() == 0:
-        try:
-            write()
-        except Exception as caught:
-            error = caught
-    told = [None if error is None else str(error)]
-    distributed.broadcast_object_list(told)
-    if error is not None:
-        raise error
-    if told[0] is not None:
-        raise RuntimeError(f"{op}: process 0 could not write: {told[0]}")
+    first = not _is_shared_out(model) or distributed.get_rank() == 0
+    together(op, model, act if first else lambda: None)
+
+
+def _is_shared_out(model: nn.Module) -> bool:
+    return is_sharded(model) and distributed.is_available() and distributed.is_initialized()
 
 
 def _visit(model: nn.Module, parts: Parts, act: Callable[[str, Any], None], writeback: bool) -> None:

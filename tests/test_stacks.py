@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from lmoe_kernels import lmoe_layers, save_lmoe
+from lmoe_kernels import lmoe_layers, load_lmoe, save_lmoe
 from tests.models import llama, with_experts
 from tests.stacks.checks import CHECKS
 from tests.stacks.flow import flow
@@ -116,6 +118,10 @@ def test_a_save_that_fails_raises_on_every_process(reports: Reports) -> None:
     _hold(reports["a save that fails"])
 
 
+def test_a_load_that_fails_raises_on_every_process(reports: Reports) -> None:
+    _hold(reports["a load that fails"])
+
+
 def test_all_processes_may_save_to_one_place(reports: Reports) -> None:
     _hold(reports["all save at once"])
 
@@ -134,3 +140,16 @@ def test_a_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
     ):
         save_lmoe(model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_others_hang_on_a_layer_is_not_saved(tmp_path: Path) -> None:
+    """A counter, say, that a hook keeps: loading would not know where it belongs."""
+    model = with_experts(llama())
+    layer = lmoe_layers(model)["model.layers.0.self_attn.q_proj"]
+    layer.register_buffer("seen", torch.tensor(5))
+    save_lmoe(model, tmp_path)
+    assert not any("seen" in name for name in load_file(tmp_path / "lmoe.safetensors"))
+    layer.seen += 1
+    load_lmoe(model, tmp_path)
+    assert layer.seen == 6
+    load_lmoe(llama(), tmp_path)

@@ -14,13 +14,13 @@ COLUMNS = ("test_trains", "test_saves", "test_loads_elsewhere", "test_resumes")
 
 
 def _assert_exists(file: str, test: str) -> None:
-    """Whether the file has the test, with the parameter in brackets if one is named."""
+    """Whether the file has the test; with a parameter in brackets, that case of it."""
     name, _, parameter = test.rstrip("]").partition("[")
     function = getattr(import_module(f"tests.{file.removesuffix('.py')}"), name, None)
     assert callable(function), f"{file} has no {name}"
     marks = [mark for mark in getattr(function, "pytestmark", []) if mark.name == "parametrize"]
     values = [str(value) for mark in marks for value in mark.args[1]]
-    assert parameter in values if parameter else not values, f"{file}: {test} is none of {values}"
+    assert not parameter or parameter in values, f"{file}: {test} is none of {values}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
 from tests.models import llama, state
-from tests.stacks.flow import MORE, STEPS, Stack, barrier, equal, flow, plain_model, rank, train, wrapped
+from tests.stacks.flow import MORE, STEPS, barrier, equal, flow, plain_model, rank, train, wrapped
 from tests.stacks.wrappings import ONE_PROCESS, STACKS
 
 KEPT = StateDictOptions(ignore_frozen_params=True)
@@ -29,7 +29,7 @@ SHARDED = DISTRIBUTED[1:]
 
 def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
     """One adapter goes through every wrapping of an fp64 model, and comes out as it went in."""
-    first = plain_model(Stack(nn.Identity), seed)
+    first = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(first, folder / "0")
     barrier()
@@ -56,7 +56,7 @@ def beside_peft(seed: int, folder: Path) -> Iterator[str]:
 
 def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
     """Large models are sharded before they have any numbers: layers, their names and shapes are there already."""
-    plain = plain_model(Stack(nn.Identity), seed)
+    plain = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(plain, folder)
     barrier()
@@ -101,7 +101,7 @@ def refuses(model: nn.Module, change: Callable[[], object], text: str) -> None:
 
 def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
     """The module inside of FSDP1's cannot be gathered by itself: neither saved nor loaded."""
-    save_lmoe(plain_model(Stack(nn.Identity), seed), folder / f"plain-{rank()}")
+    save_lmoe(plain_model(ONE_PROCESS["plain"], seed), folder / f"plain-{rank()}")
     for name in ("FSDP1", "FSDP1 whole", "FSDP1, flat parameters"):
         model, _ = wrapped(STACKS[name], seed)
         inside = extract_model_from_parallel(model)  # Accelerate's unwrap_model
@@ -132,7 +132,7 @@ def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
     barrier()
     for name in SHARDED:
         model, _ = wrapped(STACKS[name], seed)
-        error, text = (FileExistsError, "") if rank() == 0 else (RuntimeError, "save_lmoe: process 0 could not write: ")
+        error, text = (FileExistsError, "") if rank() == 0 else (RuntimeError, "save_lmoe: process 0 failed: ")
         with pytest.raises(error, match=text):
             save_lmoe(model, blocked)
         save_lmoe(model, folder / name)
@@ -140,15 +140,35 @@ def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
         yield name
 
 
+def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
+    """A directory that one process cannot read, of a disk of its own, is an error of all."""
+    adapter = folder / str(rank())
+    save_lmoe(plain_model(ONE_PROCESS["plain"], seed), adapter)
+    if rank() == 1:
+        (adapter / "lmoe_config.json").unlink()
+    for name in SHARDED:
+        model, _ = wrapped(STACKS[name], seed)
+        error, text = (RuntimeError, "load_lmoe: process 1 failed: ") if rank() == 0 else (FileNotFoundError, "not exist")
+        with pytest.raises(error, match=text):
+            load_lmoe(model, adapter)
+        load_lmoe(model, folder / "0")
+        yield name
+
+
 def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
     """Every process of a data-parallel training writes the same two files to one place; at no time is one partial."""
-    model, _ = wrapped(STACKS["DDP"], seed)
+    torch.manual_seed(seed)
+    layers = nn.Sequential(nn.Linear(2048, 2048, bias=False))  # large enough to be met half-written
+    apply_lmoe(layers, "0", num_experts=8, rank=16)
+    model = nn.parallel.DistributedDataParallel(layers)
     save_lmoe(model, folder)
     barrier()
     true = load_file(folder / "lmoe.safetensors")
-    for _ in range(20):
-        save_lmoe(model, folder)
-        equal(load_file(folder / "lmoe.safetensors"), true, "while others write")
+    for turn in range(60):
+        if turn % 2 == rank():
+            save_lmoe(model, folder)
+        else:
+            equal(load_file(folder / "lmoe.safetensors"), true, "while another writes")
     barrier()
     assert sorted(file.name for file in folder.iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
     yield "holds"
@@ -156,7 +176,7 @@ def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
 
 def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
     """torch's own checkpoints name tensors as the plain model does, and a training resumes from them bitwise."""
-    plain = {name for name, p in plain_model(Stack(nn.Identity), seed).named_parameters() if p.requires_grad}
+    plain = {name for name, p in plain_model(ONE_PROCESS["plain"], seed).named_parameters() if p.requires_grad}
     for name in ("DDP", "FSDP1", "FSDP1, flat parameters", "FSDP2", "FSDP2 over compiled, checkpointed blocks"):
         model, optimizer = wrapped(STACKS[name], seed)
         train(model, optimizer, seed, 0, STEPS)
@@ -191,6 +211,7 @@ CHECKS: dict[str, Check] = {
     "what FSDP1 holds": what_fsdp1_holds,
     "unwrapped by Accelerate": unwrapped_by_accelerate,
     "a save that fails": a_save_that_fails,
+    "a load that fails": a_load_that_fails,
     "all save at once": all_save_at_once,
     "torch.distributed.checkpoint": torch_distributed_checkpoint,
 }
