@@ -1,14 +1,17 @@
 """Gates that are not renormalised: what reaches the gate, what changes nothing, and sums of exponentials at their limits."""
 
+import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from lmoe_kernels import LMoELinear, explain, lmoe, reference
+from lmoe_kernels import LMoELinear, explain, lmoe, load_lmoe, reference, save_lmoe
 from tests.problems import Case, Problem, assert_all_no_worse, gradients, leaves_of, make_problem, outcome
 
-GROUPED = {"T": 96, "I": 20, "O": 24, "E": 12, "R": 6}  # by expert, in Triton
+GROUPED = {"T": 40, "I": 20, "O": 24, "E": 12, "R": 6}  # by expert, in Triton, where one expert is kept
 SHAPES = [Case(T=9, E=4, top_k=1), Case(**GROUPED, top_k=1)]
 
 
@@ -63,7 +66,8 @@ def _compare(problem: Problem, backend: str) -> None:
 @pytest.mark.parametrize("shape", [{}, GROUPED], ids=["few", "many experts"])
 def test_logits_far_from_zero(shape: dict, far: float, backend: str, watch) -> None:
     """exp(300) is beyond fp32: the largest logit is subtracted first."""
-    problem = make_problem(Case(**shape, top_k=2, renormalize=False, outside_logits=True), torch.float32)
+    top_k = 1 if shape else 2
+    problem = make_problem(Case(**shape, top_k=top_k, renormalize=False, outside_logits=True), torch.float32)
     problem.tensors["gate_logits"] += far
     _compare(problem, backend)
 
@@ -115,6 +119,25 @@ def test_the_layer_hands_it_on_and_keeps_it() -> None:
     assert layer.config()["renormalize"] is False
     assert "top_k=1, renormalize=False" in repr(layer)
     assert "renormalize" not in repr(LMoELinear(8, 12, num_experts=4, rank=2, top_k=2))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_checkpoint_keeps_it_and_one_of_version_1_meant_renormalised_gates(version: int, tmp_path: Path) -> None:
+    layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=2, renormalize=version == 1)
+    torch.nn.init.normal_(layer.lora_b)
+    save_lmoe(torch.nn.Sequential(layer), tmp_path)
+    if version == 1:
+        config = json.loads((tmp_path / "lmoe_config.json").read_text())
+        del config["layers"]["0"]["renormalize"]
+        old = {"format": "lmoe_kernels", "version": 1, "layers": config["layers"]}
+        (tmp_path / "lmoe_config.json").write_text(json.dumps(old))
+        save_file(load_file(tmp_path / "lmoe.safetensors"), tmp_path / "lmoe.safetensors")
+    other = torch.nn.Sequential(torch.nn.Linear(8, 12))
+    other[0].load_state_dict(layer.frozen_layer.state_dict())
+    load_lmoe(other, tmp_path)
+    assert other[0].renormalize == layer.renormalize
+    x = torch.randn(3, 8)
+    assert torch.equal(other(x), layer(x))
 
 
 def test_a_layer_whose_gate_would_not_learn_warns_once() -> None:

@@ -10,7 +10,10 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vjp, vmap
 from lmoe_kernels import LMoELinear, lmoe
 from tests.problems import Case, make_problem
 
-pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs the ops sample by sample
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap runs the ops sample by sample
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
 CASE = Case(T=4, I=5, O=6, E=4, R=2, top_k=2, renormalize=False)
 
 
