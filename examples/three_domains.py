@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lmoe_kernels as lk
 
 NUM_EXPERTS, RANK = 8, 4
-SCALINGS = {"L-MoE": 32.0, "one LoRA": 8.0}  # each the best of its kind at this learning rate, see docs/defaults.md
+SCALINGS = {"L-MoE": 64.0, "one LoRA": 8.0}  # each the best of its kind at this learning rate, see docs/defaults.md
 RATE = 3e-3  # highest learning rate of every training
 LENGTH = 128  # bytes in a window
 WINDOWS = 12  # windows in a batch

@@ -97,7 +97,8 @@ def test_any_frozen_layer_under_autocast() -> None:
     layer = _trained(LMoELinear(16, 24, num_experts=4, rank=2))
     x = torch.randn(5, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        delta = lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=layer.frozen_layer(x))
+        options = {"gate_weight": layer.gate_weight, "scaling": layer.scaling}
+        delta = lmoe(x, layer.lora_a, layer.lora_b, base=layer.frozen_layer(x), **options)
         layer.frozen_layer.register_forward_hook(lambda module, args, y: None)  # so that its own forward is called
         assert torch.equal(layer(x), delta)
 
@@ -143,7 +144,7 @@ def test_deepcopy_state_dict_and_repr() -> None:
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
     assert set(layer.state_dict()) == {"frozen_layer.weight", "frozen_layer.bias", "lora_a", "lora_b", "gate_weight"}
-    shown = "in_features=8, out_features=12, num_experts=3, rank=2, scaling=1.0, mixing=factors, top_k=2, shared_a=True"
+    shown = "in_features=8, out_features=12, num_experts=3, rank=2, scaling=4.0, mixing=factors, top_k=2, shared_a=True"
     assert shown in repr(layer)
 
 

@@ -40,7 +40,7 @@ class Tables:
         """Bits over scaling and learning rate: the mean over the seeds that were run."""
         table = [["", "learning rate", *("scaling " + f"{s:g}" for s in self._all_scalings())]]
         for method in METHODS:
-            for rate in self.plan.rates:
+            for rate in self.plan.grid[method]:
                 cells = []
                 for scaling in self._all_scalings():
                     mark = "**" if scaling == default_scaling(method) else ""
@@ -98,7 +98,7 @@ class Tables:
         return self.reported(point(method, trial.scaling, trial.learning_rate, seed) for seed in self.plan.seeds)
 
     def _all_scalings(self) -> list[float]:
-        return sorted({scaling for scalings in self.plan.scalings.values() for scaling in scalings})
+        return sorted({s for rates in self.plan.grid.values() for scalings in rates.values() for s in scalings})
 
 
 def markdown(results: Results, plan: Plan) -> str:
