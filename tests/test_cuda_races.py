@@ -7,7 +7,7 @@ import pytest
 from tests.cuda_emu import build
 from tests.cuda_emu.bugs import BUGS
 
-# Problems of the driver with few tokens: a race does not hang on numbers, and each thread of a block costs the sanitizer time.
+# Problems of the driver with few tokens: a race does not hang on numbers, and each thread of a block costs time.
 WAYS = {"stages in bf16": 8, "one pass in bf16": 13, "parts in fp32": 20, "decode in fp16": 41}
 
 

@@ -1,7 +1,7 @@
 """Triton kernels on factors and weight gradients past 2^31 elements, as 32-bit offsets cannot reach them.
 
-A factor's rows are 2^30 features long, of which a program takes a few: kernels are started on the first tiles of features, or,
-where a gradient is added up from its splits, on the last. Of the memory only the pages that are touched are ever there.
+A factor's rows are 2^30 features long, of which a program takes a few: kernels are started on the first tiles of features,
+or, where a gradient is added up from its splits, on the last. Of the memory only the pages that are touched are ever there.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def _no_wrong_address() -> Iterator[None]:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """start(grid_of): launches run the programs that grid_of(kernel's name, grid) gives, and those from `first` on."""
+    """start(programs): a launch has the grid, and the first program in it, that programs(kernel's name, grid) gives."""
 
     def start(programs: Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], int]]) -> None:
         launch = grouped.launch
