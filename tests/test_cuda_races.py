@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_emu import build
-from tests.cuda_emu.bugs import BUGS, PROBLEMS
+from tests.cuda_emu.bugs import BUGS
+
+# Problems of the driver with few tokens: a race does not hang on numbers, and each thread of a block costs time.
+WAYS = {"stages in bf16": 8, "one pass in bf16": 13, "parts in fp32": 20, "decode in fp16": 41}
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +20,14 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Path(request.config.cache.mkdir("cuda_emu"))
 
 
-def test_no_kernel_has_a_data_race(cache: Path, request: pytest.FixtureRequest) -> None:
-    done = build.run_driver(build.build_driver(cache, "thread"), request.config.option.seed, 3)
+@pytest.mark.parametrize("way", WAYS)
+def test_no_kernel_has_a_data_race(way: str, cache: Path) -> None:
+    done = build.run_driver(build.build_driver(cache, "thread"), WAYS[way], 1)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_a_race_is_seen(cache: Path, tmp_path: Path) -> None:
     bug = next(bug for bug in BUGS if bug.name == "no barrier of the grid")
-    done = build.run_driver(build.build_driver(cache, "thread", bug.plant(tmp_path)), bug.first_problem, PROBLEMS)
+    done = build.run_driver(build.build_driver(cache, "thread", bug.plant(tmp_path)), WAYS["decode in fp16"], 1)
     assert done.returncode != 0, "not caught"
     assert "ThreadSanitizer: data race" in done.stdout, done.stdout[-4000:]

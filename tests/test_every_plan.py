@@ -1,4 +1,4 @@
-"""What every backend owes on each of its plans: v rounded once, rows that lie far apart, a bias or a row of it for each token."""
+"""What every backend owes on each of its plans: v rounded once, rows that lie far apart, a base of each shape."""
 
 import pytest
 import torch

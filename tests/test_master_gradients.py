@@ -1,8 +1,8 @@
 """fp32 parameters beside bf16 tokens: their gradients are fp32 sums to the last bit, on every plan.
 
-In these problems every number that a kernel may round to bf16 is exact in it, and every sum is exact in fp32: two experts with
-gates of one half, factors that pick one feature, tokens and gradients of small integers. An error that is left is a rounding
-that should not be there.
+In these problems every number that a kernel may round to bf16 is exact in it, and every sum is exact in fp32: two experts
+with gates of one half, factors that pick one feature, tokens and gradients of small integers. An error that is left is a
+rounding that should not be there.
 """
 
 import pytest
@@ -27,7 +27,8 @@ def _exact_problem(case: Case) -> Problem:
     for factor in (t["lora_a"], t["lora_b"]):
         factor.zero_().scatter_(2, torch.randint(factor.shape[2], (*factor.shape[:2], 1)), 1.0)
     if case.outside_logits:  # two of the experts, others from token to token
-        t["gate_logits"] = torch.full((case.T, case.E), -1.0).scatter_(1, torch.rand(case.T, case.E).argsort(dim=1)[:, :2], 0.0)
+        kept = torch.rand(case.T, case.E).argsort(dim=1)[:, :2]
+        t["gate_logits"] = torch.full((case.T, case.E), -1.0).scatter_(1, kept, 0.0)
     else:
         t["gate_weight"].zero_()
     problem.dy.random_(1, 4)

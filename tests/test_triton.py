@@ -73,22 +73,6 @@ def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch)
     torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
 
 
-def test_a_nan_in_the_logits_of_a_token_is_seen_in_that_token_alone() -> None:
-    t = make_problem(Case(outside_logits=True), torch.float32).tensors
-    logits = t["gate_logits"].clone()
-    logits[2, 1] = float("nan")
-    for top_k in (None, 2):
-        y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_logits=logits, top_k=top_k, backend="triton")
-        assert y[2].isnan().all()
-        assert y[[0, 1, 3, 4, 5, 6]].isfinite().all()
-
-
-def test_an_expert_masked_by_minus_infinity() -> None:
-    problem = make_problem(Case(outside_logits=True), torch.float32)
-    problem.tensors["gate_logits"][:, 3] = float("-inf")
-    assert_all_no_worse(problem.of_experts([0, 1, 2, 4]), {"y": problem.call("triton")[0]})
-
-
 def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> None:
     products, x = torch.backends.cuda.matmul, torch.empty(1)
     assert dot_constants(x)["PRECISION"] == "ieee"

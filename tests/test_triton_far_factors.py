@@ -1,7 +1,7 @@
 """Triton kernels on factors and weight gradients past 2^31 elements, as 32-bit offsets cannot reach them.
 
-A factor's rows are 2^30 features long, of which a program takes a few: kernels are started on the first tiles of features, or,
-where a gradient is added up from its splits, on the last. Of the memory only the pages that are touched are ever there.
+A factor's rows are 2^30 features long, of which a program takes a few: kernels are started on the first tiles of features,
+or, where a gradient is added up from its splits, on the last. Of the memory only the pages that are touched are ever there.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def _no_wrong_address() -> Iterator[None]:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """start(grid_of): launches run the programs that grid_of(kernel's name, grid) gives, and those from `first` on."""
+    """start(programs): a launch has the grid, and the first program in it, that programs(kernel's name, grid) gives."""
 
     def start(programs: Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], int]]) -> None:
         launch = grouped.launch
@@ -117,15 +117,16 @@ def test_weight_gradients(start: Callable) -> None:
         _same(grad[..., :NEAR].reshape(true.shape), true)
 
 
-def test_weight_gradients_from_splits(start: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("experts", "splits"), [(6, 2), (1, 3)], ids=["a large gradient", "large only with its splits"])
+def test_weight_gradients_from_splits(experts: int, splits: int, start: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last features of the last row, from the last program of the sum."""
-    last = (E * R * F - 1) // configs.REDUCE.F
+    last = (experts * F - 1) // configs.REDUCE.F
     start(lambda kernel, grid: ((1,), last) if kernel == "_reduce_bwd_kernel" else ((1, *grid[1:]), grid[0] - 1))
-    monkeypatch.setattr(configs, "wgrad_plan", lambda *sizes: WgradPlan(TILE, 2, 16))
-    rows, coefficients = untouched((T, F), torch.float32), torch.randn(T, E, R)
+    monkeypatch.setattr(configs, "wgrad_plan", lambda *sizes: WgradPlan(TILE, splits, -(-T // splits)))
+    rows, coefficients = untouched((T, F), torch.float32), torch.randn(T, experts)
     rows[:, -NEAR:] = torch.randn(T, NEAR)
-    (grad,) = BACKWARD.wgrad(rows, [(coefficients, untouched((E, R, F), torch.float32))], 0.5, CHIP)
-    _same(grad[-1, -1, -NEAR:], 0.5 * coefficients[:, -1, -1].double() @ rows[:, -NEAR:].double())
+    (grad,) = BACKWARD.wgrad(rows, [(coefficients, untouched((experts, F), torch.float32))], 0.5, CHIP)
+    _same(grad[-1, -NEAR:], 0.5 * coefficients[:, -1].double() @ rows[:, -NEAR:].double())
 
 
 def _route(experts: int) -> grouped.Route:
@@ -147,7 +148,8 @@ def test_grouped_expand_and_weight_gradients(start: Callable) -> None:
 def test_grouped_shrink(start: Callable) -> None:
     """It walks over all features: here many experts and ranks make the factor large."""
     start(lambda kernel, grid: ((2, 1), 0))
-    experts, ranks, features = 256, 128, 2**16 + 64
+    experts, ranks, features = 256, 128, 2**16 + 512
+    assert (experts - 1) * ranks * features > 2**31
     rows, factor = torch.randn(T, features), untouched((experts, ranks, features), torch.float32)
     factor[-1] = torch.randn(ranks, features) * features**-0.5
     out = untouched((T, 1, ranks), torch.float32)

@@ -1,8 +1,7 @@
-"""Triton plans against the chips they are for: shared memory, fp32 sums, who may take one pass or groups; and launches."""
+"""Triton plans against the chips they are for: shared memory, long fp32 sums, who takes one pass, who takes groups."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 
 import pytest

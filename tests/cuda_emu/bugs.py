@@ -38,14 +38,15 @@ class Bug:
         path = csrc / self.file
         text = re.sub(r"[ \t]*//.*", "", path.read_text())
         begin, end = self._body(text)
-        body = text[begin:end]
-        assert body.count(self.right) == 1, f"{self.name}: {self.function}...) has {body.count(self.right)} times {self.right!r}"
+        body, place = text[begin:end], f"{self.name}: {self.function}...)"
+        assert body.count(self.right) == 1, f"{place} has {body.count(self.right)} times {self.right!r}"
         path.write_text(text[:begin] + body.replace(self.right, self.wrong) + text[end:])
         return csrc
 
     def _body(self, text: str) -> tuple[int, int]:
         """Where the function's body begins and ends."""
-        assert text.count(self.function) == 1, f"{self.name}: {self.file} has {text.count(self.function)} times {self.function!r}"
+        count = text.count(self.function)
+        assert count == 1, f"{self.name}: {self.file} has {count} times {self.function!r}"
         begin = text.index("{\n", text.index(self.function))
         depth = 0
         for at in range(begin, len(text)):

@@ -11,8 +11,11 @@ class _Record(ctypes.Structure):
     """`emu::Launch` of runtime.h."""
 
     _fields_ = [
-        ("kernel", ctypes.c_char_p), ("stream", ctypes.c_void_p), ("shared_bytes", ctypes.c_uint64), ("device", ctypes.c_int),
-    ]  # fmt: skip
+        ("kernel", ctypes.c_char_p),
+        ("stream", ctypes.c_void_p),
+        ("shared_bytes", ctypes.c_uint64),
+        ("device", ctypes.c_int),
+    ]
 
 
 @dataclass(frozen=True)
