@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
 from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
-from lmoe_kernels.distributed import by_one_process, fill, gathered, together, why_no_new_parameters
+from lmoe_kernels.distributed import by_one_process, fill, gathered, how_distributed, together
 from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
 from lmoe_kernels.model import replace_modules
 from lmoe_kernels.naming import plain_modules
@@ -82,8 +82,8 @@ def load_lmoe(
     linears = wrappable_layers(model)
     made = [name for name in adapter.layers if name not in present]
     unprepared = made or [name for name in adapter.modules_to_save if name not in saved_modules(model)]
-    if unprepared and (reason := why_no_new_parameters(model)) is not None:
-        _fail("model", f"get {unprepared[0]!r} before it is distributed", f"one {reason}")
+    if unprepared and (how := how_distributed(model)) is not None:
+        _fail("model", f"get {unprepared[0]!r} before it is distributed", f"one {how}")
     options = {"backend": backend, "output_router_logits": output_router_logits}
     for name, config in adapter.layers.items():
         _check_layer(name, config, present.get(name), linears, adapter.tensors, options)

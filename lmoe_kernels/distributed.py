@@ -15,14 +15,14 @@ Result = TypeVar("Result")
 Parts = Mapping[str, nn.Module]  # by name; of each its own parameters and buffers are meant, not its children's
 
 
-def why_no_new_parameters(model: nn.Module) -> str | None:
-    """Why new parameters in this model would not be kept equal on all processes; None where they would."""
+def how_distributed(model: nn.Module) -> str | None:
+    """What keeps the parameters of this model equal on all processes, and would not keep others; None for a plain one."""
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        return "in DistributedDataParallel already, which would not average the gradients of new parameters"
+        return "in DistributedDataParallel, which knows the parameters that it began with"
     if _fsdp1_units(model) or is_cut_out(model):
-        return "in FullyShardedDataParallel already, which would not shard new parameters"
+        return "in FullyShardedDataParallel, which knows the parameters that it began with"
     if any(map(_is_dtensor, model.parameters())):
-        return "sharded already (by fully_shard or tensor parallelism), which would leave new parameters out"
+        return "of which some parameters are sharded already (by fully_shard or tensor parallelism)"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
-from lmoe_kernels.distributed import why_no_new_parameters
+from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.naming import actual_names, is_of_peft, plain_modules, unwrapped
 from lmoe_kernels.quantised import numel_of
@@ -67,8 +67,8 @@ def apply_lmoe(
     targets, saved = _names("target_modules", target_modules), _names("modules_to_save", modules_to_save)
     if not targets:
         fail("apply_lmoe", "target_modules", "name at least one layer", targets)
-    if (reason := why_no_new_parameters(model)) is not None:
-        fail("apply_lmoe", "model", "get its L-MoE layers before it is distributed", f"one {reason}")
+    if (how := how_distributed(model)) is not None:
+        fail("apply_lmoe", "model", "get its L-MoE layers before it is distributed", f"one {how}")
     modules = {name: module for name, module in plain_modules(model).items() if name}
     whole = matches(model, "modules_to_save", saved, modules, lambda target: nearest(target, modules)) if saved else []
     for name in whole:
@@ -128,8 +128,10 @@ def remove_lmoe(model: nn.Module) -> list[str]:
         the names of the layers in the plain model.
 
     Raises:
-        ValueError: the model is itself an `LMoELinear` (take its `frozen_layer`).
+        ValueError: the model is itself an `LMoELinear` (take its `frozen_layer`), or is distributed (DDP, FSDP).
     """
+    if (how := how_distributed(model)) is not None:
+        fail("remove_lmoe", "model", "be taken out of what distributes it", f"one {how}")
     layers = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
     if "" in layers:
         fail("remove_lmoe", "model", "hold L-MoE layers", "one of them (take its frozen_layer)")

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
+from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, remove_lmoe, save_lmoe
 from tests.models import llama, state
 from tests.stacks.flow import MORE, STEPS, barrier, equal, flow, plain_model, rank, train, wrapped
 from tests.stacks.wrappings import ONE_PROCESS, STACKS
@@ -83,10 +83,12 @@ def no_new_layers(seed: int, folder: Path) -> Iterator[str]:
         model = STACKS[name].wrap(llama())
         for change in (partial(apply_lmoe, model, "q_proj"), partial(load_lmoe, model, folder)):
             refuses(model, change, "before it is distributed, got one")
+        with_layers, _ = wrapped(STACKS[name], seed)
+        refuses(with_layers, partial(remove_lmoe, with_layers), "be taken out of what distributes it, got one")
         yield name
     model = llama()
     fully_shard(model.model.layers[1])
-    refuses(model, partial(apply_lmoe, model, "lm_head"), "before it is distributed, got one sharded already")
+    refuses(model, partial(apply_lmoe, model, "lm_head"), "before it is distributed, got one of which some")
     yield "one block in FSDP2"
 
 
@@ -108,7 +110,7 @@ def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
         text = "must be what FullyShardedDataParallel returned, got the module inside of that"
         refuses(inside, partial(save_lmoe, inside, folder / "none"), text)
         refuses(inside, partial(load_lmoe, inside, folder / f"plain-{rank()}"), text)
-        refuses(inside, partial(apply_lmoe, inside, "k_proj"), "in FullyShardedDataParallel already")
+        refuses(inside, partial(apply_lmoe, inside, "k_proj"), "got one in FullyShardedDataParallel")
         assert not (folder / "none").exists()
         yield name
 
@@ -145,7 +147,7 @@ def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
     adapter = folder / str(rank())
     save_lmoe(plain_model(ONE_PROCESS["plain"], seed), adapter)
     if rank() == 1:
-        (adapter / "lmoe_config.json").unlink()
+        (adapter / "lmoe.safetensors").unlink()
     for name in SHARDED:
         model, _ = wrapped(STACKS[name], seed)
         error, text = (RuntimeError, "load_lmoe: process 1 failed: ") if rank() == 0 else (FileNotFoundError, "not exist")
