@@ -6,19 +6,21 @@ written where `from_pretrained` does not find it, and drawn anew. So the tensors
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lmoe_kernels.adapter import WEIGHTS, write_adapter
+from lmoe_kernels.adapter import WEIGHTS, read_adapter, write_adapter
 from lmoe_kernels.checks import fail
-from lmoe_kernels.contents import adapter_of
-from lmoe_kernels.naming import plain_key
-from lmoe_kernels.targets import lmoe_layers
+from lmoe_kernels.contents import adapter_of, places_of_layer, places_of_module
+from lmoe_kernels.distributed import fill
+from lmoe_kernels.naming import actual_names, plain_key, wrapped_child
+from lmoe_kernels.targets import lmoe_layers, saved_modules
 
-_METHOD = "save_pretrained"
+_METHOD, _LOAD = "save_pretrained", "load_adapter"
 _INDEX, _CONFIG = "model.safetensors.index.json", "config.json"
 _NO_WEIGHTS = "the base is not here: load it as before training, then lmoe_kernels.load_lmoe(model, this directory)"
 
@@ -37,6 +39,7 @@ class PretrainedSaver:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.quantizer = _quantizer_of(model)  # the model's own, which `restore` gives back
+        self.hook = model.register_load_state_dict_pre_hook(_find_compiled_parts)
 
     def __call__(
         self,
@@ -76,21 +79,92 @@ class PretrainedSaver:
 
 
 def install(model: nn.Module) -> None:
-    """Let this model, if it is transformers', be trained if quantised, and save itself so that it can be restored."""
-    if isinstance(model.__dict__.get(_METHOD), PretrainedSaver):
-        return
-    if callable(getattr(type(model), _METHOD, None)) and hasattr(model, "config"):
-        setattr(model, _METHOD, PretrainedSaver(model))
-        quantizer: Any = _quantizer_of(model)
-        if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):
-            model.hf_quantizer = _trainable(type(quantizer), vars(quantizer))
+    """Let a transformers model and PEFT's around it save the experts too, and a quantised one be trained."""
+    for part in _around(model):
+        if _METHOD in vars(part) or not callable(getattr(type(part), _METHOD, None)):
+            continue
+        if "base_model" in part._modules:  # PEFT's
+            part.__dict__ |= {_METHOD: partial(_save_beside_peft, part), _LOAD: partial(_load_beside_peft, part)}
+        elif hasattr(part, "config"):
+            setattr(part, _METHOD, PretrainedSaver(part))
+            quantizer: Any = _quantizer_of(part)
+            if quantizer is not None and not getattr(quantizer, "is_qat_trainable", False):
+                part.hf_quantizer = _trainable(type(quantizer), vars(quantizer))
 
 
 def restore(model: nn.Module) -> None:
-    """Give the model its class's own `save_pretrained` back, and its own quantizer."""
-    saver = model.__dict__.pop(_METHOD, None)
-    if isinstance(saver, PretrainedSaver) and saver.quantizer is not None:
-        model.hf_quantizer = saver.quantizer
+    """Give the model its classes' own methods back, and its own quantizer."""
+    for part in _around(model):
+        saver = vars(part).get(_METHOD)
+        if isinstance(saver, PretrainedSaver):
+            saver.hook.remove()
+            if saver.quantizer is not None:
+                part.hf_quantizer = saver.quantizer
+        for name in (_METHOD, _LOAD):
+            vars(part).pop(name, None)
+
+
+def _around(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, and what it is wrapped around as a whole, down to the plain model."""
+    yield model
+    while (name := wrapped_child(model)) is not None:
+        model = model.get_submodule(name)
+        yield model
+
+
+def _save_beside_peft(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> Any:
+    """PEFT's `save_pretrained`, which writes what PEFT knows; experts and gates go beside it."""
+    plain = None if state_dict is None else _under_plain_names(model, state_dict)
+    adapter = adapter_of(_METHOD, model, plain)
+    own = getattr(type(model), _METHOD)
+    result = own(model, save_directory, *args, is_main_process=is_main_process, state_dict=state_dict, **options)
+    if is_main_process:
+        write_adapter(save_directory, adapter)
+    return result
+
+
+def _load_beside_peft(model: Any, directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+    """PEFT's `load_adapter`, by which a Trainer resumes; experts and gates that lie beside are filled in."""
+    beside = read_adapter(_LOAD, directory) if Path(directory, WEIGHTS).is_file() else None
+    layers, saved = lmoe_layers(model), saved_modules(model)
+    places = {key: place for name, layer in layers.items() for key, place in places_of_layer(name, layer).items()}
+    places |= {key: place for name, module in saved.items() for key, place in places_of_module(name, module).items()}
+    if beside is not None and (
+        beside.layers != {name: layer.config() for name, layer in layers.items()} or beside.tensors.keys() != places.keys()
+    ):
+        fail(_LOAD, "model", f"have the L-MoE layers that were saved to {directory}", "others")
+    result = getattr(type(model), _LOAD)(model, directory, *args, **options)
+    if beside is not None:
+        fill(model, places, beside.tensors)
+    return result
+
+
+def _under_plain_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    plain = {actual: name for name, actual in actual_names(model).items()}
+    split = {key: key.rpartition(".") for key in state_dict}
+    return {f"{plain[owner]}.{leaf}": state_dict[key] for key, (owner, _, leaf) in split.items() if owner in plain}
+
+
+def _find_compiled_parts(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before tensors of a plain model's names are loaded: torch.compile leaves its segment in the names below a part."""
+    for name, part in model.named_modules():
+        if name and "_orig_mod" in part._modules:
+            above = f"{prefix}{_without_hooks_of_their_own(name)}."
+            below = f"{above}_orig_mod."
+            for key in [key for key in state_dict if key.startswith(above) and not key.startswith(below)]:
+                state_dict[below + key.removeprefix(above)] = state_dict.pop(key)
+
+
+def _without_hooks_of_their_own(name: str) -> str:
+    """Activation checkpointing and FSDP put their segments into the keys themselves."""
+    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 
 
 class _Trainable:
