@@ -53,12 +53,13 @@ class PretrainedSaver:
         quantised = self.quantizer is not None
         if quantised and options.get("push_to_hub"):
             fail(_METHOD, "push_to_hub", "be False for a quantised model, of which the adapter alone is saved", True)
-        tensors = self.model.state_dict() if state_dict is None else state_dict
-        adapter = adapter_of(_METHOD, self.model, tensors)
+        if state_dict is None and not quantised:
+            state_dict = self.model.state_dict()
+        adapter = adapter_of(_METHOD, self.model, state_dict)
         result = None
-        if not quantised:
+        if state_dict is not None and not quantised:
             own = getattr(type(self.model), _METHOD)
-            plain = plain_state_dict(self.model, tensors)
+            plain = plain_state_dict(self.model, state_dict)
             result = own(self.model, save_directory, *args, is_main_process=is_main_process, state_dict=plain, **options)
         if is_main_process:
             write_adapter(save_directory, adapter)
@@ -132,21 +133,26 @@ def _save_beside_peft(
 
 def _load_beside_peft(model: Any, directory: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
     """PEFT's `load_adapter`, by which a Trainer resumes; experts and gates that lie beside are filled in."""
-    beside = read_adapter(_LOAD, directory) if Path(directory, WEIGHTS).is_file() else None
-    layers, saved = lmoe_layers(model), saved_modules(model)
+    own = getattr(type(model), _LOAD)
+    if not Path(directory, WEIGHTS).is_file():
+        return own(model, directory, *args, **options)
+    beside, layers, saved = read_adapter(_LOAD, directory), lmoe_layers(model), saved_modules(model)
+    shapes = {f"{name}.{key}": shape for name, layer in layers.items() for key, shape in layer.shapes().items()}
     places = {key: place for name, layer in layers.items() for key, place in places_of_layer(name, layer).items()}
     places |= {key: place for name, module in saved.items() for key, place in places_of_module(name, module).items()}
-    if beside is not None and (
-        beside.layers != {name: layer.config() for name, layer in layers.items()} or beside.tensors.keys() != places.keys()
+    if (
+        beside.layers != {name: layer.config() for name, layer in layers.items()}
+        or beside.tensors.keys() != places.keys()
+        or any(tuple(beside.tensors[key].shape) != shape for key, shape in shapes.items())
     ):
         fail(_LOAD, "model", f"have the L-MoE layers that were saved to {directory}", "others")
-    result = getattr(type(model), _LOAD)(model, directory, *args, **options)
-    if beside is not None:
-        fill(model, places, beside.tensors)
+    result = own(model, directory, *args, **options)
+    fill(model, places, beside.tensors)
     return result
 
 
 def _under_plain_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the modules that the model has, PEFT's segments taken out of the keys."""
     plain = {actual: name for name, actual in actual_names(model).items()}
     split = {key: key.rpartition(".") for key in state_dict}
     return {f"{plain[owner]}.{leaf}": state_dict[key] for key, (owner, _, leaf) in split.items() if owner in plain}

@@ -7,9 +7,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from transformers import Trainer
+from transformers import LlamaForCausalLM, Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lmoe_kernels import apply_lmoe, load_lmoe, remove_lmoe, train_lmoe
@@ -106,12 +107,32 @@ def test_experts_that_are_not_the_models_are_refused_beside_peft(make, tmp_path:
     model.save_pretrained(tmp_path)
     other = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))
     apply_lmoe(other, "q_proj", num_experts=2, rank=2)
-    before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="load_adapter: model must have the L-MoE layers that were saved to"):
-        other.load_adapter(tmp_path, "default")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    for refused in (other, with_experts(peft.get_peft_model(wider_llama(), peft.LoraConfig(**LORA)))):
+        before = copy.deepcopy(refused.state_dict())
+        with pytest.raises(ValueError, match="load_adapter: model must have the L-MoE layers that were saved to"):
+            refused.load_adapter(tmp_path, "default")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in refused.state_dict().items())
     (tmp_path / "lmoe.safetensors").unlink()
     other.load_adapter(tmp_path, "default")  # PEFT's alone
+
+
+def wider_llama() -> nn.Module:
+    config = copy.deepcopy(llama().config)
+    config.intermediate_size += 8
+    return LlamaForCausalLM(config).double()
+
+
+@pytest.mark.parametrize("make", [on_peft, one_layer_with_both])
+def test_a_gathered_state_dict_of_a_peft_model_is_saved(make, tmp_path: Path) -> None:
+    """As Trainer hands it over under FSDP."""
+    model = made(make, llama())
+    model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
+    model.save_pretrained(tmp_path / "own")
+    for name in ("lmoe.safetensors", "adapter_model.safetensors"):
+        given, own = load_file(tmp_path / "given" / name), load_file(tmp_path / "own" / name)
+        assert given.keys() == own.keys()
+        assert all(torch.equal(tensor, own[key]) for key, tensor in given.items())
+    assert (tmp_path / "given" / "lmoe_config.json").read_text() == (tmp_path / "own" / "lmoe_config.json").read_text()
 
 
 @pytest.mark.parametrize("make", [plain, on_peft])
