@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from transformers import LlamaForCausalLM, Trainer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -35,13 +38,18 @@ def with_compiled_blocks(base: nn.Module) -> nn.Module:
     return model
 
 
-def with_compiled_blocks_under_checkpoints(base: nn.Module) -> nn.Module:
-    return with_checkpointed_blocks(with_compiled_blocks(base), put_in=False)
-
-
-def with_checkpointed_blocks(base: nn.Module, put_in: bool = True) -> nn.Module:
-    model = with_experts(base) if put_in else base
+def with_checkpointed_blocks(base: nn.Module) -> nn.Module:
+    model = with_experts(base)
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    return model
+
+
+def with_blocks_compiled_and_checkpointed(base: nn.Module) -> nn.Module:
+    """In either order."""
+    model = with_experts(base)
+    first, second = model.model.layers
+    model.model.layers[0] = checkpoint_wrapper(torch.compile(first, backend="eager"))
+    model.model.layers[1] = torch.compile(checkpoint_wrapper(second), backend="eager")
     return model
 
 
@@ -60,7 +68,7 @@ def one_layer_with_both(base: nn.Module) -> nn.Module:
 
 
 MODELS = [
-    plain, with_a_head, with_compiled_blocks, with_checkpointed_blocks, with_compiled_blocks_under_checkpoints, on_peft,
+    plain, with_a_head, with_compiled_blocks, with_checkpointed_blocks, with_blocks_compiled_and_checkpointed, on_peft,
     below_peft, one_layer_with_both,
 ]  # fmt: skip
 
