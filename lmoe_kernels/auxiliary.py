@@ -62,7 +62,8 @@ def add_auxiliary_loss(
     """Let a transformers Trainer, or one of its subclasses, train on `auxiliary_loss` too.
 
     It counts once for each step of the optimizer: the mean over the step's micro-batches and processes, whether the model
-    or the Trainer scales the loss. Evaluation and generation know nothing of it: `eval_loss` is the model's own.
+    or the Trainer scales the loss. The `loss` that is logged holds it. Evaluation and generation know nothing of it:
+    `eval_loss` is the model's own.
 
     Args:
         trainer: made with a model, whose L-MoE layers keep their router logits (`output_router_logits`).

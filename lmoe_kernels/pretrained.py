@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lmoe_kernels import quantised
+from lmoe_kernels import beside_peft, quantised
 from lmoe_kernels.adapter import WEIGHTS, write_adapter
 from lmoe_kernels.checks import fail
 from lmoe_kernels.contents import adapter_of
@@ -39,6 +39,7 @@ class Save:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.hook = model.register_load_state_dict_pre_hook(_find_compiled_parts)
 
     def __call__(
         self,
@@ -55,10 +56,11 @@ class Save:
         without_base = quantised.is_quantised(self.model)
         if without_base and options.get("push_to_hub"):
             fail(_SAVE, "push_to_hub", "be False for a quantised model, of which the adapter alone is saved", True)
-        tensors = self.model.state_dict() if state_dict is None else state_dict
-        adapter, result = adapter_of(_SAVE, self.model, tensors), None
-        if not without_base:
-            plain = plain_state_dict(self.model, tensors)
+        if state_dict is None and not without_base:
+            state_dict = self.model.state_dict()
+        adapter, result = adapter_of(_SAVE, self.model, state_dict), None
+        if state_dict is not None and not without_base:
+            plain = plain_state_dict(self.model, state_dict)
             result = own(self.model, save_directory, is_main_process, plain, *args, **options)
         if is_main_process:
             write_adapter(save_directory, adapter)
@@ -93,21 +95,29 @@ class Resize:
 
 
 def install(model: nn.Module) -> None:
-    """Give every model of transformers in this one the methods above, and let a quantised one be trained."""
-    quantised.let_train(model)
-    for module in model.modules():
-        if callable(getattr(type(module), _SAVE, None)) and hasattr(module, "config"):
-            setattr(module, _SAVE, Save(module))
-            if hasattr(type(module), _RESIZE):
-                setattr(module, _RESIZE, Resize(module))
+    """Let every model of transformers in this one, and PEFT's around it, save the experts, and a quantised one be trained."""
+    for part in model.modules():
+        if _SAVE in vars(part) or not callable(getattr(type(part), _SAVE, None)):
+            continue
+        if beside_peft.is_peft_model(part):
+            beside_peft.install(part)
+        elif hasattr(part, "config"):
+            quantised.let_train(part)
+            setattr(part, _SAVE, Save(part))
+            setattr(part, _RESIZE, Resize(part))
 
 
 def restore(model: nn.Module) -> None:
     """Give every model its class's own methods back, and a quantised one its quantizer."""
-    quantised.restore(model)
-    for module in model.modules():
-        for name in (_SAVE, _RESIZE):
-            module.__dict__.pop(name, None)
+    for part in model.modules():
+        saver = vars(part).get(_SAVE)
+        if beside_peft.is_peft_model(part):
+            beside_peft.restore(part)
+        elif isinstance(saver, Save):
+            quantised.restore(part)
+            saver.hook.remove()
+            for name in (_SAVE, _RESIZE):
+                vars(part).pop(name)
 
 
 def plain_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -119,3 +129,18 @@ def plain_state_dict(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
         before = next((prefix for prefix in frozen if plain.startswith(prefix)), None)
         renamed[plain if before is None else frozen[before] + plain.removeprefix(before)] = tensor
     return renamed
+
+
+def _find_compiled_parts(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before tensors of a plain model's names are loaded: torch.compile leaves its segment in the names below a part."""
+    for name, part in model.named_modules():
+        if name and "_orig_mod" in part._modules:
+            above = f"{prefix}{_without_hooks_of_their_own(name)}."
+            below = f"{above}_orig_mod."
+            for key in [key for key in state_dict if key.startswith(above) and not key.startswith(below)]:
+                state_dict[below + key.removeprefix(above)] = state_dict.pop(key)
+
+
+def _without_hooks_of_their_own(name: str) -> str:
+    """Activation checkpointing and FSDP put their segments into the keys themselves."""
+    return ".".join(part for part in name.split(".") if part not in ("_checkpoint_wrapped_module", "_fsdp_wrapped_module"))

@@ -217,7 +217,6 @@ def _last(trainer: Trainer, key: str) -> float:
 
 
 def test_under_peft(tmp_path: Path) -> None:
-    """PEFT's model calls the forward of the one below, without its hooks."""
     peft_model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.0))
     model = with_experts(peft_model, output_router_logits=True)
     options = {"gradient_accumulation_steps": 2, "data": rows(4)}
