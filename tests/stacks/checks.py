@@ -145,7 +145,7 @@ def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
     adapter = folder / str(rank())
     save_lmoe(plain_model(ONE_PROCESS["plain"], seed), adapter)
     if rank() == 1:
-        (adapter / "lmoe_config.json").unlink()
+        (adapter / "lmoe.safetensors").unlink()
     for name in SHARDED:
         model, _ = wrapped(STACKS[name], seed)
         error, text = (RuntimeError, "load_lmoe: process 1 failed: ") if rank() == 0 else (FileNotFoundError, "not exist")
