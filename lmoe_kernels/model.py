@@ -103,14 +103,16 @@ def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_
         setattr(model.get_submodule(parent), child, layer)
     for name in modules_to_save:
         mark_saved(modules[name])
-    pretrained.install(unwrapped(model))
+    pretrained.install(model)
 
 
 def train_lmoe(model: nn.Module) -> None:
     """Let experts, gates and modules_to_save be trained, whatever has been frozen since; nothing else is changed.
 
-    `peft.get_peft_model` freezes them where it wraps a model that has L-MoE layers already: call this after it.
+    `peft.get_peft_model` freezes them where it wraps a model that has L-MoE layers already: call this after it. Then PEFT's
+    model saves experts and gates too.
     """
+    pretrained.install(model)
     for layer in lmoe_layers(model).values():
         for key in layer.shapes():
             getattr(layer, key).requires_grad_(True)
@@ -141,7 +143,7 @@ def remove_lmoe(model: nn.Module) -> list[str]:
         setattr(model.get_submodule(parent), child, layer.frozen_layer)
     for module in saved_modules(model).values():
         unmark_saved(module)
-    pretrained.restore(unwrapped(model))
+    pretrained.restore(model)
     return list(layers)
 
 

@@ -95,7 +95,7 @@ class Resize:
 
 
 def install(model: nn.Module) -> None:
-    """Let every model of transformers in this one, and PEFT's around it, save the experts, and a quantised one be trained."""
+    """Let transformers' models in this one, and PEFT's around it, save the experts, and a quantised one be trained."""
     for part in model.modules():
         if _SAVE in vars(part) or not callable(getattr(type(part), _SAVE, None)):
             continue

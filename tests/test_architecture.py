@@ -16,6 +16,7 @@ STOREYS = [
     {"auxiliary", "checkpoint"},
     {"model"},
     {"pretrained"},
+    {"beside_peft"},
     {"contents"},
     {"adapter", "targets"},
     {"layer"},
