@@ -64,7 +64,7 @@ def main() -> None:
             forward = microseconds(lambda x=x, a=a, b=b, g=gate: lmoe(x, a, b, gate_weight=g, backend="cuda"))
             direct = microseconds(
                 lambda x=x, a=a, b=b, g=gate: dispatch.load("cuda").forward(
-                    x, a, b, g, None, None, 1.0, "factors", None, False
+                    x, a, b, g, None, None, 1.0, "factors", None, True, False
                 )
             )
         for parameter in (a, b, gate):

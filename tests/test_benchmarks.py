@@ -84,7 +84,7 @@ def test_every_row_computes_its_definition(name: str, dtype: str) -> None:
 def test_the_definition_is_the_reference() -> None:
     i = make_inputs(SMALL, CPU).double()
     arguments = i.lora_a, i.lora_b, i.gate_weight
-    expected, _, _ = reference.forward(i.x, *arguments, None, None, SCALING, "factors", None, save=False)
+    expected, _, _ = reference.forward(i.x, *arguments, None, None, SCALING, "factors", None, True, save=False)
     torch.testing.assert_close(per_token(i.x, *arguments), expected)
 
 

@@ -41,9 +41,12 @@ __device__ __forceinline__ void mix_bwd(const BackwardParams& p, int64_t t, int6
     s.h[r] = h;
     s.dh[r] = dh;
     if (p.experts_of_a == 1) {  // a shared A gathers from every expert: under "factors" dh times each gate
-        float sum = p.factors && !p.renormalize ? 0.f : 1.f;
-        for (int64_t e = 0; p.factors && !p.renormalize && e < p.E; ++e) sum += s.gates[e];
-        *z = from_float<S>(sum * dh);
+        if (p.factors && !p.renormalize) {
+            float sum = 0.f;  // of the gates; renormalised it is 1
+            for (int64_t e = 0; e < p.E; ++e) sum += s.gates[e];
+            dh *= sum;
+        }
+        *z = from_float<S>(dh);
         return;
     }
     for (int64_t e = 0; e < p.E; ++e) z[e * p.R] = from_float<S>(s.gates[e] * (p.factors ? dh : to_float(dv[e * p.R])));
