@@ -23,6 +23,7 @@ def test_v_is_rounded_once_forward_and_backward(mixing: str, experts_of_a: int, 
     lora_b[0] = 1.0
     lora_b.requires_grad_()
     logits = torch.randn(T, E)
+    logits[:, 0] += 1.0  # most tokens keep it
 
     gates = reference.gate_softmax(logits, top_k)
     u = x.float() * lora_a.float().view(1, -1)
@@ -38,7 +39,7 @@ def test_v_is_rounded_once_forward_and_backward(mixing: str, experts_of_a: int, 
         for name, v in {"y": y[:, 0].float(), "dlora_b": db[0, 0]}.items():
             assert (v == once).float().mean() > 0.96, name  # the last bit of an exponential may tip a rounding
             for other in others:
-                assert (v == other).float().mean() < 0.9, name
+                assert (v == other).float().mean() < 0.95, name
 
 
 def test_rows_past_two_to_the_31_elements_forward_and_backward(every_plan: str) -> None:
