@@ -83,7 +83,7 @@ def test_the_queue_is_the_current_stream_of_the_tensors_device(monkeypatch) -> N
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", streams.__getitem__, raising=False)
     for index, stream in streams.items():
         tensor = SimpleNamespace(device=torch.device("cuda", index))
-        assert extension.queue(tensor) == (index, stream)  # pyright: ignore[reportArgumentType]
+        assert extension.queue(tensor) == (index, stream)
 
 
 @pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "gate_weight", "gate_logits", "base"])

@@ -43,7 +43,7 @@ def test_the_current_device_is_the_tensors(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "device", device)
     rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-    with on_device_of(rows):  # pyright: ignore[reportArgumentType]
+    with on_device_of(rows):
         assert current[-1] == rows.device
     assert current == [torch.device("cuda", 0)]
     with on_device_of(torch.empty(1)):
