@@ -45,7 +45,8 @@ def apply_lmoe(
 
     Args:
         model: any module; its layers with `in_features` and `out_features` (and transformers' Conv1D) can be targets, save
-            those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call.
+            those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call. Give the whole model:
+            transformers' `save_pretrained` of one that was given in part does not know of the layers.
         target_modules: names of layers, one or several: a whole name ("model.layers.0.self_attn.q_proj"), the end of one
             ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every such
             layer but the model's heads (a transformers model's output embedding, its classifier, what else it has around

@@ -9,6 +9,7 @@ CASES = [
     Case(T=9, outside_logits=True),
     Case(T=9, outside_logits=True, top_k=2, mixing="outputs"),
     Case(T=9, outside_logits=True, top_k=3),
+    Case(T=9, outside_logits=True, top_k=2, renormalize=False),
 ]
 
 # Triton's interpreter computes the exponentials of padded experts, too, which are masked after that.

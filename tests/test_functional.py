@@ -231,22 +231,6 @@ def test_explain_names_every_backend_and_takes_one() -> None:
         assert "torch      not taken: not asked for" in explain(**_arguments())
 
 
-def test_use_backend_is_nested_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[str] = []
-    real = dispatch.load
-    monkeypatch.setattr(dispatch, "load", lambda name: taken.append(name) or real(name))
-
-    def call() -> None:
-        lmoe(**_arguments())
-
-    with use_backend("reference"):
-        call()
-        with use_backend(None):
-            call()
-        lmoe(**_arguments(), backend="torch")
-    call()
-    assert taken == ["reference", "torch", "torch", "torch"]
-
 
 def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
