@@ -231,7 +231,6 @@ def test_explain_names_every_backend_and_takes_one() -> None:
         assert "torch      not taken: not asked for" in explain(**_arguments())
 
 
-
 def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
     monkeypatch.setitem(dispatch.BACKENDS, "tpu", row)
