@@ -76,9 +76,8 @@ class Plan:
     def gates(self) -> Iterator[Trial]:
         """Other gates at the start, under the layer's default scaling."""
         for mixing in MIXINGS:
-            start = point(mixing, default_scaling(mixing), USUAL)
-            for std in (*self.gate_init_stds, None):
-                yield from (replace(start, seed=seed, gate_init_std=std) for seed in self.seeds)
+            start = point(mixing, default_scaling(mixing), USUAL, self.seeds[0])
+            yield from (replace(start, gate_init_std=std) for std in (*self.gate_init_stds, None))
 
     def best(self, outcomes: Iterable[Outcome], method: str) -> Outcome:
         """The point of the grid that the windows for choosing prefer."""

@@ -111,7 +111,7 @@ def markdown(results: Results, plan: Plan) -> str:
         ("Learning rate and scaling; the default in bold", tables.scalings()),
         (f"Other numbers of experts, E R = 32, {usual}, one seed", tables.other_sizes()),
         (f"Two of eight experts for each token, {usual}, one seed", tables.top_2()),
-        (f"The gate at the start, default scaling, {usual}, mean over the seeds", tables.gates()),
+        (f"The gate at the start, default scaling, {usual}, one seed", tables.gates()),
         (
             f"Random bytes learned by heart, {settings.random_token_steps} steps, learning rate {RANDOM_TOKEN_RATE:g}, nats",
             tables.random_tokens(),
