@@ -72,7 +72,7 @@ class Tables:
         table = [["", "gate_init_std", "bits", "mean cosine between two experts' B"]]
         trials = list(self.plan.gates())
         for mixing in MIXINGS:
-            for std in (*self.plan.gate_init_stds, None):
+            for std in self.plan.gate_init_stds:
                 row = [trial for trial in trials if (trial.mixing, trial.gate_init_std) == (mixing, std)]
                 alike = [self.known[trial].likeness for trial in row if trial in self.known]
                 name = "1/sqrt(in_features)" if std is None else f"{std:g}"
