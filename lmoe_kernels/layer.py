@@ -26,7 +26,8 @@ class LMoELinear(nn.Module):
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
         num_experts, rank: E and R.
-        alpha: the delta is scaled by alpha / rank; None for `default_alpha`.
+        alpha: the delta is scaled by alpha / rank; None for 2 * rank times the number of experts that share a token: top_k
+            where the gates are renormalised, else num_experts.
         mixing, top_k, renormalize, backend: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that
             a loss on the output does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
         shared_a: one A for all experts, a B for each.
@@ -114,7 +115,8 @@ class LMoELinear(nn.Module):
         checks.check_bool("LMoELinear", "output_router_logits", output_router_logits)
         scaling = 1.0 if alpha is None else alpha / rank
         checks.check_options("LMoELinear", num_experts, scaling, mixing, top_k, renormalize)
-        alpha = default_alpha(num_experts if top_k is None else top_k, rank) if alpha is None else alpha
+        if alpha is None:
+            alpha = default_alpha(top_k if top_k is not None and renormalize else num_experts, rank)
         if gate_init_std is not None:
             checks.check_finite(
                 "LMoELinear", "gate_init_std", gate_init_std, "be None or a number of at least 0", at_least=0
@@ -257,7 +259,12 @@ class LMoELinear(nn.Module):
 
 
 def default_alpha(num_experts: int, rank: int) -> float:
-    """The alpha of a layer that is given none, by the number of experts that share a token."""
+    """The alpha of a layer that is given none, by the number of experts that share a token: a scaling of twice that number.
+
+    Gates of about 1 / num_experts leave each expert a scaling of 2, as alpha = 2 rank leaves one LoRA. At learning rate 3e-3
+    (docs/defaults.md, 2026-11-25, bits per byte): factors 3.262, outputs 3.237, that LoRA 3.298; under a scaling of 1 they
+    had 3.392 and 3.384.
+    """
     return 2.0 * num_experts * rank
 
 

@@ -26,6 +26,10 @@ def test_the_scaling_is_twice_the_number_of_experts_that_share_a_token(
     assert layer.alpha == layer.config()["alpha"] == scaling * rank
 
 
+def test_gates_that_are_not_renormalised_are_as_small_as_without_top_k() -> None:
+    assert LMoELinear(6, 5, num_experts=8, rank=4, top_k=2, renormalize=False).scaling == 16
+
+
 @pytest.mark.parametrize("alpha", [0, -3.5, 16])
 def test_an_alpha_that_is_given_is_taken(alpha: float) -> None:
     layer = LMoELinear(6, 5, num_experts=8, rank=4, alpha=alpha)
@@ -39,8 +43,7 @@ def test_bad_options_are_told_where_alpha_is_not_given(options: dict) -> None:
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_under_uniform_gates_a_layer_is_one_lora_of_scaling_two(mixing: str) -> None:
-    """Experts that are all one, and gates that tell none of them apart: alpha = 2 r, as LoRA is mostly used."""
+def test_experts_that_are_all_alike_are_one_lora_of_the_layers_scaling(mixing: str) -> None:
     layer = LMoELinear(6, 5, num_experts=8, rank=4, mixing=mixing, gate_init_std=0.0, dtype=torch.float64)
     with torch.no_grad():
         layer.lora_b.normal_()

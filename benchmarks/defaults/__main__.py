@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks.defaults.picture import draw
-from benchmarks.defaults.plan import FULL, METHODS, QUICK, Plan, default_scaling, point
+from benchmarks.defaults.plan import FULL, MIXINGS, QUICK, Plan, default_scaling, point
 from benchmarks.defaults.probes import RANDOM_TOKEN_RATE, random_tokens, unchanged
 from benchmarks.defaults.report import markdown
 from benchmarks.defaults.results import Results, read, write
@@ -15,6 +16,7 @@ from benchmarks.defaults.trials import Lab, Settings, Trial
 from benchmarks.environment import describe
 from benchmarks.progress import Progress
 
+DTYPES = {"bf16": torch.bfloat16, "fp32 (the default)": None}
 BRIEF = Settings(base_steps=2, steps=2, windows=3, judged=2, random_token_steps=2, small_steps=2)
 
 
@@ -50,21 +52,28 @@ def run(lab: Lab, plan: Plan, results: Results, path: Path) -> None:
             results.outcomes.append(lab.run(trial))
             write(results, path)
         progress.end()
-    progress = Progress(2)
-    progress.step("random tokens")
-    results.random_tokens = {
-        f"{method}, scaling {scaling:g}": [
-            random_tokens(lab, point(method, scaling, RANDOM_TOKEN_RATE, s)) for s in plan.seeds
-        ]
-        for method in METHODS
-        for scaling in sorted({1.0, 2.0, default_scaling(method)} if method == "LoRA" else {1.0, default_scaling(method)})
-    }
-    progress.step("bf16 against fp32")
-    results.unchanged = {
-        name: unchanged(lab, dtype, plan.seeds) for name, dtype in (("bf16", torch.bfloat16), ("fp32 (the default)", None))
-    }
+    fits = {f"{method}, scaling {scaling:g}": (method, scaling) for method, scaling in remembered()}
+    progress = Progress(len(fits) + len(DTYPES))
+    for name, (method, scaling) in fits.items():
+        progress.step(f"random tokens: {name}")
+        if name not in results.random_tokens:
+            trials = [point(method, scaling, RANDOM_TOKEN_RATE, seed) for seed in plan.seeds]
+            results.random_tokens[name] = [random_tokens(lab, trial) for trial in trials]
+            write(results, path)
+    for name, dtype in DTYPES.items():
+        progress.step(f"small steps in {name}")
+        if name not in results.unchanged:
+            results.unchanged[name] = unchanged(lab, dtype, plan.seeds)
+            write(results, path)
     progress.end()
-    write(results, path)
+
+
+def remembered() -> Iterator[tuple[str, float]]:
+    """Methods and scalings that learn random tokens: a LoRA of the usual scaling, and mixtures under 1 and the default."""
+    yield "LoRA", 2.0
+    for method in MIXINGS:
+        yield method, 1.0
+        yield method, default_scaling(method)
 
 
 def said(trial: Trial) -> str:

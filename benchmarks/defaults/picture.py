@@ -84,9 +84,9 @@ def _over_experts(axes: Any, tables: Tables) -> None:
 
 def _over_gates(axes: Any, tables: Tables) -> None:
     plan, trials = tables.plan, list(tables.plan.gates())
-    names = [*(f"{std:g}" for std in plan.gate_init_stds), "1/sqrt(I)"]
+    names = ["1/sqrt(I)" if std is None else f"{std:g}" for std in plan.gate_init_stds]
     for mixing in MIXINGS:
-        for place, std in enumerate((*plan.gate_init_stds, None)):
+        for place, std in enumerate(plan.gate_init_stds):
             row = [t for t in trials if (t.mixing, t.gate_init_std) == (mixing, std) and t in tables.known]
             alike = [a for t in row if (a := tables.known[t].likeness) is not None]
             label = mixing if place == 0 else None

@@ -72,7 +72,7 @@ class Tables:
         table = [["", "gate_init_std", "bits", "mean cosine between two experts' B"]]
         trials = list(self.plan.gates())
         for mixing in MIXINGS:
-            for std in (*self.plan.gate_init_stds, None):
+            for std in self.plan.gate_init_stds:
                 row = [trial for trial in trials if (trial.mixing, trial.gate_init_std) == (mixing, std)]
                 alike = [self.known[trial].likeness for trial in row if trial in self.known]
                 name = "1/sqrt(in_features)" if std is None else f"{std:g}"
@@ -111,7 +111,7 @@ def markdown(results: Results, plan: Plan) -> str:
         ("Learning rate and scaling; the default in bold", tables.scalings()),
         (f"Other numbers of experts, E R = 32, {usual}, one seed", tables.other_sizes()),
         (f"Two of eight experts for each token, {usual}, one seed", tables.top_2()),
-        (f"The gate at the start, default scaling, {usual}, mean over the seeds", tables.gates()),
+        (f"The gate at the start, default scaling, {usual}, one seed", tables.gates()),
         (
             f"Random bytes learned by heart, {settings.random_token_steps} steps, learning rate {RANDOM_TOKEN_RATE:g}, nats",
             tables.random_tokens(),
