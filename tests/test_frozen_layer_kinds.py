@@ -97,7 +97,8 @@ def test_experts_stand_where_a_layer_without_weight_has_its_numbers(dtype: torch
 
 def test_a_layer_without_any_tensor_gets_experts() -> None:
     layer, x = _with_experts(_Codes(None, as_parameter=False)), torch.randn(5, 8)
-    assert torch.equal(layer(x), lmoe(x, layer.lora_a, layer.lora_b, gate_weight=layer.gate_weight, base=torch.ones(5, 12)))
+    options = {"gate_weight": layer.gate_weight, "scaling": layer.scaling, "base": torch.ones(5, 12)}
+    assert torch.equal(layer(x), lmoe(x, layer.lora_a, layer.lora_b, **options))
 
 
 def test_a_new_bias_is_the_frozen_layers() -> None:
