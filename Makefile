@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
+TESTS  := $(VENV)/ready-for-tests
 OUT    ?= demo
 
 .PHONY: help demo test lint format types build bench gpu static racecheck check clean
@@ -14,7 +15,7 @@ help: ## Say what there is to make
 demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
 	$(BIN)/python examples/three_domains.py --out $(OUT)
 
-test: $(READY) ## Run every test that needs no GPU
+test: $(TESTS) ## Run every test that needs no GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 lint: $(READY) ## Look for errors of style
@@ -56,4 +57,8 @@ $(READY): requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+$(TESTS): requirements-test.txt $(READY)
+	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	@touch $@
