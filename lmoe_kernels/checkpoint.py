@@ -12,8 +12,8 @@ from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
 from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
 from lmoe_kernels.distributed import by_one_process, fill, gathered, how_distributed, together
-from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, weight_of
-from lmoe_kernels.model import replace_modules
+from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, features_of, weight_of
+from lmoe_kernels.model import replace_modules, wrapped
 from lmoe_kernels.naming import plain_modules
 from lmoe_kernels.targets import saved_modules, wrappable_layers
 
@@ -65,12 +65,12 @@ def load_lmoe(
 
     Raises:
         FileNotFoundError: a file is missing.
+        TypeError: `directory` is no path, nor several.
         ImportError: safetensors is not installed.
         ValueError: a file is not what `save_lmoe` writes, or is another model's; a layer or tensor is missing, foreign or
             misshapen; two directories name one layer; a layer is on the meta device.
     """
-    several = [directory] if isinstance(directory, str | os.PathLike) else directory
-    directories = [Path(part) for part in several]
+    directories = _paths(directory)
     adapter = together("load_lmoe", model, lambda: _merged(model, directories))
     check_within_reach("load_lmoe", model)
     present = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
@@ -92,12 +92,24 @@ def load_lmoe(
     _check_shared(adapter, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
-    layers |= _make(made, linears, adapter, options)
+    layers |= wrapped(
+        {name: linears[name] for name in made},
+        lambda name: {"dtype": _dtype(adapter.tensors[f"{name}.lora_a"], linears[name]), **adapter.layers[name], **options},
+    )
     fill(model, {**layers, **parts_of(saved)}, adapter.tensors)
     new = {id(linears[name]): layers[name] for name in made}
     aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
     replace_modules(model, aliases, adapter.modules_to_save)
     return list(adapter.layers)
+
+
+def _paths(directory: Any) -> list[Path]:
+    """One directory or several, as a list."""
+    alone = isinstance(directory, str | os.PathLike) or not isinstance(directory, Iterable)
+    several: list[Any] = [directory] if alone else list(directory)
+    if not all(isinstance(one, str | os.PathLike) for one in several):
+        checks.fail("load_lmoe", "directory", "be a path or several", repr(directory), TypeError)
+    return [Path(one) for one in several]
 
 
 def _merged(model: nn.Module, directories: list[Path]) -> Adapter:
@@ -138,25 +150,24 @@ def _check_layer(
         _fail(where, f"have the options {sorted(CONFIG_KEYS)}", sorted(config))
     if present is not None and present.config() != config:
         _fail(where, f"have the model's options {present.config()}", config)
-    layer: Any = linears[name] if present is None else present
+    in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
     try:
         for count in ("num_experts", "rank"):
             checks.check_positive_int(f"load_lmoe: {where}", count, config[count])
         checks.check_finite(f"load_lmoe: {where}", "alpha", config["alpha"], "be a finite number")
         experts, rank, shared = config["num_experts"], config["rank"], config["shared_a"]
         shapes = {
-            "lora_a": (1 if shared else experts, rank, layer.in_features),
-            "lora_b": (experts, rank, layer.out_features),
-            "gate_weight": (experts, layer.in_features),
+            "lora_a": (1 if shared else experts, rank, in_features),
+            "lora_b": (experts, rank, out_features),
+            "gate_weight": (experts, in_features),
         }
         for key, shape in shapes.items():
             _check_tensor(f"{name}.{key}", tensors, shape)
         # the sizes are those of tensors that exist: what remains to be checked costs no memory on the meta device
-        sizes = {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False, "device": "meta"}
-        LMoELinear(**sizes, **config, **options)
+        LMoELinear(in_features, out_features, bias=False, device="meta", **config, **options)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
-    if (weight_of(layer) if present is None else present.lora_a).is_meta:
+    if (weight_of(linears[name]) if present is None else present.lora_a).is_meta:
         _fail(where, "hold numbers (see torch.nn.Module.to_empty)", "one on the meta device")
 
 
@@ -203,18 +214,10 @@ def _check_shared(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
                 _fail("model", f"have two layers {other!r} and {name!r}", "one that is shared, for two sets of experts")
 
 
-def _make(
-    names: list[str], linears: Mapping[str, nn.Module], adapter: Adapter, options: dict[str, Any]
-) -> dict[str, LMoELinear]:
-    """New layers for these names; one for a linear layer of several names."""
-    made: dict[int, LMoELinear] = {}
-    for name in names:
-        linear, dtype = linears[name], torch.float32
-        if adapter.tensors[f"{name}.lora_a"].dtype != torch.float32 and weight_of(linear).dtype in checks.DTYPES:
-            dtype = weight_of(linear).dtype
-        if id(linear) not in made:
-            made[id(linear)] = LMoELinear.from_linear(linear, dtype, **adapter.layers[name], **options)
-    return {name: made[id(linears[name])] for name in names}
+def _dtype(saved: Tensor, linear: nn.Module) -> torch.dtype:
+    """What new experts are in: fp32 where they were saved so, or stand beside a quantised layer; else as that layer is."""
+    dtype = weight_of(linear).dtype
+    return torch.float32 if saved.dtype == torch.float32 or dtype not in checks.DTYPES else dtype
 
 
 def _fail(argument: str, must: str, got: object) -> NoReturn:

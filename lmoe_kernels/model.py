@@ -1,7 +1,7 @@
 """What works on whole models: put L-MoE layers into one, switch them off, take them out, look at what is trained."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -80,18 +80,24 @@ def apply_lmoe(
     chosen = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
     _warn_of_what_is_left(model, targets, whole)
 
-    trained = {id(linear): [p for p in linear.parameters() if p.requires_grad] for linear in linears.values()}
+    layers = wrapped({name: linears[name] for name in chosen}, lambda name: options)
+    replace_modules(model, layers, whole)
+    return chosen
+
+
+def wrapped(linears: Mapping[str, nn.Module], options_of: Callable[[str], dict[str, Any]]) -> dict[str, LMoELinear]:
+    """A new layer around each of these; one around a linear layer of several names. An error leaves them as they were."""
+    trained = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     layers: dict[int, LMoELinear] = {}
     try:
-        for name in chosen:
-            if id(linears[name]) not in layers:
-                layers[id(linears[name])] = LMoELinear.from_linear(linears[name], **options)
+        for name, linear in linears.items():
+            if id(linear) not in layers:
+                layers[id(linear)] = LMoELinear.from_linear(linear, **options_of(name))
     except BaseException:
-        for parameter in (p for linear in layers for p in trained[linear]):
+        for parameter in trained:
             parameter.requires_grad_(True)
         raise
-    replace_modules(model, {name: layers[id(linears[name])] for name in chosen}, whole)
-    return chosen
+    return {name: layers[id(linear)] for name, linear in linears.items()}
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_to_save: Iterable[str] = ()) -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lmoe_kernels import apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
+from lmoe_kernels import LMoELinear, apply_lmoe, lmoe_layers, load_lmoe, save_lmoe
 from tests.models import IDS, llama, state, with_experts
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
@@ -101,6 +101,40 @@ def test_two_directories_of_one_layer_clash(has_layers: bool, tmp_path: Path) ->
     assert state(target) == before
     with pytest.raises(ValueError, match="load_lmoe: directory must be one or several, got none"):
         load_lmoe(target, [])
+
+
+@pytest.mark.parametrize("directory", [None, 5, ["a", None]], ids=repr)
+def test_a_directory_is_a_path(directory) -> None:
+    with pytest.raises(TypeError) as caught:
+        load_lmoe(llama(), directory)
+    assert str(caught.value) == f"load_lmoe: directory must be a path or several, got {directory!r}"
+
+
+def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the memory is too small for the last of them."""
+    save_lmoe(_trained(llama(), "q_proj"), tmp_path)
+    model, made = llama(), []
+    before, real = state(model), LMoELinear.from_linear
+
+    def fails_at_the_second(linear: nn.Module, *args, **options) -> LMoELinear:
+        if made:
+            raise MemoryError
+        made.append(real(linear, *args, **options))
+        return made[0]
+
+    monkeypatch.setattr(LMoELinear, "from_linear", fails_at_the_second)
+    with pytest.raises(MemoryError):
+        load_lmoe(model, tmp_path)
+    assert made
+    assert state(model) == before
+
+
+def test_convolutions_of_gpt2_get_their_experts_back(tmp_path: Path) -> None:
+    plain = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
+    model = _trained(copy.deepcopy(plain), "c_attn")
+    save_lmoe(model, tmp_path)
+    load_lmoe(plain, tmp_path)
+    assert torch.equal(plain(IDS).logits, model(IDS).logits)
 
 
 def test_the_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
