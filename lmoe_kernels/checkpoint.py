@@ -105,8 +105,9 @@ def load_lmoe(
 
 def _paths(directory: Any) -> list[Path]:
     """One directory or several, as a list."""
-    alone = isinstance(directory, str | os.PathLike) or not isinstance(directory, Iterable)
-    several: list[Any] = [directory] if alone else list(directory)
+    several = [directory]
+    if isinstance(directory, Iterable) and not isinstance(directory, str | os.PathLike):
+        several = list(directory)
     if not all(isinstance(one, str | os.PathLike) for one in several):
         checks.fail("load_lmoe", "directory", "be a path or several", repr(directory), TypeError)
     return [Path(one) for one in several]
