@@ -17,7 +17,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from lmoe_kernels import apply_lmoe, disable_lmoe, lmoe_layers, load_lmoe, remove_lmoe, save_lmoe
+from lmoe_kernels import (
+    apply_lmoe,
+    disable_lmoe,
+    lmoe_layers,
+    load_lmoe,
+    print_trainable_parameters,
+    remove_lmoe,
+    save_lmoe,
+)
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -89,6 +97,12 @@ def test_a_new_layer_gives_what_the_quantised_one_gives(load) -> None:
     assert not torch.equal(logits_of(model), expected)
     remove_lmoe(model)
     assert torch.equal(logits_of(model), expected)
+
+
+def test_packed_numbers_are_counted_one_by_one(load, capsys: pytest.CaptureFixture[str]) -> None:
+    print_trainable_parameters(load())
+    plain = LlamaForCausalLM(llama_config())
+    assert f"all params: {plain.num_parameters():,d} " in capsys.readouterr().out
 
 
 def test_trainer_trains_and_the_adapter_loads_bitwise(load, tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def test_experts_that_are_not_the_models_are_refused_beside_peft(make, tmp_path:
     model.save_pretrained(tmp_path)
     other = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))
     apply_lmoe(other, "q_proj", num_experts=2, rank=2)
-    for refused in (other, with_experts(peft.get_peft_model(wider_llama(), peft.LoraConfig(**LORA)))):
+    wider = with_experts(peft.get_peft_model(wider_llama(), peft.LoraConfig(**LORA)))
+    of_other_options = with_experts(peft.get_peft_model(llama(), peft.LoraConfig(**LORA)), mixing="outputs")
+    for refused in (other, wider, of_other_options):
         before = copy.deepcopy(refused.state_dict())
         with pytest.raises(ValueError, match="load_adapter: model must have the L-MoE layers that were saved to"):
             refused.load_adapter(tmp_path, "default")

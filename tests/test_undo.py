@@ -33,6 +33,16 @@ def test_remove_gives_the_frozen_model_back() -> None:
     assert remove_lmoe(model) == []
 
 
+def test_nothing_is_left_of_layers_that_were_put_in_one_after_the_other() -> None:
+    model = llama()
+    apply_lmoe(model, "q_proj", num_experts=2, rank=1)
+    apply_lmoe(model, "k_proj", num_experts=2, rank=1)
+    train_lmoe(model)
+    remove_lmoe(model)
+    assert not any(module._load_state_dict_pre_hooks for module in model.modules())
+    assert not {"save_pretrained", "resize_token_embeddings"} & {name for m in model.modules() for name in vars(m)}
+
+
 def test_remove_and_apply_again(tmp_path: Path) -> None:
     """Modules that were saved with the first experts are not saved with the next."""
     model = llama()
