@@ -12,10 +12,10 @@ from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
 from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
 from lmoe_kernels.distributed import by_one_process, fill, gathered, how_distributed, together
-from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, features_of, weight_of
+from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, features_of, shapes_of, weight_of
 from lmoe_kernels.model import replace_modules, wrapped
 from lmoe_kernels.naming import plain_modules
-from lmoe_kernels.targets import saved_modules, wrappable_layers
+from lmoe_kernels.targets import lmoe_layers_by_every_name, saved_modules, wrappable_layers
 
 _Directory = str | os.PathLike[str]
 _KEYS = ("lora_a", "lora_b", "gate_weight")
@@ -73,15 +73,15 @@ def load_lmoe(
     directories = _paths(directory)
     adapter = together("load_lmoe", model, lambda: _merged(model, directories))
     check_within_reach("load_lmoe", model)
-    present = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+    present = lmoe_layers_by_every_name(model)
     named = {id(present[name]) for name in adapter.layers if name in present}
     for name, layer in present.items():
         if id(layer) not in named:
             got = f"{len(adapter.layers)} other layers (several directories may be given)"
             _fail("directory", f"hold the model's L-MoE layer {name!r}", got)
-    linears = wrappable_layers(model)
+    linears, trained_whole = wrappable_layers(model), saved_modules(model)
     made = [name for name in adapter.layers if name not in present]
-    unprepared = made or [name for name in adapter.modules_to_save if name not in saved_modules(model)]
+    unprepared = made or [name for name in adapter.modules_to_save if name not in trained_whole]
     if unprepared and (how := how_distributed(model)) is not None:
         _fail("model", f"get {unprepared[0]!r} before it is distributed", f"one {how}")
     options = {"backend": backend, "output_router_logits": output_router_logits}
@@ -156,13 +156,8 @@ def _check_layer(
         for count in ("num_experts", "rank"):
             checks.check_positive_int(f"load_lmoe: {where}", count, config[count])
         checks.check_finite(f"load_lmoe: {where}", "alpha", config["alpha"], "be a finite number")
-        experts, rank, shared = config["num_experts"], config["rank"], config["shared_a"]
-        shapes = {
-            "lora_a": (1 if shared else experts, rank, in_features),
-            "lora_b": (experts, rank, out_features),
-            "gate_weight": (experts, in_features),
-        }
-        for key, shape in shapes.items():
+        sizes = config["num_experts"], config["rank"], config["shared_a"]
+        for key, shape in shapes_of(in_features, out_features, *sizes).items():
             _check_tensor(f"{name}.{key}", tensors, shape)
         # the sizes are those of tensors that exist: what remains to be checked costs no memory on the meta device
         LMoELinear(in_features, out_features, bias=False, device="meta", **config, **options)

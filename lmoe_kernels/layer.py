@@ -151,11 +151,7 @@ class LMoELinear(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of experts and gate, by name."""
-        return {
-            "lora_a": (1 if self.shared_a else self.num_experts, self.rank, self.in_features),
-            "lora_b": (self.num_experts, self.rank, self.out_features),
-            "gate_weight": (self.num_experts, self.in_features),
-        }
+        return shapes_of(self.in_features, self.out_features, self.num_experts, self.rank, self.shared_a)
 
     def reset_parameters(self) -> None:
         """Draw A as PEFT does (Kaiming uniform, a = sqrt 5, over I), B zero, the gate normal. The frozen layer stays."""
@@ -266,6 +262,17 @@ def default_alpha(num_experts: int, rank: int) -> float:
     had 3.392 and 3.384.
     """
     return 2.0 * num_experts * rank
+
+
+def shapes_of(
+    in_features: int, out_features: int, num_experts: int, rank: int, shared_a: bool
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's experts and gate, by name."""
+    return {
+        "lora_a": (1 if shared_a else num_experts, rank, in_features),
+        "lora_b": (num_experts, rank, out_features),
+        "gate_weight": (num_experts, in_features),
+    }
 
 
 def features_of(linear: nn.Module) -> tuple[int, int] | None:

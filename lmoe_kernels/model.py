@@ -12,13 +12,14 @@ from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
-from lmoe_kernels.naming import actual_names, is_of_peft, plain_modules, unwrapped
+from lmoe_kernels.naming import is_of_peft, plain_modules, set_modules, unwrapped
 from lmoe_kernels.quantised import numel_of
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
     hint_for_layers,
     lmoe_layers,
+    lmoe_layers_by_every_name,
     mark_saved,
     matches,
     means,
@@ -102,12 +103,10 @@ def wrapped(linears: Mapping[str, nn.Module], options_of: Callable[[str], dict[s
 
 def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_to_save: Iterable[str] = ()) -> None:
     """Set the layers at these names of the plain model; the first ones freeze what they, PEFT and modules_to_save leave."""
-    actual, modules = actual_names(model), plain_modules(model)
+    modules = plain_modules(model)
     if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
         model.requires_grad_(False)
-    for name, layer in layers.items():
-        parent, _, child = actual[name].rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)
+    set_modules(model, layers)
     for name in modules_to_save:
         mark_saved(modules[name])
     pretrained.install(model)
@@ -141,13 +140,10 @@ def remove_lmoe(model: nn.Module) -> list[str]:
     """
     if (how := how_distributed(model)) is not None:
         fail("remove_lmoe", "model", "be taken out of what distributes it", f"one {how}")
-    layers = {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+    layers = lmoe_layers_by_every_name(model)
     if "" in layers:
         fail("remove_lmoe", "model", "hold L-MoE layers", "one of them (take its frozen_layer)")
-    actual = actual_names(model)
-    for name, layer in layers.items():
-        parent, _, child = actual[name].rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.frozen_layer)
+    set_modules(model, {name: layer.frozen_layer for name, layer in layers.items()})
     for module in saved_modules(model).values():
         unmark_saved(module)
     pretrained.restore(model)

@@ -4,7 +4,7 @@ torch.compile, activation checkpointing, FSDP, data parallelism and PEFT put mod
 into every name below. Checkpoints and targets use the names without these segments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -39,6 +39,14 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 def actual_names(model: nn.Module) -> dict[str, str]:
     """The names that `get_submodule` takes, by the names in the plain model."""
     return {plain: actual for plain, actual, _ in _walk(model, "", "")}
+
+
+def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Set these modules at their names in the plain model."""
+    actual = actual_names(model)
+    for name, module in modules.items():
+        parent, _, child = actual[name].rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
 
 
 def plain_key(key: str) -> str:

@@ -20,10 +20,14 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
     """The L-MoE layers of a model, in its order, by their names in the plain model; a shared one under its first name."""
     found: dict[int, tuple[str, LMoELinear]] = {}
-    for name, module in plain_modules(model).items():
-        if isinstance(module, LMoELinear):
-            found.setdefault(id(module), (name, module))
+    for name, layer in lmoe_layers_by_every_name(model).items():
+        found.setdefault(id(layer), (name, layer))
     return dict(found.values())
+
+
+def lmoe_layers_by_every_name(model: nn.Module) -> dict[str, LMoELinear]:
+    """The L-MoE layers of a model by their names in the plain model; a shared one under each of its names."""
+    return {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
