@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,17 @@ class Problem:
             for name, t in self.tensors.items()
         }
         return Problem(replace(self.case, E=len(kept)), tensors, self.dy, self.dlogits[:, kept])
+
+
+def good_arguments(**changes: Any) -> dict[str, Any]:
+    """Arguments of `lmoe` for T=2, I=16, O=12, E=8, R=4, with some of them changed."""
+    good = {
+        "x": torch.randn(2, 16),
+        "lora_a": torch.randn(8, 4, 16),
+        "lora_b": torch.randn(8, 4, 12),
+        "gate_weight": torch.randn(8, 16),
+    }
+    return good | changes
 
 
 CASES = [

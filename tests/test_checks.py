@@ -7,17 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import LMoELinear, explain, lmoe, lmoe_linear
-
-
-def _arguments(**changes: Any) -> dict[str, Any]:
-    """Good arguments for T=2, I=16, O=12, E=8, R=4, with some of them changed."""
-    good = {
-        "x": torch.randn(2, 16),
-        "lora_a": torch.randn(8, 4, 16),
-        "lora_b": torch.randn(8, 4, 12),
-        "gate_weight": torch.randn(8, 16),
-    }
-    return good | changes
+from tests.problems import good_arguments
 
 
 @pytest.mark.parametrize("count", ["num_experts", "rank", "top_k"])
@@ -38,13 +28,13 @@ def test_true_is_no_count(count: str) -> None:
 )
 def test_bad_bias(bias: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
-        lmoe_linear(**_arguments(weight=torch.zeros(12, 16), bias=bias))
+        lmoe_linear(**good_arguments(weight=torch.zeros(12, 16), bias=bias))
     assert str(caught.value) == f"lmoe_linear: {text}"
 
 
 def test_autocast_leaves_fp64_alone() -> None:
     """As it does in `torch.nn.functional.linear`."""
-    arguments: dict[str, Tensor] = {name: t.double() for name, t in _arguments(base=torch.randn(2, 12)).items()}
+    arguments: dict[str, Tensor] = {name: t.double() for name, t in good_arguments(base=torch.randn(2, 12)).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lmoe(**arguments)
     assert y.dtype == torch.float64
@@ -63,7 +53,7 @@ def test_autocast_leaves_fp64_alone() -> None:
 )
 def test_explain_refuses_what_lmoe_refuses(changes: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
-        explain(**_arguments(**changes))
+        explain(**good_arguments(**changes))
     assert str(caught.value) == f"explain: {text}"
 
 
@@ -72,6 +62,6 @@ def test_explain_refuses_what_lmoe_refuses(changes: dict[str, Any], error: type[
 def test_tokens_are_counted_in_the_leading_dims(lead: tuple[int, ...], tokens: int, features: int) -> None:
     """Also where a token has no features, and so no element that could be counted."""
     x, lora_a, gate_weight = torch.zeros(*lead, features), torch.zeros(8, 4, features), torch.zeros(8, features)
-    arguments = _arguments(x=x, lora_a=lora_a, gate_weight=gate_weight)
+    arguments = good_arguments(x=x, lora_a=lora_a, gate_weight=gate_weight)
     assert explain(**arguments).startswith(f"lmoe: T={tokens} I={features} O=12 E=8 R=4, ")
     assert lmoe(**arguments).shape == (*lead, 12)

@@ -7,19 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lmoe_kernels import dispatch, explain, lmoe, lmoe_linear, use_backend
-from tests.problems import Case, leaves_of, make_problem
-
-
-def _arguments(**changes):
-    """Good arguments of lmoe for T=2, I=16, O=12, E=8, R=4, with some of them changed."""
-    good = {
-        "x": torch.randn(2, 16),
-        "lora_a": torch.randn(8, 4, 16),
-        "lora_b": torch.randn(8, 4, 12),
-        "gate_weight": torch.randn(8, 16),
-    }
-    return good | changes
-
+from tests.problems import Case, good_arguments, leaves_of, make_problem
 
 BAD = [
     ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
@@ -74,14 +62,14 @@ BAD = [
 @pytest.mark.parametrize(("changes", "error", "text"), BAD, ids=[text for _, _, text in BAD])
 def test_bad_input_gets_one_clear_line(changes: dict, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
-        lmoe(**_arguments(**changes))
+        lmoe(**good_arguments(**changes))
     assert str(caught.value) == f"lmoe: {text}"
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
     known = ", ".join(map(repr, dispatch.BACKENDS))
     with pytest.raises(ValueError) as caught:
-        lmoe(**_arguments(), backend="cudnn")
+        lmoe(**good_arguments(), backend="cudnn")
     assert str(caught.value) == f"lmoe: backend must be None or one of {known}, got 'cudnn'"
     with pytest.raises(ValueError, match="use_backend: backend must be None or one of"), use_backend("cudnn"):
         pass
@@ -97,7 +85,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
 )
 def test_bad_linear_layer(changes: dict, text: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
-        lmoe_linear(**_arguments(**{"weight": torch.zeros(12, 16), "bias": None, **changes}))
+        lmoe_linear(**good_arguments(**{"weight": torch.zeros(12, 16), "bias": None, **changes}))
     assert str(caught.value) == f"lmoe_linear: {text}"
 
 
@@ -115,7 +103,7 @@ def test_bad_linear_layer(changes: dict, text: str) -> None:
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense(made: Callable, got: str, name: str) -> None:
     """Under autocast too, which would cast them first."""
-    function, arguments = lmoe, _arguments()
+    function, arguments = lmoe, good_arguments()
     if name in ("weight", "bias"):
         function, arguments = lmoe_linear, arguments | {"weight": torch.zeros(12, 16), "bias": torch.zeros(12)}
     elif name == "gate_logits":
@@ -151,7 +139,7 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("halves", [["gate_logits"], ["base"], ["x"], ["lora_a", "lora_b"]], ids=" ".join)
 def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
     """Under autocast a router or a layer beside gives half precision while x is still fp32, or the other way round."""
-    arguments = _arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
+    arguments = good_arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
     arguments |= {name: arguments[name].bfloat16() for name in halves}
     cast = arguments | {name: arguments[name].bfloat16() for name in ("x", "base")}
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,20 +149,20 @@ def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
 
 
 def test_autocast_casts_no_integers() -> None:
-    arguments = _arguments(weight=torch.ones(12, 16, dtype=torch.int8), bias=None)
+    arguments = good_arguments(weight=torch.ones(12, 16, dtype=torch.int8), bias=None)
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="weight must have a dtype of"):
         lmoe_linear(**arguments)
 
 
 def test_the_meta_device_tells_shapes() -> None:
-    arguments = {name: t.to("meta") for name, t in _arguments().items()}
+    arguments = {name: t.to("meta") for name, t in good_arguments().items()}
     y, logits = lmoe(**arguments, return_router_logits=True)
     assert (y.shape, y.device.type, logits.shape) == ((2, 12), "meta", (2, 8))
     assert "on meta" in explain(**arguments)
 
 
 def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
-    t = _arguments(gate_weight=None)
+    t = good_arguments(gate_weight=None)
     given = torch.randn(2, 8, requires_grad=True)
     _, logits = lmoe(**t | {"gate_logits": given}, return_router_logits=True, backend=backend)
     assert logits is given
@@ -183,7 +171,7 @@ def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives_are_refused(backend: str) -> None:
     """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
-    arguments = _arguments()
+    arguments = good_arguments()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         lmoe(**arguments | {"x": forward_ad.make_dual(arguments["x"], arguments["x"])}, backend=backend)
 
@@ -218,23 +206,23 @@ def test_only_what_a_gradient_needs_is_saved(backend: str) -> None:
 
 
 def test_explain_names_every_backend_and_takes_one() -> None:
-    text = explain(**_arguments())
+    text = explain(**good_arguments())
     lines = text.splitlines()
     assert lines[0] == "lmoe: T=2 I=16 O=12 E=8 R=4, torch.float32 on cpu"
     assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
     assert sum(line.split()[1] == "taken:" for line in lines[1:]) == 1
     assert "  torch      taken: the first of this table that can" in lines
     assert "  reference  not taken: only where it is asked for by name" in lines
-    assert "reference  taken: asked for by name" in explain(**_arguments(), backend="reference")
+    assert "reference  taken: asked for by name" in explain(**good_arguments(), backend="reference")
     with use_backend("reference"):
-        assert "reference  taken: asked for by name" in explain(**_arguments())
-        assert "torch      not taken: not asked for" in explain(**_arguments())
+        assert "reference  taken: asked for by name" in explain(**good_arguments())
+        assert "torch      not taken: not asked for" in explain(**good_arguments())
 
 
 def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
     monkeypatch.setitem(dispatch.BACKENDS, "tpu", row)
     with pytest.raises(ValueError) as caught:
-        lmoe(**_arguments(), backend="tpu")
+        lmoe(**good_arguments(), backend="tpu")
     assert str(caught.value) == "lmoe: backend must be one that can take this call, got 'tpu': there is no TPU"
-    assert "tpu        cannot: there is no TPU" in explain(**_arguments())
+    assert "tpu        cannot: there is no TPU" in explain(**good_arguments())
