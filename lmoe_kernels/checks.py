@@ -6,7 +6,7 @@ Only shapes, dtypes and devices are looked at, never values: no check waits for 
 import math
 import sys
 from numbers import Real
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def check_bool(op: str, name: str, value: bool) -> None:
         fail(op, name, "be a bool", type(value).__name__, TypeError)
 
 
-def check_finite(op: str, name: str, value: float, must: str, at_least: float = -math.inf) -> None:
+def check_finite(op: str, name: str, value: Any, must: str, at_least: float = -math.inf) -> None:
     """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)

@@ -11,7 +11,7 @@ the traced sizes, and wrong for others wherever the guards are dropped; sizes th
 """
 
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -53,11 +53,11 @@ def _forward(
     base: Tensor | None,  # (O) its bias, or (T, O) the output of another layer
     save: bool,
     backend: str,  # its name, or "auto"
-    *options: float | str | bool | None,  # the fields of Options
+    *options: Any,  # the fields of Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x weight^T + base + delta. With `save` also logits (empty where given from outside) and u."""
     x = _rows(x)
-    factors = Factors(*map(_dense, (lora_a, lora_b, gate_weight, gate_bias, gate_logits)))
+    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast(x), _no_autograd():
@@ -82,11 +82,11 @@ def _backward(
     u: Tensor,  # (T, E, R) or (T, 1, R)
     wanted: list[bool],  # the fields of Wanted, and whether weight's is
     backend: str,
-    *options: float | str | bool | None,  # the fields of Options
+    *options: Any,  # the fields of Options
 ) -> tuple[Tensor, ...]:
     """The gradients that are wanted, the others empty."""
     dy, x = _rows(dy), _rows(x)
-    factors = Factors(*map(_dense, (lora_a, lora_b, gate_weight, gate_bias, gate_logits)))
+    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
     with _no_autocast(dy), _no_autograd():

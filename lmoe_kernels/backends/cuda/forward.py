@@ -48,7 +48,7 @@ def forward(
         partial = x.new_empty(plan.chunks, tokens, rows, dtype=torch.float32)
         params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
         library.decode(params, device, stream)
-        return y, Saved(logits, u) if save else None
+        return y, Saved(logits, u) if save and u is not None else None
     params.smem = smem
     if by_stages:
         parts = shrink_parts(tokens, in_features, processors)
@@ -57,7 +57,7 @@ def forward(
         partial = x.new_empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32)
         params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
     library.forward(params, device, stream)
-    return y, Saved(logits, u) if save else None
+    return y, Saved(logits, u) if save and u is not None else None
 
 
 def set_problem(
