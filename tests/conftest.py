@@ -13,9 +13,9 @@ import torch
 from lmoe_kernels import dispatch
 from lmoe_kernels.backends.cuda import extension
 from tests import plans
-from tests.cuda_emu import build
-from tests.triton_interpreter import interpret
-from tests.watch import AllocationWatch
+from tools.emulator import build
+from tools.interpreter.bf16 import interpret
+from tools.watch import AllocationWatch
 
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = [
@@ -76,7 +76,7 @@ def exact(backend: str) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
-    """The CUDA extension compiled for the CPU emulator of tests/cuda_emu."""
+    """The CUDA extension compiled for the CPU emulator of tools/emulator."""
     if build.COMPILER is None:
         pytest.skip("no g++ to compile the CUDA emulator")
     cache = Path(request.config.cache.mkdir("cuda_emu"))
