@@ -2,7 +2,6 @@
 
 import random
 import zlib
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 from lmoe_kernels import dispatch
-from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda import availability, extension
+from lmoe_kernels.options import Problem
 from tests import plans
 from tools.emulator import build
 from tools.interpreter.bf16 import interpret
@@ -87,13 +87,13 @@ def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
 def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
 
-    def why_not(problem: dispatch.Problem) -> str | None:
-        return None if problem.dtype in extension.DTYPES else extension.why_not(problem.device, problem.dtype)
+    def why_not(problem: Problem) -> str | None:
+        return None if problem.dtype in extension.DTYPES else availability.why_not(problem)
 
     monkeypatch.setattr(extension, "library", lambda: emulated_extension)
     monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
     monkeypatch.setattr(extension, "processors", emulated_extension.processors)
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], why_not=why_not))
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", dispatch.BACKENDS["cuda"]._replace(why_not=why_not))
     return emulated_extension
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lmoe_kernels import dispatch, lmoe, use_backend
-from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.dispatch import BACKENDS, Backend, Problem
+from lmoe_kernels.dispatch import BACKENDS, Backend
+from lmoe_kernels.options import Problem, Sizes
 from tests.problems import Case, make_problem
 
-GPU = Problem(torch.device("cuda"), torch.bfloat16, tokens=65, in_features=64, out_features=64, num_experts=8, rank=16)
+GPU = Problem(Sizes(T=65, I=64, O=64, E=8, R=16, experts_of_a=8), torch.bfloat16, torch.device("cuda"))
 HERE = GPU._replace(device=torch.device("cpu"))
 
 
