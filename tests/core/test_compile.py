@@ -127,8 +127,9 @@ def test_without_guards_every_call_takes_the_backend_of_its_own_size(compiler: s
         taken.seen.clear()
 
 
-def test_a_number_of_tokens_that_tracing_does_not_know() -> None:
+def test_a_number_of_tokens_that_tracing_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     """What follows `nonzero` has sizes without a value, which no choice while tracing could compare."""
+    _Taken(monkeypatch)
     t = make_problem(Case(T=100), torch.float64).tensors
     lora_b = t["lora_b"].clone().requires_grad_()
 
