@@ -85,7 +85,7 @@ LABELS = {
     "eager": "factored, eager PyTorch",
     "torch": "lmoe_kernels, torch",
     "peft-all": "PEFT, eight active LoRAs",
-    "peft": "PEFT, ONE LoRA",
+    "peft": "PEFT, one LoRA",
     "frozen": "the frozen layer alone",
 }
 
@@ -99,10 +99,10 @@ def draw_flow(palette: Palette) -> Figure:
 
     _box(axes, palette, 5, 10.9, 9.6, 0.9, "$x$", "I numbers a token", edge=palette.kept, fill=palette.fill, wide=True)
     _box(axes, palette, 3.5, 8.8, 3.0, 1.5, "shrink", "$u_e = A_e\\,x$", **ours)
-    _box(axes, palette, 7.6, 8.8, 4.4, 1.5, "gate", "$g = $softmax$(G x + b)$", **ours)
+    _box(axes, palette, 7.6, 8.8, 4.4, 1.5, "gate", "$g = \\mathrm{softmax}(G x + b)$", **ours)
     _box(axes, palette, 5.9, 6.2, 7.8, 1.5, "mix", "$h = \\sum_e g_e u_e$,     $v_e = g_e h$", **ours)
     _box(axes, palette, 5.9, 3.8, 7.8, 1.5, "expand", "$\\delta = s\\,\\sum_e B_e v_e$", **ours)
-    _box(axes, palette, 5, 1.3, 9.6, 1.5, "frozen layer, last", "$y = W x + $bias$\\ +\\ \\delta$", **plain)
+    _box(axes, palette, 5, 1.3, 9.6, 1.5, "frozen layer, last", "$y = W x + \\mathrm{bias} + \\delta$", **plain)
 
     _arrow(axes, palette, (1.0, 10.45), (1.0, 2.05))
     _arrow(axes, palette, (3.5, 10.45), (3.5, 9.55))
@@ -190,9 +190,7 @@ def _arrow(
     axes.text(start[0] + 0.18, middle, text, ha="left", va="center", color=colour or palette.faint, fontsize=9)
 
 
-def _bars(
-    palette: Palette, bars: list[tuple[str, int]], title: str, length: Callable[[int], float] = float
-) -> Figure:
+def _bars(palette: Palette, bars: list[tuple[str, int]], title: str, length: Callable[[int], float] = float) -> Figure:
     """Horizontal bars with a label over each and its figure to the right, ours in blue."""
     figure, axes = _page(0.75 + 0.52 * len(bars))
     longest = max(length(value) for _, value in bars)
@@ -205,10 +203,8 @@ def _bars(
         axes.barh(row + 0.62, length(value), height=0.36, color=colour)
         weight = "bold" if ours else "normal"
         axes.text(0, row + 0.3, LABELS[way], ha="left", va="center", color=palette.ink, fontsize=9.5, weight=weight)
-        axes.text(
-            length(value) + 0.015 * longest, row + 0.62, f"{value:,}", ha="left", va="center", color=palette.ink, fontsize=9.5,
-            weight=weight,
-        )  # fmt: skip
+        end = length(value) + 0.015 * longest
+        axes.text(end, row + 0.62, f"{value:,}", ha="left", va="center", color=palette.ink, fontsize=9.5, weight=weight)
     return figure
 
 
