@@ -51,7 +51,7 @@ static: $(READY) ## Compile every Triton kernel for every chip and read the mach
 	$(BIN)/python -m benchmarks.static
 
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
-	$(BIN)/python -m tests.cuda_emu.racecheck
+	$(BIN)/python -m tools.emulator.racecheck
 
 check: lint types test ## All that must be green before a change lands
 

@@ -20,7 +20,7 @@ import torch
 
 from lmoe_kernels import dispatch, lmoe
 from lmoe_kernels.backends.cuda import extension
-from tests.cuda_emu.build import build_extension
+from tools.emulator.build import build_extension
 
 PROCESSORS = 132
 CALLS, ROUNDS = 1000, 40

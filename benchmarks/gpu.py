@@ -175,7 +175,7 @@ def _write(path: Path, rows: Iterator[Row], device: torch.device, end: float) ->
 
 def _pytest(choice: str, end: float) -> int:
     """Run some of the tests, several at a time where pytest can: most of their time goes into compiling, on one core."""
-    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", choice, "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-k", choice, "tests/gpu/test_gpu.py"]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     left = None if end == float("inf") else max(1.0, end - time.monotonic())

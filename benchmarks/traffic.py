@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from unittest import mock
 
-from tests.triton_interpreter import interpret
+from tools.interpreter.bf16 import interpret
 
 interpret()
 
@@ -19,7 +19,7 @@ import torch  # noqa: E402
 
 from benchmarks.environment import provenance  # noqa: E402
 from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
-from tests.traffic import counted, counted_flops  # noqa: E402
+from tools.interpreter.bytes import counted, counted_flops  # noqa: E402
 
 T, I, O, E, R = 256, 512, 768, 8, 16  # noqa: E741
 PLANS = {"tokens fill the chip": 4, "tokens fill half the chip": 8, "few tokens": 64}

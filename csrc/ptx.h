@@ -1,5 +1,5 @@
-// The only file that knows PTX. Compiled by anything but nvcc, the same operations come from the CPU emulator of the tests
-// (tests/cuda_emu/cuda_emu.h). Addresses of shared memory are plain pointers everywhere else.
+// The only file that knows PTX. Compiled by anything but nvcc, the same operations come from the CPU emulator
+// (tools/emulator/cuda_emu.h). Addresses of shared memory are plain pointers everywhere else.
 #pragma once
 
 #include <cstdint>

@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lmoe_kernels.checks import fail
-from lmoe_kernels.layer import CONFIG_KEYS
+from lmoe_kernels.config import CONFIG_KEYS
 
 WEIGHTS, CONFIG = "lmoe.safetensors", "lmoe_config.json"
 FORMAT = "lmoe_kernels"
 FORMAT_VERSION = 2
+# Options that layers got after this version was first written: they are written where they differ from this.
+_ADDED: dict[str, Any] = {"gate_bias": False}
 _CONFIG_IN_METADATA = "lmoe_config"
 _CONFIG_OF_PEFT = "adapter_config.json"
 
@@ -42,7 +44,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
         "version": FORMAT_VERSION,
         "base": adapter.base,
         "modules_to_save": adapter.modules_to_save,
-        "layers": adapter.layers,
+        "layers": {name: _without_added(options) for name, options in adapter.layers.items()},
     }
     text = json.dumps(config, indent=2) + "\n"
     target = Path(directory)
@@ -81,7 +83,8 @@ def read_adapter(op: str, directory: str | os.PathLike[str]) -> Adapter:
     if beside is not None and _parsed(op, shown, beside) != config:
         got = f"another: a save was interrupted, or the file edited; remove it to go by {WEIGHTS} alone"
         fail(op, f"{shown}", f"hold the configuration that {WEIGHTS} was saved with", got)
-    return Adapter(config["layers"], tensors, config["modules_to_save"], config["base"])
+    layers = {name: {**_ADDED, **options} for name, options in config["layers"].items()}
+    return Adapter(layers, tensors, config["modules_to_save"], config["base"])
 
 
 def safetensors(op: str) -> ModuleType:
@@ -92,9 +95,14 @@ def safetensors(op: str) -> ModuleType:
         raise ImportError(f"{op}: safetensors must be installed: pip install safetensors") from error
 
 
+def _without_added(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in _ADDED or value != _ADDED[name]}
+
+
 def _of_version_1(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a layer as version 2 says them: there alpha=None was a scaling of 1, and top_k renormalised."""
-    upgraded = {**options, "renormalize": True} if options.keys() == set(CONFIG_KEYS) - {"renormalize"} else options
+    """The options of a layer as version 2 has them: in version 1 alpha=None was a scaling of 1, and top_k renormalised."""
+    later = {"renormalize": True, **_ADDED}
+    upgraded = {**options, **later} if options.keys() == set(CONFIG_KEYS) - later.keys() else options
     return {**upgraded, "alpha": upgraded.get("rank")} if "alpha" in upgraded and upgraded["alpha"] is None else upgraded
 
 

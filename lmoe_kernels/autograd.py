@@ -14,74 +14,67 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lmoe_kernels import ops
+from lmoe_kernels.options import Factors, Options, Wanted
 
 _Context = Any  # torch.autograd.function.FunctionCtx; its attributes are set at run time
+# A Function's arguments: x and the factors, in the order of `Wanted`; weight, base; save, backend, and the options.
+_WEIGHT = len(Wanted._fields)
+_TENSORS = _WEIGHT + 2
 _NO_MORE = "there are no second derivatives"
 
 
 def apply(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    gate_logits: Tensor | None,  # (T, E)
+    factors: Factors,
     weight: Tensor | None,  # (O, I)
     base: Tensor | None,  # (O) or (T, O)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    options: Options,
+    *,
     return_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (T, O) and logits (T, E), differentiable; the logits are empty where nobody wants them or they came from outside."""
-    args = (x, lora_a, lora_b, gate_weight, gate_logits, weight, base, scaling, mixing, top_k, renormalize)
+    """y (T, O) and logits (T, E), differentiable; the logits are empty where not asked for or given from outside."""
+    tensors = (x, *factors, weight, base)
     if torch._C._are_functorch_transforms_active():
-        return _TransformableFunction.apply(*args, True, backend)[:2]
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:7])
+        return _TransformableFunction.apply(*tensors, True, backend, *options)[:2]
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if backward or forward_ad._current_level >= 0:  # forward mode is refused by the Function; an op would lose the tangent
-        return _Function.apply(*args, True, backend)[:2]
-    return ops.forward(*args, return_logits, backend)[:2]
+        return _Function.apply(*tensors, True, backend, *options)[:2]
+    return ops.forward(*tensors, return_logits, backend, *options)[:2]
 
 
 def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, lora_a, lora_b, gate_weight, gate_logits, weight, base = args[:7]
+    x, *factors, weight, base = args[:_TENSORS]
     _, logits, u = results
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    want_x, want_a, _, want_gate, _, want_weight, _ = ctx.needs_input_grad[:7]
-    ctx.save_for_backward(
-        x if want_a or want_gate or want_weight else None,
-        lora_a,
-        lora_b,
-        gate_weight,
-        logits if gate_logits is None else gate_logits,
-        u,
-        weight if want_x else None,
-    )
-    ctx.options = args[7:11]
-    ctx.backend = args[12]
+    wanted = _wanted(ctx)
+    needs_x = wanted.lora_a or wanted.gate_weight or ctx.needs_input_grad[_WEIGHT]
+    has_logits = Factors(*factors).gate_weight is not None
+    ctx.save_for_backward(x if needs_x else None, *factors, weight if wanted.x else None, logits if has_logits else None, u)
+    ctx.arguments = args[_TENSORS + 1 :]  # the backend and the options
     ctx.base_dim = None if base is None else base.dim()
+
+
+def _wanted(ctx: _Context) -> Wanted:
+    return Wanted(*ctx.needs_input_grad[:_WEIGHT])
 
 
 def _backward(
     ctx: _Context, op: Callable[..., tuple[Tensor, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, lora_a, lora_b, gate_weight, logits, u, weight = ctx.saved_tensors
+    x, *factors, weight, logits, u = ctx.saved_tensors
     # no dy: the loss looked at the router logits alone
-    grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
-    want_x, want_a, want_b, want_gate_weight, want_gate_logits, want_weight, want_base = ctx.needs_input_grad[:7]
-    mask = [want_x, want_a, want_b, want_gate_weight or want_gate_logits, want_weight]
-    grads: list[Tensor | None] = [None] * 5
-    if any(mask):
-        results = op(grad_y, dlogits, x, lora_a, lora_b, gate_weight, logits, u, weight, *ctx.options, mask, ctx.backend)
-        grads = [grad if asked else None for grad, asked in zip(results, mask, strict=True)]
-    dx, dlora_a, dlora_b, dgate, dweight = grads
+    grad_y: Tensor = u.new_zeros(u.shape[0], Factors(*factors).lora_b.shape[2]) if dy is None else dy
+    wanted = [*_wanted(ctx), ctx.needs_input_grad[_WEIGHT]]
+    grads: list[Tensor | None] = [None] * len(wanted)
+    if any(wanted):
+        results = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
+        grads = [grad if asked else None for grad, asked in zip(results, wanted, strict=True)]
     dbase = None
-    if want_base:
+    if ctx.needs_input_grad[_WEIGHT + 1]:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
-    dgate_weight, dgate_logits = (None, dgate) if gate_weight is None else (dgate, None)
-    return dx, dlora_a, dlora_b, dgate_weight, dgate_logits, dweight, dbase, *[None] * 6
+    return *grads, dbase, None, *[None] * len(ctx.arguments)
 
 
 class _Function(torch.autograd.Function):
@@ -93,7 +86,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable lets it pass where the arriving gradient is a constant
+        if torch.is_grad_enabled():  # once_differentiable raises only if the incoming gradient requires grad
             raise RuntimeError(f"lmoe: create_graph must be False, got True: {_NO_MORE}")
         return _backward(ctx, ops.backward, *grads)
 

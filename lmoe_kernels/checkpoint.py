@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
+from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
 from lmoe_kernels.contents import adapter_of, check_within_reach, digest_of_base, parts_of
+from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import by_one_process, fill, gathered, how_distributed, together
-from lmoe_kernels.layer import CONFIG_KEYS, LMoELinear, features_of, shapes_of, weight_of
+from lmoe_kernels.layer import LMoELinear, features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrapped
 from lmoe_kernels.naming import plain_modules
 from lmoe_kernels.targets import lmoe_layers_by_every_name, saved_modules, wrappable_layers
 
 _Directory = str | os.PathLike[str]
-_KEYS = ("lora_a", "lora_b", "gate_weight")
 
 
 def save_lmoe(model: nn.Module, directory: _Directory) -> None:
@@ -45,7 +46,7 @@ def load_lmoe(
     model: nn.Module,
     directory: _Directory | Iterable[_Directory],
     *,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     output_router_logits: bool = False,
 ) -> list[str]:
     """Give a model the L-MoE layers that `save_lmoe` wrote: layers that it lacks are made, those that it has are filled.
@@ -85,17 +86,21 @@ def load_lmoe(
     unprepared = made or [name for name in adapter.modules_to_save if name not in trained_whole]
     if unprepared and (how := how_distributed(model)) is not None:
         _fail("model", f"get {unprepared[0]!r} before it is distributed", f"one {how}")
-    options = {"backend": backend, "output_router_logits": output_router_logits}
-    for name, config in adapter.layers.items():
-        _check_layer(name, config, present.get(name), linears, adapter.tensors, options)
+    configs = {
+        name: _config(name, options)._replace(backend=backend, output_router_logits=output_router_logits)
+        for name, options in adapter.layers.items()
+    }
+    for name, config in configs.items():
+        _check_layer(name, config, present.get(name), linears, adapter)
     saved, keys = _check_modules(model, adapter)
-    _check_keys(adapter, keys)
-    _check_shared(adapter, present | linears)
+    of_layers = {name: list(config.shapes(0, 0)) for name, config in configs.items()}
+    _check_keys(adapter, keys | {f"{name}.{key}" for name, own in of_layers.items() for key in own})
+    _check_shared(adapter, of_layers, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
     layers |= wrapped(
         {name: linears[name] for name in made},
-        lambda name: {"dtype": _dtype(adapter.tensors[f"{name}.lora_a"], linears[name]), **adapter.layers[name], **options},
+        lambda name: (configs[name], _dtype(adapter.tensors[f"{name}.lora_a"], linears[name])),
     )
     fill(model, {**layers, **parts_of(saved)}, adapter.tensors)
     new = {id(linears[name]): layers[name] for name in made}
@@ -136,32 +141,27 @@ def _merged(model: nn.Module, directories: list[Path]) -> Adapter:
     return merged
 
 
+def _config(name: str, options: dict[str, Any]) -> LayerConfig:
+    if options.keys() != set(CONFIG_KEYS):
+        _fail(f"layer {name!r}", f"have the options {sorted(CONFIG_KEYS)}", sorted(options))
+    return LayerConfig(**options)
+
+
 def _check_layer(
-    name: str,
-    config: dict[str, Any],
-    present: LMoELinear | None,
-    linears: Mapping[str, nn.Module],
-    tensors: Mapping[str, Tensor],
-    options: dict[str, Any],
+    name: str, config: LayerConfig, present: LMoELinear | None, linears: Mapping[str, nn.Module], adapter: Adapter
 ) -> None:
-    """Whether the layer can be made or filled: its options, the shapes of its tensors, the layer that it stands beside."""
+    """Whether the layer can be made or filled: its options, the shapes of its tensors, the layer that it is to wrap."""
     where = f"layer {name!r}"
     if present is None and name not in linears:
         _fail(where, "be a linear layer of the model", "none of that name")
-    if config.keys() != set(CONFIG_KEYS):
-        _fail(where, f"have the options {sorted(CONFIG_KEYS)}", sorted(config))
-    if present is not None and present.config() != config:
-        _fail(where, f"have the model's options {present.config()}", config)
+    if present is not None and present.config() != adapter.layers[name]:
+        _fail(where, f"have the model's options {present.config()}", adapter.layers[name])
     in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
     try:
-        for count in ("num_experts", "rank"):
-            checks.check_positive_int(f"load_lmoe: {where}", count, config[count])
-        checks.check_finite(f"load_lmoe: {where}", "alpha", config["alpha"], "be a finite number")
-        sizes = config["num_experts"], config["rank"], config["shared_a"]
-        for key, shape in shapes_of(in_features, out_features, *sizes).items():
-            _check_tensor(f"{name}.{key}", tensors, shape)
-        # the sizes are those of tensors that exist: what remains to be checked costs no memory on the meta device
-        LMoELinear(in_features, out_features, bias=False, device="meta", **config, **options)
+        config.check()
+        checks.check_finite("LMoELinear", "alpha", config.alpha, "be a finite number")
+        for key, shape in config.shapes(in_features, out_features).items():
+            _check_tensor(f"{name}.{key}", adapter.tensors, shape)
     except (ValueError, TypeError) as error:
         raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
     if (weight_of(linears[name]) if present is None else present.lora_a).is_meta:
@@ -192,23 +192,24 @@ def _check_modules(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Mod
     return modules, set(tensors)
 
 
-def _check_keys(adapter: Adapter, beside: set[str]) -> None:
-    """No tensor may belong to nobody: `beside` are those of modules_to_save."""
-    known = beside | {f"{name}.{key}" for name in adapter.layers for key in _KEYS}
+def _check_keys(adapter: Adapter, known: set[str]) -> None:
+    """No tensor may be without a layer or module that it is for."""
     foreign = sorted(adapter.tensors.keys() - known)
     if foreign:
         shown = ", ".join(map(repr, foreign[:3])) + (", ..." if len(foreign) > 3 else "")
         _fail(WEIGHTS, "hold the tensors of the layers, no more and no less", f"{len(foreign)} foreign: {shown}")
 
 
-def _check_shared(adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+def _check_shared(adapter: Adapter, keys: Mapping[str, list[str]], modules: Mapping[str, nn.Module]) -> None:
     """Two layers of the checkpoint that are one in this model must be equal: else one of them would be lost."""
     first: dict[int, str] = {}
     for name in adapter.layers:
         other = first.setdefault(id(modules[name]), name)
-        for key in _KEYS:
-            if not torch.equal(adapter.tensors[f"{name}.{key}"], adapter.tensors[f"{other}.{key}"]):
-                _fail("model", f"have two layers {other!r} and {name!r}", "one that is shared, for two sets of experts")
+        same = keys[name] == keys[other] and all(
+            torch.equal(adapter.tensors[f"{name}.{key}"], adapter.tensors[f"{other}.{key}"]) for key in keys[name]
+        )
+        if not same:
+            _fail("model", f"have two layers {other!r} and {name!r}", "one that is shared, for two sets of experts")
 
 
 def _dtype(saved: Tensor, linear: nn.Module) -> torch.dtype:

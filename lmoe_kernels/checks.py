@@ -6,13 +6,15 @@ Only shapes, dtypes and devices are looked at, never values: no check waits for 
 import math
 import sys
 from numbers import Real
-from typing import NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+from lmoe_kernels.options import Factors, Mixing, Options
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MIXINGS = ("factors", "outputs")
+MIXINGS = get_args(Mixing)
 
 
 def fail(op: str, argument: str, must: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -20,29 +22,19 @@ def fail(op: str, argument: str, must: str, got: object, error: type[Exception] 
     raise error(f"{op}: {argument} must {must}, got {got}")
 
 
-def check_call(
-    op: str,
-    x: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_logits: Tensor | None,
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
-) -> None:
+def check_call(op: str, x: Tensor, factors: Factors, options: Options) -> None:
     """Check the arguments that `lmoe` and `lmoe_linear` share.
 
     Raises:
         ValueError: a shape, a device or an option does not fit.
         TypeError: a type, a layout or a dtype is not supported.
     """
-    check_floating(op, "x", x)
+    lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
+    check_dense(op, "x", x)
     if x.dim() == 0:
         fail(op, "x", "have shape (..., I)", "a tensor without dimensions")
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        check_beside(op, name, factor, x)
+        check_parameter(op, name, factor, x)
         if factor.dim() != 3 or 0 in factor.shape[:2]:
             letters = "(E, R, I)" if name == "lora_a" else "(E, R, O)"
             fail(op, name, f"have shape {letters} with E, R >= 1", tuple(factor.shape))
@@ -54,22 +46,27 @@ def check_call(
         both = "neither" if gate_weight is None else "both"
         fail(op, "gate_weight or gate_logits", "be given, exactly one of the two", both)
     if gate_weight is not None:
-        check_beside(op, "gate_weight", gate_weight, x)
+        check_parameter(op, "gate_weight", gate_weight, x)
         check_shape(op, "gate_weight", gate_weight, "(E, I)", (experts, in_features))
+    if gate_bias is not None:
+        if gate_weight is None:
+            fail(op, "gate_bias", "be given with gate_weight alone", "one with gate_logits")
+        check_parameter(op, "gate_bias", gate_bias, x)
+        check_shape(op, "gate_bias", gate_bias, "(E)", (experts,))
     if gate_logits is not None:
-        check_beside(op, "gate_logits", gate_logits, x)
+        check_parameter(op, "gate_logits", gate_logits, x)
         check_shape(op, "gate_logits", gate_logits, "(..., E)", (*x.shape[:-1], experts))
-    check_options(op, experts, scaling, mixing, top_k, renormalize)
+    check_options(op, experts, options)
 
 
-def check_options(op: str, num_experts: int, scaling: float, mixing: str, top_k: int | None, renormalize: bool) -> None:
+def check_options(op: str, num_experts: int, options: Options) -> None:
     """Check what is neither tensor nor size."""
-    check_finite(op, "scaling", scaling, "be a finite number")
-    if mixing not in MIXINGS:
-        fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(mixing))
-    if top_k is not None:
-        check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
-    check_bool(op, "renormalize", renormalize)
+    check_finite(op, "scaling", options.scaling, "be a finite number")
+    if options.mixing not in MIXINGS:
+        fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(options.mixing))
+    if options.top_k is not None:
+        check_positive_int(op, "top_k", options.top_k, at_most=("E", num_experts))
+    check_bool(op, "renormalize", options.renormalize)
 
 
 def check_bool(op: str, name: str, value: bool) -> None:
@@ -78,7 +75,7 @@ def check_bool(op: str, name: str, value: bool) -> None:
         fail(op, name, "be a bool", type(value).__name__, TypeError)
 
 
-def check_finite(op: str, name: str, value: float, must: str, at_least: float = -math.inf) -> None:
+def check_finite(op: str, name: str, value: Any, must: str, at_least: float = -math.inf) -> None:
     """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)
@@ -113,20 +110,20 @@ def check_base(op: str, base: Tensor, x: Tensor, out_features: int) -> None:
     check_shape(op, "base", base, "(..., O)", (*x.shape[:-1], out_features))
 
 
-def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Check for a dense tensor of a supported dtype."""
+def check_dense(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    """Check for a tensor of plain numbers: not sparse or nested, of one of these dtypes."""
     if not isinstance(tensor, Tensor):
         fail(op, name, "be a torch.Tensor", type(tensor).__name__, TypeError)
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
         fail(op, name, "be a dense tensor", got, TypeError)
-    if tensor.dtype not in DTYPES:
-        fail(op, name, f"have a dtype of {', '.join(map(str, DTYPES))}", tensor.dtype, TypeError)
+    if tensor.dtype not in dtypes:
+        fail(op, name, f"have a dtype of {', '.join(map(str, dtypes))}", tensor.dtype, TypeError)
 
 
-def check_beside(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
+def check_parameter(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
     """Check a trained tensor: x's dtype or fp32 (master weights), x's device."""
-    check_floating(op, name, parameter)
+    check_dense(op, name, parameter)
     if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
         allowed = "torch.float32" if x.dtype == torch.float32 else f"{x.dtype} as x, or torch.float32"
         fail(op, name, f"have dtype {allowed}", parameter.dtype, TypeError)
@@ -135,7 +132,7 @@ def check_beside(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
 
 def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """Check a tensor that takes part in the frozen product: x's dtype and device."""
-    check_floating(op, name, tensor)
+    check_dense(op, name, tensor)
     if tensor.dtype != x.dtype:
         fail(op, name, f"have dtype {x.dtype} as x", tensor.dtype, TypeError)
     check_device(op, name, tensor, x)

@@ -1,145 +1,92 @@
 """The table of backends: which there are, which one a call takes, and why not the others.
 
-A row of `BACKENDS` names the module that holds `forward` and `backward`, a function that tells why the backend cannot take
-a call, and one that tells why it is not taken unasked; each gives None where there is no reason. The automatic choice walks
-the table from the top and takes the first backend without a reason.
+Every backend is a folder of the same three files: `availability` says why it cannot take a call, and why it does not by
+default, each None where there is no reason; `forward` and `backward` compute. The automatic choice walks the table from the
+top and takes the first backend without a reason. Availability is imported with the package, the rest at the first call.
 """
 
-import os
-import shutil
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-import torch
-
-from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.checks import fail
+from lmoe_kernels.options import Problem
+
+BackendName = Literal["cuda", "triton", "torch", "reference"]
+AUTO = "auto"
 
 
-class Problem(NamedTuple):
-    """What a choice depends on: where the tensors lie and how large they are, never what is in them."""
-
-    device: torch.device
-    dtype: torch.dtype
-    tokens: int
-    in_features: int
-    out_features: int
-    num_experts: int
-    rank: int
-
-    def __str__(self) -> str:
-        sizes = f"T={self.tokens} I={self.in_features} O={self.out_features} E={self.num_experts} R={self.rank}"
-        return f"{sizes}, {self.dtype} on {self.device}"
-
-
-def _anything(problem: Problem) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Backend:
+class Backend(NamedTuple):
     """One row of the table."""
 
-    name: str
-    module: str
+    package: str
     why_not: Callable[[Problem], str | None]
-    why_not_unasked: Callable[[Problem], str | None] = _anything
+    why_not_by_default: Callable[[Problem], str | None]
 
 
-def _constant_when_compiled(function: Callable[..., str | None]) -> Callable[..., str | None]:
-    """torch.compile asks the function once and does not look into it.
+def _row(package: str) -> Backend:
+    availability = import_module(f"{package}.availability")
+    return Backend(package, availability.why_not, availability.why_not_by_default)
 
-    What `torch.compiler.assume_constant_result` does, without the import of torch._dynamo, and of Triton, that it brings.
+
+BACKENDS = {name: _row(f"lmoe_kernels.backends.{name}") for name in get_args(BackendName)}
+
+
+class Functions(NamedTuple):
+    """What a backend computes with: the contract is that of `lmoe_kernels.reference`."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@cache
+def load(name: str) -> Functions:
+    """The functions of a backend, imported when it is first called."""
+    package = BACKENDS[name].package
+    modules = {part: import_module(f"{package}.{part}") for part in Functions._fields}
+    return Functions(modules["forward"].forward, modules["backward"].backward)
+
+
+def choose(op: str, problem: Problem, backend: str) -> str:
+    """The backend for a call: the named one, or for "auto" the first that can and does by default.
+
+    A pure function of its arguments: forward and backward of one call choose alike.
+
+    Raises:
+        ValueError: the named backend cannot take this call.
     """
-    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-    return function
+    if backend == AUTO:
+        return next(name for name, row in BACKENDS.items() if not (row.why_not(problem) or row.why_not_by_default(problem)))
+    reason = BACKENDS[backend].why_not(problem)
+    if reason is not None:
+        fail(op, "backend", "be one that can take this call", f"{backend!r}: {reason}")
+    return backend
 
 
-def _why_not_triton(problem: Problem) -> str | None:
-    if problem.num_experts > 256:
-        return f"its kernels take at most 256 experts, not {problem.num_experts}"
-    return _why_not_triton_here(problem.device, problem.dtype)
+def check_name(op: str, name: str) -> None:
+    """Raise ValueError for a backend that is not in the table."""
+    if not isinstance(name, str) or name not in BACKENDS:
+        fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
 
 
-@_constant_when_compiled
-def _why_not_triton_here(device: torch.device, dtype: torch.dtype) -> str | None:
-    """On the CPU the kernels run in Triton's interpreter, where that is switched on."""
-    if not _installed("triton"):
-        return "Triton is not installed"
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda":
-        return f"its kernels run on GPUs, not on {device.type}"
-    if dtype == torch.float64:
-        return "its kernels take fp32, bf16 and fp16 on a GPU, not fp64"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        return "its kernels need compute capability 8.0"
-    return None
-
-
-@cache
-def _installed(package: str) -> bool:
-    return find_spec(package) is not None
-
-
-def _why_not_triton_unasked(problem: Problem) -> str | None:
-    if problem.device.type == "cpu":
-        return "on a CPU only where it is asked for by name"
-    return _why_no_launchers_here()
-
-
-@_constant_when_compiled
-def _why_no_launchers_here() -> str | None:
-    return _why_no_launchers()
-
-
-@cache
-def _why_no_launchers() -> str | None:
-    """Triton compiles its launchers in C where it runs, and small images have not what that takes."""
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton finds no C compiler for its launchers: no gcc, no clang, no CC"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
-    if not Path(sysconfig.get_paths(scheme)["include"], "Python.h").exists():
-        return "Triton finds no Python.h for its launchers"
-    return None
-
-
-def _only_by_name(problem: Problem) -> str:
-    return "only where it is asked for by name"
-
-
-def _why_not_cuda(problem: Problem) -> str | None:
-    return _why_not_cuda_here(problem.device, problem.dtype)
-
-
-@_constant_when_compiled
-def _why_not_cuda_here(device: torch.device, dtype: torch.dtype) -> str | None:
-    return extension.why_not(device, dtype)
-
-
-def _why_not_cuda_unasked(problem: Problem) -> str | None:
-    # expected, not measured: one launch and the lowest launch cost win while the call is bound by latency
-    return None if problem.tokens <= 64 else "it is expected to win at T <= 64 alone"
-
-
-BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("cuda", "lmoe_kernels.backends.cuda", _why_not_cuda, _why_not_cuda_unasked),
-        Backend("triton", "lmoe_kernels.backends.triton", _why_not_triton, _why_not_triton_unasked),
-        Backend("torch", "lmoe_kernels.backends.torch", _anything),
-        Backend("reference", "lmoe_kernels.reference", _anything, _only_by_name),
-    )
-}
+def explain_choice(op: str, problem: Problem, backend: str) -> str:
+    """A line for the call, then one for each backend: taken, or why not."""
+    taken = choose(op, problem, backend)
+    lines = [f"{op}: {problem}"]
+    for name, row in BACKENDS.items():
+        if name == taken:
+            verdict = f"taken: {'the first of this table that can' if backend == AUTO else 'asked for by name'}"
+        elif (reason := row.why_not(problem)) is not None:
+            verdict = f"cannot: {reason}"
+        elif (reason := row.why_not_by_default(problem)) is not None:
+            verdict = f"not taken: {reason}"
+        else:
+            verdict = f"not taken: {taken!r} stands before it" if backend == AUTO else "not taken: not asked for"
+        lines.append(f"  {name:<10} {verdict}")
+    return "\n".join(lines)
 
 
 class _Block:
@@ -168,49 +115,20 @@ def _preferred() -> str | None:
     return innermost[0].name if innermost else None
 
 
-def choose(op: str, problem: Problem, backend: str | None) -> str:
-    """The backend for a call: the named one, else that of `use_backend`, else the first that can.
+def asked_for(op: str, backend: str | None) -> str:
+    """The name that travels with a call: the given one, else that of `use_backend`, else "auto".
 
     Raises:
-        ValueError: the name is unknown, or the named backend cannot take this call.
+        ValueError: the name is unknown.
     """
-    name = backend if backend is not None else _preferred()
-    if name is None:
-        # why_not first: a compiled call is then not bound to sizes that only a backend which cannot run would ask for
-        return next(b.name for b in BACKENDS.values() if not (b.why_not(problem) or b.why_not_unasked(problem)))
-    check_name(op, name)
-    reason = BACKENDS[name].why_not(problem)
-    if reason is not None:
-        fail(op, "backend", "be one that can take this call", f"{name!r}: {reason}")
-    return name
-
-
-def check_name(op: str, name: str) -> None:
-    """Raise ValueError for a backend that is not in the table."""
-    if not isinstance(name, str) or name not in BACKENDS:
-        fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
-
-
-def explain_choice(op: str, problem: Problem, backend: str | None) -> str:
-    """A line for the call, then one for each backend: taken, or why not."""
-    name = choose(op, problem, backend)
-    by_name = backend is not None or _preferred() is not None
-    lines = [f"{op}: {problem}"]
-    for row in BACKENDS.values():
-        if row.name == name:
-            verdict = f"taken: {'asked for by name' if by_name else 'the first of this table that can'}"
-        elif (reason := row.why_not(problem)) is not None:
-            verdict = f"cannot: {reason}"
-        elif (reason := row.why_not_unasked(problem)) is not None:
-            verdict = f"not taken: {reason}"
-        else:
-            verdict = "not taken: not asked for" if by_name else f"not taken: {name!r} stands before it"
-        lines.append(f"  {row.name:<10} {verdict}")
-    return "\n".join(lines)
+    if backend is None:
+        return _preferred() or AUTO
+    check_name(op, backend)
+    return backend
 
 
 @contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: BackendName | None) -> Iterator[None]:
     """Within this block, calls that name no backend take this one; None restores the automatic choice.
 
     It holds for the thread that enters it, and for every thread that has entered no such block itself. A compiled function
@@ -233,9 +151,3 @@ def use_backend(name: str | None) -> Iterator[None]:
     finally:
         own.remove(block)
         _open.remove(block)
-
-
-@cache
-def load(name: str) -> ModuleType:
-    """The module of a backend, imported when it is first called."""
-    return import_module(BACKENDS[name].module)

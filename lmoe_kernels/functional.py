@@ -1,30 +1,77 @@
 """The operation as functions: `lmoe`, the delta alone, and `lmoe_linear`, with its frozen linear layer."""
 
-from typing import TypeVar
+from typing import Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack  # in typing from Python 3.11 on; torch requires it
 
 from lmoe_kernels import autograd, checks, dispatch
+from lmoe_kernels.dispatch import BackendName
+from lmoe_kernels.options import Factors, Mixing, Options, Problem
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 _CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
 
 
+class _Keywords(TypedDict, total=False):
+    """The keywords that `lmoe` and `lmoe_linear` share, for type checkers: overloads on `return_router_logits`."""
+
+    gate_weight: Tensor | None
+    gate_bias: Tensor | None
+    gate_logits: Tensor | None
+    scaling: float
+    mixing: Mixing
+    top_k: int | None
+    renormalize: bool
+    backend: BackendName | None
+
+
+@overload
+def lmoe(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    base: Tensor | None = None,
+    return_router_logits: Literal[False] = False,
+    **rest: Unpack[_Keywords],
+) -> Tensor: ...
+@overload
+def lmoe(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    base: Tensor | None = None,
+    return_router_logits: Literal[True],
+    **rest: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def lmoe(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    base: Tensor | None = None,
+    return_router_logits: bool,
+    **rest: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def lmoe(
     x: Tensor,
     lora_a: Tensor,
     lora_b: Tensor,
     *,
     gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
     base: Tensor | None = None,
     scaling: float = 1.0,
-    mixing: str = "factors",
+    mixing: Mixing = "factors",
     top_k: int | None = None,
     renormalize: bool = True,
     return_router_logits: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The mixture of LoRA experts: what it adds to a linear layer's output.
 
@@ -37,6 +84,7 @@ def lmoe(
         lora_a: (E, R, I), or (1, R, I): one A shared by all experts. x's dtype, or fp32 (master weights).
         lora_b: (E, R, O), x's dtype or fp32. Rank before features: PEFT's lora_B.weight, transposed.
         gate_weight: (E, I), x's dtype or fp32. The gate; either this or gate_logits.
+        gate_bias: (E), x's dtype or fp32. Added to the logits of gate_weight.
         gate_logits: (..., E), x's dtype or fp32. The logits of an outside router.
         base: (..., O), x's dtype. The delta is added to it in the same pass; it is not written to.
         scaling: factor on the delta (alpha / rank in LoRA's terms).
@@ -59,16 +107,49 @@ def lmoe(
 
     Source: L-MoE, arXiv 2510.17898.
     """
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
+    options = Options(scaling, mixing, top_k, renormalize)
     x, base = _autocast(x), _autocast(base)
-    checks.check_call("lmoe", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
+    checks.check_call("lmoe", x, factors, options)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
-    return _call(
-        "lmoe", x, lora_a, lora_b, gate_weight, gate_logits, None, base, scaling, mixing, top_k, renormalize,
-        return_router_logits, backend,
-    )  # fmt: skip
+        base = _flat(base)
+    return _call("lmoe", x, factors, None, base, options, return_router_logits, backend)
 
 
+@overload
+def lmoe_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    return_router_logits: Literal[False] = False,
+    **rest: Unpack[_Keywords],
+) -> Tensor: ...
+@overload
+def lmoe_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    return_router_logits: Literal[True],
+    **rest: Unpack[_Keywords],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def lmoe_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    *,
+    return_router_logits: bool,
+    **rest: Unpack[_Keywords],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def lmoe_linear(
     x: Tensor,
     weight: Tensor,
@@ -77,13 +158,14 @@ def lmoe_linear(
     lora_b: Tensor,
     *,
     gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
     scaling: float = 1.0,
-    mixing: str = "factors",
+    mixing: Mixing = "factors",
     top_k: int | None = None,
     renormalize: bool = True,
     return_router_logits: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A linear layer and its mixture of LoRA experts, in the cheapest order: the delta first, the layer's GEMM adds to it.
 
@@ -102,13 +184,12 @@ def lmoe_linear(
         ValueError: as `lmoe`.
         TypeError: as `lmoe`.
     """
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
+    options = Options(scaling, mixing, top_k, renormalize)
     x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
-    checks.check_call("lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
+    checks.check_call("lmoe_linear", x, factors, options)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
-    return _call(
-        "lmoe_linear", x, lora_a, lora_b, gate_weight, gate_logits, weight, bias, scaling, mixing, top_k, renormalize,
-        return_router_logits, backend,
-    )  # fmt: skip
+    return _call("lmoe_linear", x, factors, weight, bias, options, return_router_logits, backend)
 
 
 def explain(
@@ -117,12 +198,13 @@ def explain(
     lora_b: Tensor,
     *,
     gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
     scaling: float = 1.0,
-    mixing: str = "factors",
+    mixing: Mixing = "factors",
     top_k: int | None = None,
     renormalize: bool = True,
-    backend: str | None = None,
+    backend: BackendName | None = None,
 ) -> str:
     """Which backend `lmoe` takes for these arguments, and why not the others: one line each, nothing is computed.
 
@@ -133,38 +215,40 @@ def explain(
         ValueError: as `lmoe`.
         TypeError: as `lmoe`.
     """
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     x = _autocast(x)
-    checks.check_call("explain", x, lora_a, lora_b, gate_weight, gate_logits, scaling, mixing, top_k, renormalize)
-    return dispatch.explain_choice("lmoe", _problem(x, lora_b), backend)
+    checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize))
+    problem = Problem(factors.sizes(x.shape[:-1].numel()), x.dtype, x.device)
+    return dispatch.explain_choice("lmoe", problem, dispatch.asked_for("explain", backend))
 
 
 def _call(
     op: str,
     x: Tensor,  # (..., I)
-    lora_a: Tensor,
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_logits: Tensor | None,  # (..., E)
-    weight: Tensor | None,
-    base: Tensor | None,  # (O) or (..., O)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    factors: Factors,
+    weight: Tensor | None,  # (O, I)
+    base: Tensor | None,  # (O) or (T, O)
+    options: Options,
     return_router_logits: bool,
-    backend: str | None,
+    backend: BackendName | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Flatten the tokens, choose the backend, apply the Function, give the leading dims back."""
+    """Flatten the tokens, apply the Function, give the leading dims back."""
     checks.check_bool(op, "return_router_logits", return_router_logits)
-    name = dispatch.choose(op, _problem(x, lora_b), backend)
+    name = dispatch.asked_for(op, backend)
+    outside = factors.gate_logits
     y, logits = autograd.apply(
-        _flat(x), lora_a, lora_b, gate_weight, _flat(gate_logits), weight, base if weight is not None else _flat(base),
-        float(scaling), mixing, top_k, renormalize, return_router_logits, name,
-    )  # fmt: skip
+        _flat(x),
+        factors._replace(gate_logits=_flat(outside)),
+        weight,
+        base,
+        options._replace(scaling=float(options.scaling)),
+        return_logits=return_router_logits,
+        backend=name,
+    )
     y = _unflat(y, x)
     if not return_router_logits:
         return y
-    return y, _unflat(logits, x) if gate_logits is None else gate_logits
+    return y, _unflat(logits, x) if outside is None else outside
 
 
 def _unflat(t: Tensor, x: Tensor) -> Tensor:
@@ -180,7 +264,7 @@ def _flat(t: _MaybeTensor) -> _MaybeTensor:
 
 
 def _autocast(t: _MaybeTensor) -> _MaybeTensor:
-    """The tensor as autocast's matrix products would take it; what they leave alone, or the checks will refuse, as it is.
+    """Cast to the autocast dtype if autocast would cast the tensor; otherwise return it unchanged.
 
     Trained parameters and an outside router's logits are not cast: they may be fp32.
     """
@@ -189,10 +273,3 @@ def _autocast(t: _MaybeTensor) -> _MaybeTensor:
     if not torch.is_autocast_enabled(t.device.type):
         return t
     return t.to(torch.get_autocast_dtype(t.device.type))
-
-
-def _problem(x: Tensor, lora_b: Tensor) -> dispatch.Problem:
-    features = x.shape[-1]
-    experts, rank, out_features = lora_b.shape
-    tokens = x.numel() // features if features else x.shape[:-1].numel()
-    return dispatch.Problem(x.device, x.dtype, tokens, features, out_features, experts, rank)

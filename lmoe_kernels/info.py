@@ -7,7 +7,8 @@ import torch
 
 from lmoe_kernels import __version__
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.dispatch import Problem, explain_choice
+from lmoe_kernels.dispatch import AUTO, explain_choice
+from lmoe_kernels.options import Problem, Sizes
 
 
 def report() -> str:
@@ -22,7 +23,8 @@ def report() -> str:
     ]
     device = torch.device("cuda", torch.cuda.current_device()) if _gpus() else torch.device("cpu")
     for dtype, tokens in ((torch.bfloat16, 1), (torch.bfloat16, 8192), (torch.float64, 8192)):
-        lines.append(explain_choice("lmoe", Problem(device, dtype, tokens, 4096, 4096, 8, 16), None))
+        sizes = Sizes(tokens, I=4096, O=4096, E=8, R=16, experts_of_a=8)
+        lines.append(explain_choice("lmoe", Problem(sizes, dtype, device), AUTO))
     return "\n".join(lines)
 
 

@@ -2,19 +2,17 @@
 
 import sys
 import warnings
-from difflib import get_close_matches
 from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.dispatch import check_name
+from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, refuse_unknown
+from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.functional import lmoe, lmoe_linear
-
-CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a")
-_NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha"}
+from lmoe_kernels.options import Mixing
 
 
 class LMoELinear(nn.Module):
@@ -39,6 +37,7 @@ class LMoELinear(nn.Module):
             not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
         backend: see `lmoe`.
         shared_a: one A for all experts, a B for each.
+        gate_bias: whether the gate has a bias, zero at the start.
         gate_init_std: standard deviation of the gate's initial weights; None for 1 / sqrt(in_features), under which router
             logits do not depend on the width.
         output_router_logits: keep the logits of the last forward in `router_logits`, for losses on them.
@@ -47,8 +46,9 @@ class LMoELinear(nn.Module):
         frozen_layer: the frozen layer.
         lora_a: (E, R, I) or (1, R, I).
         lora_b: (E, R, O), zero at the start, so that a new layer gives what the frozen one gives.
-        gate_weight: (E, I). All three are fp32 beside a layer of lower precision (fp64 beside fp64): in bf16 the small
-            steps of an optimizer are lost in rounding.
+        gate_weight: (E, I).
+        gate_bias: (E) or None. Experts and gate are fp32 whatever the frozen layer's precision (fp64 if it is fp64): in bf16
+            the small steps of an optimizer are lost in rounding.
         weight: the frozen layer's, for code that asks for its dtype. A product with it misses the experts.
         bias: the frozen layer's.
         router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
@@ -66,13 +66,56 @@ class LMoELinear(nn.Module):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        **options: Any,
+        *,
+        num_experts: int = 8,
+        rank: int = 16,
+        alpha: float | None = None,
+        mixing: Mixing = "factors",
+        top_k: int | None = None,
+        renormalize: bool = True,
+        shared_a: bool = False,
+        gate_bias: bool = False,
+        gate_init_std: float | None = None,
+        output_router_logits: bool = False,
+        backend: BackendName | None = None,
+        **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        self._wrap(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), None, **options)
+        refuse_unknown(unknown)
+        config = LayerConfig(
+            num_experts=num_experts,
+            rank=rank,
+            alpha=alpha,
+            mixing=mixing,
+            top_k=top_k,
+            renormalize=renormalize,
+            shared_a=shared_a,
+            gate_bias=gate_bias,
+            gate_init_std=gate_init_std,
+            output_router_logits=output_router_logits,
+            backend=backend,
+        )
+        self._wrap(nn.Linear(in_features, out_features, bias=bias, device=device, dtype=dtype), config, None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, dtype: torch.dtype | None = None, **options: Any) -> "LMoELinear":
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        dtype: torch.dtype | None = None,
+        *,
+        num_experts: int = 8,
+        rank: int = 16,
+        alpha: float | None = None,
+        mixing: Mixing = "factors",
+        top_k: int | None = None,
+        renormalize: bool = True,
+        shared_a: bool = False,
+        gate_bias: bool = False,
+        gate_init_std: float | None = None,
+        output_router_logits: bool = False,
+        backend: BackendName | None = None,
+        **unknown: NoReturn,
+    ) -> "LMoELinear":
         """Wrap a layer, which is frozen and kept, not copied.
 
         Args:
@@ -80,58 +123,43 @@ class LMoELinear(nn.Module):
                 `nn.Linear` is computed together with the delta; of any other class (a quantised one, say), or of one with
                 hooks or a forward of its own, the forward is called.
             dtype: of experts and gate; None for fp32, or fp64 beside an fp64 layer.
-            options: the keywords of `LMoELinear`.
+            the others: see `LMoELinear`.
 
         Raises:
             ValueError: an option does not fit.
             TypeError: the module is no linear layer, or an option has the wrong type or name.
         """
+        refuse_unknown(unknown)
+        config = LayerConfig(
+            num_experts=num_experts,
+            rank=rank,
+            alpha=alpha,
+            mixing=mixing,
+            top_k=top_k,
+            renormalize=renormalize,
+            shared_a=shared_a,
+            gate_bias=gate_bias,
+            gate_init_std=gate_init_std,
+            output_router_logits=output_router_logits,
+            backend=backend,
+        )
+        return cls.from_config(linear, config, dtype)
+
+    @classmethod
+    def from_config(cls, linear: nn.Module, config: LayerConfig, dtype: torch.dtype | None = None) -> "LMoELinear":
+        """`from_linear` with its keywords in one tuple."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._wrap(linear, dtype, **options)
+        layer._wrap(linear, config, dtype)
         return layer
 
-    def _wrap(
-        self,
-        linear: nn.Module,
-        dtype: torch.dtype | None,
-        *,
-        num_experts: int = 8,
-        rank: int = 16,
-        alpha: float | None = None,
-        mixing: str = "factors",
-        top_k: int | None = None,
-        renormalize: bool = True,
-        shared_a: bool = False,
-        gate_init_std: float | None = None,
-        output_router_logits: bool = False,
-        backend: str | None = None,
-        **unknown: Any,
-    ) -> None:
-        if unknown:
-            known = tuple(LMoELinear._wrap.__kwdefaults__ or ())
-            got = ", ".join(_asked_for(name, known) for name in unknown)
-            checks.fail("LMoELinear", "options", f"be among {', '.join(map(repr, known))}", got, TypeError)
+    def _wrap(self, linear: nn.Module, config: LayerConfig, dtype: torch.dtype | None) -> None:
         features = features_of(linear)
         if features is None:
             got = type(linear).__name__
             checks.fail("LMoELinear", "linear", "be a module with in_features and out_features", got, TypeError)
-        checks.check_positive_int("LMoELinear", "num_experts", num_experts)
-        checks.check_positive_int("LMoELinear", "rank", rank)
-        if alpha is not None:
-            checks.check_finite("LMoELinear", "alpha", alpha, "be None or a finite number")
-        checks.check_bool("LMoELinear", "shared_a", shared_a)
-        checks.check_bool("LMoELinear", "output_router_logits", output_router_logits)
-        scaling = 1.0 if alpha is None else alpha / rank
-        checks.check_options("LMoELinear", num_experts, scaling, mixing, top_k, renormalize)
-        if alpha is None:
-            alpha = default_alpha(top_k if top_k is not None and renormalize else num_experts, rank)
-        if gate_init_std is not None:
-            checks.check_finite(
-                "LMoELinear", "gate_init_std", gate_init_std, "be None or a number of at least 0", at_least=0
-            )
-        if backend is not None:
-            check_name("LMoELinear", backend)
+        config.check()
+        alpha = config.alpha if config.alpha is not None else config.default_alpha()
         weight = weight_of(linear)
         if dtype is None:
             dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -139,9 +167,11 @@ class LMoELinear(nn.Module):
             checks.fail("LMoELinear", "dtype", f"be one of {', '.join(map(str, checks.DTYPES))}", dtype, TypeError)
 
         self.in_features, self.out_features = features
-        self.num_experts, self.rank, self.alpha, self.scaling = num_experts, rank, alpha, alpha / rank
-        self.mixing, self.top_k, self.renormalize, self.shared_a = mixing, top_k, renormalize, shared_a
-        self.gate_init_std, self.output_router_logits, self.backend = gate_init_std, output_router_logits, backend
+        self.num_experts, self.rank = config.num_experts, config.rank
+        self.alpha, self.scaling = alpha, alpha / config.rank
+        self.mixing, self.top_k, self.renormalize = config.mixing, config.top_k, config.renormalize
+        self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
+        self.output_router_logits, self.backend = config.output_router_logits, config.backend
         self.router_logits: Tensor | None = None
         self.disabled = False
 
@@ -149,9 +179,11 @@ class LMoELinear(nn.Module):
             key: nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for key, shape in self.shapes().items()
         }
         self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
+        self.gate_bias: nn.Parameter | None
+        self.register_parameter("gate_bias", parameters.get("gate_bias"))
         self.frozen_layer = linear.requires_grad_(False)  # last: an error before leaves the layer as it was
         self.reset_parameters()
-        if top_k == 1 and renormalize and num_experts > 1:
+        if config.top_k == 1 and config.renormalize and config.num_experts > 1:
             warnings.warn(
                 "LMoELinear: top_k=1 with renormalize=True: the kept gate is always 1, so the language-modelling loss does "
                 "not train the gate; pass renormalize=False",
@@ -160,14 +192,16 @@ class LMoELinear(nn.Module):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of experts and gate, by name."""
-        return shapes_of(self.in_features, self.out_features, self.num_experts, self.rank, self.shared_a)
+        return LayerConfig(**self.config()).shapes(self.in_features, self.out_features)
 
     def reset_parameters(self) -> None:
-        """Draw A as PEFT does (Kaiming uniform, a = sqrt 5, over I), B zero, the gate normal. The frozen layer stays."""
+        """Draw A as PEFT does (Kaiming uniform, a = sqrt 5, over I) and the gate normal; B and the gate's bias are zero."""
         bound = self.in_features**-0.5 if self.in_features else 0.0
         nn.init.uniform_(self.lora_a, -bound, bound)
         nn.init.zeros_(self.lora_b)
         nn.init.normal_(self.gate_weight, std=bound if self.gate_init_std is None else self.gate_init_std)
+        if self.gate_bias is not None:
+            nn.init.zeros_(self.gate_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., I) to y (..., O)."""
@@ -181,6 +215,7 @@ class LMoELinear(nn.Module):
         factors = self.lora_a, self.lora_b
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
+            "gate_bias": self.gate_bias,
             "scaling": self.scaling,
             "mixing": self.mixing,
             "top_k": self.top_k,
@@ -239,7 +274,8 @@ class LMoELinear(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The options that decide what the layer computes: those that a checkpoint keeps."""
-        return {name: getattr(self, name) for name in CONFIG_KEYS}
+        own = {"gate_bias": self.has_gate_bias}  # self.gate_bias is the parameter
+        return {name: own[name] if name in own else getattr(self, name) for name in CONFIG_KEYS}
 
     def extra_repr(self) -> str:
         """Sizes and options, as `print(model)` shows them."""
@@ -255,33 +291,14 @@ class LMoELinear(nn.Module):
             shown["renormalize"] = False
         if self.shared_a:
             shown["shared_a"] = True
+        if self.has_gate_bias:
+            shown["gate_bias"] = True
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
         return sizes + ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies do not take the last forward's logits along, whose graph cannot be copied."""
         return {**self.__dict__, "router_logits": None}
-
-
-def default_alpha(num_experts: int, rank: int) -> float:
-    """The alpha of a layer that is given none, by the number of experts that share a token: a scaling of twice that number.
-
-    Gates of about 1 / num_experts leave each expert a scaling of 2, as alpha = 2 rank leaves one LoRA. At learning rate 3e-3
-    (docs/defaults.md, 2026-11-25, bits per byte): factors 3.262, outputs 3.237, that LoRA 3.298; under a scaling of 1 they
-    had 3.392 and 3.384.
-    """
-    return 2.0 * num_experts * rank
-
-
-def shapes_of(
-    in_features: int, out_features: int, num_experts: int, rank: int, shared_a: bool
-) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's experts and gate, by name."""
-    return {
-        "lora_a": (1 if shared_a else num_experts, rank, in_features),
-        "lora_b": (num_experts, rank, out_features),
-        "gate_weight": (num_experts, in_features),
-    }
 
 
 def features_of(linear: nn.Module) -> tuple[int, int] | None:
@@ -311,9 +328,3 @@ def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
         and type(layer.weight) in (Tensor, nn.Parameter)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )
-
-
-def _asked_for(name: str, known: tuple[str, ...]) -> str:
-    """An unknown option, with the one that was perhaps meant."""
-    meant = _NAMES_IN_PEFT.get(name) or next(iter(get_close_matches(name, known, n=1)), None)
-    return f"{name!r} (did you mean {meant!r}?)" if meant else repr(name)

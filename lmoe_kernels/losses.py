@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lmoe_kernels.checks import DTYPES, check_positive_int, fail
+from lmoe_kernels.checks import DTYPES, check_dense, check_positive_int, fail
 
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *DTYPES)
 
@@ -93,7 +93,7 @@ def _mean_over_layers(
 
 def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Logits as (T, E) in fp32 at least, and the tokens' weights (T)."""
-    _check_plain(op, "router_logits", logits, DTYPES)
+    check_dense(op, "router_logits", logits, DTYPES)
     if logits.shape[-1] == 0:
         fail(op, "router_logits", "have shape (..., E) with E >= 1", tuple(logits.shape))
     flat = logits.flatten(end_dim=-2) if logits.dim() > 1 else logits[None]
@@ -109,21 +109,10 @@ def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
 
 def _check_mask(op: str, mask: Tensor, logits: Tensor) -> None:
     """Whether a mask fits the logits. Its values are looked at where no device must be waited for."""
-    if not isinstance(mask, Tensor):
-        fail(op, "mask", "be a torch.Tensor", type(mask).__name__, TypeError)
-    _check_plain(op, "mask", mask, _MASK_DTYPES)
+    check_dense(op, "mask", mask, _MASK_DTYPES)
     if mask.shape != logits.shape[:-1]:
         fail(op, "mask", f"have the tokens' shape {tuple(logits.shape[:-1])}", tuple(mask.shape))
     if mask.is_meta and not logits.is_meta:
         fail(op, "mask", "hold numbers", "one on the meta device")
     if mask.device.type == "cpu" and mask.dtype.is_signed and not torch.compiler.is_compiling() and bool((mask < 0).any()):
         fail(op, "mask", "be at least 0", f"{mask.min().item()} among its numbers")
-
-
-def _check_plain(op: str, argument: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse what has no rows of numbers: sparse, nested and MKL-DNN tensors, complex and 8-bit floating dtypes."""
-    if tensor.layout != torch.strided or tensor.is_nested:
-        kind = "a nested one" if tensor.is_nested else tensor.layout
-        fail(op, argument, "be a dense tensor", kind, TypeError)
-    if tensor.dtype not in dtypes:
-        fail(op, argument, f"have a dtype of {', '.join(map(str, dtypes))}", tensor.dtype, TypeError)

@@ -3,16 +3,19 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
+from lmoe_kernels.config import LayerConfig, refuse_unknown
+from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.naming import is_of_peft, plain_modules, set_modules, unwrapped
+from lmoe_kernels.options import Mixing
 from lmoe_kernels.quantised import numel_of
 from lmoe_kernels.targets import (
     ALL_LINEAR,
@@ -36,7 +39,19 @@ def apply_lmoe(
     target_modules: str | Iterable[str],
     *,
     modules_to_save: str | Iterable[str] = (),
-    **options: Any,
+    dtype: torch.dtype | None = None,
+    num_experts: int = 8,
+    rank: int = 16,
+    alpha: float | None = None,
+    mixing: Mixing = "factors",
+    top_k: int | None = None,
+    renormalize: bool = True,
+    shared_a: bool = False,
+    gate_bias: bool = False,
+    gate_init_std: float | None = None,
+    output_router_logits: bool = False,
+    backend: BackendName | None = None,
+    **unknown: NoReturn,
 ) -> list[str]:
     r"""Put an `LMoELinear` around linear layers of a model, in place.
 
@@ -54,7 +69,9 @@ def apply_lmoe(
             its base model). Names are those of the plain model, whatever wraps it.
         modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
             initialised classifier, say.
-        options: the keywords of `LMoELinear`, and `dtype` as in `LMoELinear.from_linear`.
+        dtype: of experts and gates, see `LMoELinear.from_linear`.
+        num_experts, rank, alpha, mixing, top_k, renormalize, shared_a, gate_bias, gate_init_std, output_router_logits,
+            backend: see `LMoELinear`.
 
     Returns:
         the names of the layers that were changed, in the model's order.
@@ -64,6 +81,20 @@ def apply_lmoe(
             (DDP, FSDP): apply before. The model is then as it was.
         TypeError: `model` is no module, or a target no name.
     """
+    refuse_unknown(unknown)
+    config = LayerConfig(
+        num_experts=num_experts,
+        rank=rank,
+        alpha=alpha,
+        mixing=mixing,
+        top_k=top_k,
+        renormalize=renormalize,
+        shared_a=shared_a,
+        gate_bias=gate_bias,
+        gate_init_std=gate_init_std,
+        output_router_logits=output_router_logits,
+        backend=backend,
+    )
     if not isinstance(model, nn.Module):
         fail("apply_lmoe", "model", "be a torch.nn.Module", type(model).__name__, TypeError)
     targets, saved = _names("target_modules", target_modules), _names("modules_to_save", modules_to_save)
@@ -81,19 +112,21 @@ def apply_lmoe(
     chosen = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
     _warn_of_what_is_left(model, targets, whole)
 
-    layers = wrapped({name: linears[name] for name in chosen}, lambda name: options)
+    layers = wrapped({name: linears[name] for name in chosen}, lambda name: (config, dtype))
     replace_modules(model, layers, whole)
     return chosen
 
 
-def wrapped(linears: Mapping[str, nn.Module], options_of: Callable[[str], dict[str, Any]]) -> dict[str, LMoELinear]:
+def wrapped(
+    linears: Mapping[str, nn.Module], options_of: Callable[[str], tuple[LayerConfig, torch.dtype | None]]
+) -> dict[str, LMoELinear]:
     """A new layer around each of these; one around a linear layer of several names. An error leaves them as they were."""
     trained = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     layers: dict[int, LMoELinear] = {}
     try:
         for name, linear in linears.items():
             if id(linear) not in layers:
-                layers[id(linear)] = LMoELinear.from_linear(linear, **options_of(name))
+                layers[id(linear)] = LMoELinear.from_config(linear, *options_of(name))
     except BaseException:
         for parameter in trained:
             parameter.requires_grad_(True)

@@ -5,31 +5,37 @@ inputs; a result that is not asked for is an empty tensor. They have no gradient
 bodies hold what all backends share: rows made contiguous, autocast and autograd kept out, and the frozen product in the
 delta-first order. The backend writes the (small) delta, and the frozen GEMM then adds into it with beta = 1, so that the
 second half of that read-modify-write hides in a compute-bound GEMM and only the small term is rounded before the sum.
+
+A backend is chosen inside an op, by the sizes that it really gets. A choice made while torch.compile traces would be one of
+the traced sizes, and wrong for others wherever the guards are dropped; sizes that are not known then could not be compared.
 """
 
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lmoe_kernels import dispatch
+from lmoe_kernels.options import Factors, Gradients, Options, Problem, Saved, Wanted
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 
 _library = torch.library.Library("lmoe_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+_FACTORS = "Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_logits"
+_OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize"
 
 _library.define(
-    "forward(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_logits, Tensor? weight,"
-    " Tensor? base, float scaling, str mixing, int? top_k, bool renormalize, bool save, str backend)"
+    f"forward(Tensor x, {_FACTORS}, Tensor? weight, Tensor? base, bool save, str backend, {_OPTIONS})"
     " -> (Tensor y, Tensor logits, Tensor u)",
     tags=_TAGS,
 )
 _library.define(
-    "backward(Tensor dy, Tensor? dlogits_in, Tensor? x, Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor logits,"
-    " Tensor u, Tensor? weight, float scaling, str mixing, int? top_k, bool renormalize, bool[] output_mask, str backend)"
-    " -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dgate, Tensor dweight)",
+    f"backward(Tensor dy, Tensor? dlogits, Tensor? x, {_FACTORS}, Tensor? weight, Tensor? logits, Tensor u, bool[] wanted,"
+    f" str backend, {_OPTIONS})"
+    " -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dgate_weight, Tensor dgate_bias, Tensor dgate_logits,"
+    " Tensor dweight)",
     tags=_TAGS,
 )
 forward = torch.ops.lmoe_kernels.forward.default
@@ -38,65 +44,64 @@ backward = torch.ops.lmoe_kernels.backward.default
 
 def _forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    gate_logits: Tensor | None,  # (T, E)
+    lora_a: Tensor,  # and so on: the fields of Factors
+    lora_b: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_logits: Tensor | None,
     weight: Tensor | None,  # (O, I), the frozen layer's; None: no frozen product
     base: Tensor | None,  # (O) its bias, or (T, O) the output of another layer
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
     save: bool,
-    backend: str,
+    backend: str,  # its name, or "auto"
+    *options: Any,  # the fields of Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = x weight^T + base + delta. With `save` also logits (empty where given from outside) and u."""
     x = _rows(x)
+    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
+    problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
+    name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast(x), _no_autograd():
-        y, logits, u = dispatch.load(backend).forward(
-            x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_logits), _rows(base),
-            scaling, mixing, top_k, renormalize, save,
-        )  # fmt: skip
+        y, saved = dispatch.load(name).forward(x, factors, _rows(base), Options(*options), save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
+    logits, u = (None, None) if saved is None else saved
     return y, x.new_empty(0) if logits is None else logits, x.new_empty(0) if u is None else u
 
 
 def _backward(
     dy: Tensor,  # (T, O)
-    dlogits_in: Tensor | None,  # (T, E)
+    dlogits: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
     x: Tensor | None,  # (T, I), needed by the weight gradients alone
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    logits: Tensor,  # (T, E)
-    u: Tensor,  # (T, E, R) or (T, 1, R)
+    lora_a: Tensor,  # and so on: the fields of Factors
+    lora_b: Tensor,
+    gate_weight: Tensor | None,
+    gate_bias: Tensor | None,
+    gate_logits: Tensor | None,
     weight: Tensor | None,  # (O, I)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
-    output_mask: list[bool],  # x, lora_a, lora_b, gate_weight or the outside logits, weight
+    logits: Tensor | None,  # (T, E), those that forward returned
+    u: Tensor,  # (T, E, R) or (T, 1, R)
+    wanted: list[bool],  # the fields of Wanted, and whether weight's is
     backend: str,
+    *options: Any,  # the fields of Options
 ) -> tuple[Tensor, ...]:
-    """The gradients that `output_mask` asks for, the others empty."""
+    """The gradients that are wanted, the others empty."""
     dy, x = _rows(dy), _rows(x)
+    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
+    problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
+    name = dispatch.choose("lmoe", problem, backend)
     with _no_autocast(dy), _no_autograd():
-        grads = dispatch.load(backend).backward(
-            dy, _dense(dlogits_in), x, _dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(logits), u,
-            scaling, mixing, top_k, renormalize, tuple(output_mask[:4]),
-        )  # fmt: skip
-        if grads[0] is not None and weight is not None:
-            grads[0].addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
-        dweight = dy.t() @ x if output_mask[4] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
+        grads: Gradients = dispatch.load(name).backward(
+            dy, _dense(dlogits), x, factors, Saved(_dense(logits), u), Options(*options), wanted=Wanted(*wanted[:-1])
+        )
+        if grads.x is not None and weight is not None:
+            grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
+        dweight = dy.t() @ x if wanted[-1] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
     return tuple(dy.new_empty(0) if grad is None else grad for grad in (*grads, dweight))
 
 
 def _forward_fake(
-    x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None, gate_logits: Tensor | None,
-    weight: Tensor | None, base: Tensor | None, scaling: float, mixing: str, top_k: int | None, renormalize: bool,
-    save: bool, backend: str,
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
+    gate_logits: Tensor | None, weight: Tensor | None, base: Tensor | None, save: bool, *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens, experts, wide = x.shape[0], lora_b.shape[0], torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(tokens, lora_b.shape[2])
@@ -106,15 +111,16 @@ def _forward_fake(
 
 
 def _backward_fake(
-    dy: Tensor, dlogits_in: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
-    logits: Tensor, u: Tensor, weight: Tensor | None, scaling: float, mixing: str, top_k: int | None,
-    renormalize: bool, output_mask: list[bool], backend: str,
+    dy: Tensor, dlogits: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
+    gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, logits: Tensor | None, u: Tensor,
+    wanted: list[bool], *rest: object,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
-    likes = (dx, lora_a, lora_b, logits if gate_weight is None else gate_weight, dweight)
+    likes = (dx, lora_a, lora_b, gate_weight, gate_bias, gate_logits, dweight)
     return tuple(
-        like.new_empty(like.shape) if asked else dy.new_empty(0) for like, asked in zip(likes, output_mask, strict=True)
+        like.new_empty(like.shape) if asked and like is not None else dy.new_empty(0)
+        for like, asked in zip(likes, wanted, strict=True)
     )
 
 

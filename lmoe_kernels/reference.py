@@ -2,7 +2,7 @@
 
 A frozen linear layer carries E LoRA experts of rank R and a gate. For every token t:
 
-    logits[t,e] = sum_i x[t,i] gate_weight[e,i]
+    logits[t,e] = sum_i x[t,i] gate_weight[e,i] + gate_bias[e]     or those of an outside router
     gates[t]    = softmax(logits[t])                              over all experts
     gates[t]    = softmax(logits[t, kept])                        top_k: over the k largest; the others are 0
     gates[t]    = softmax(logits[t])[kept]                        top_k, renormalize=False; the others are 0
@@ -33,6 +33,8 @@ Letters: T tokens, I in_features, O out_features, E experts, R rank. Source: L-M
 
 import torch
 from torch import Tensor
+
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
 def gate_softmax(logits: Tensor, top_k: int | None = None, renormalize: bool = True) -> Tensor:
@@ -68,17 +70,12 @@ def softmax_among(logits: Tensor, kept: Tensor, renormalize: bool) -> Tensor:
 
 def forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I), or (1, R, I) shared by all experts
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I), or None where gate_logits is given
-    gate_logits: Tensor | None,  # (T, E), the logits of an outside router
+    factors: Factors,
     base: Tensor | None,  # (O) or (T, O), what the delta is added to
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    options: Options,
+    *,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Saved | None]:
     """The definition, with every per-token matrix built.
 
     Semantics:
@@ -86,22 +83,22 @@ def forward(
         y = base + scaling * einsum("tro,tri,ti->to", B, A, x)          (mixing="factors")
 
     Returns:
-        y (T, O) in x's dtype. Where `save` is set also logits (T, E) in fp32 (fp64 for fp64; None where they came from
-        outside) and u (T, E, R) in x's dtype, which `backward` wants; else None, None. A backend may leave u unwritten for
-        experts that a token does not keep: `backward` does not read them.
+        y (T, O) in x's dtype; where `save` is set also what `backward` wants, else None.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    xw, a, b = x.to(wide), lora_a.to(wide), lora_b.to(wide)
+    xw, a, b = x.to(wide), factors.lora_a.to(wide), factors.lora_b.to(wide)
 
-    if gate_weight is not None:
-        logits = torch.einsum("ti,ei->te", xw, gate_weight.to(wide))
+    if factors.gate_weight is not None:
+        logits = torch.einsum("ti,ei->te", xw, factors.gate_weight.to(wide))
+        if factors.gate_bias is not None:
+            logits = logits + factors.gate_bias.to(wide)
     else:
-        assert gate_logits is not None
-        logits = gate_logits.to(wide)
-    gates = gate_softmax(logits, top_k, renormalize)
+        assert factors.gate_logits is not None
+        logits = factors.gate_logits.to(wide)
+    gates = gate_softmax(logits, options.top_k, options.renormalize)
 
     a_of_expert = a.expand(b.shape[0], -1, -1)
-    if mixing == "factors":
+    if options.averages_factors:
         a_of_token = torch.einsum("te,eri->tri", gates, a_of_expert)
         b_of_token = torch.einsum("te,ero->tro", gates, b)
         delta = torch.einsum("tro,tri,ti->to", b_of_token, a_of_token, xw)
@@ -110,45 +107,38 @@ def forward(
         product_of_token = torch.einsum("te,eoi->toi", gates, product_of_expert)
         delta = torch.einsum("toi,ti->to", product_of_token, xw)
 
-    y = scaling * delta if base is None else base.to(wide) + scaling * delta
+    y = options.scaling * delta if base is None else base.to(wide) + options.scaling * delta
     if not save:
-        return y.to(x.dtype), None, None
+        return y.to(x.dtype), None
     u = torch.einsum("ti,eri->ter", xw, a)
-    return y.to(x.dtype), logits if gate_weight is not None else None, u.to(x.dtype)
+    return y.to(x.dtype), Saved(logits if factors.gate_weight is not None else None, u.to(x.dtype))
 
 
 def backward(
     dy: Tensor,  # (T, O)
     dlogits_in: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
-    x: Tensor | None,  # (T, I), None where neither lora_a nor the gate wants a gradient
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    logits: Tensor,  # (T, E), forward's or the outside router's
-    u: Tensor,  # (T, E, R) or (T, 1, R)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
-    output_mask: tuple[bool, bool, bool, bool],  # of the four results
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    x: Tensor | None,  # (T, I), None where neither lora_a nor gate_weight wants a gradient
+    factors: Factors,
+    saved: Saved,
+    options: Options,
+    *,
+    wanted: Wanted,
+) -> Gradients:
     """The gradient of `forward`, equation by equation.
 
     Returns:
-        dx (T, I) in dy's dtype; dlora_a and dlora_b shaped and typed as their parameters; the gate's gradient: that of
-        gate_weight (E, I), or, where the logits came from outside, that of the logits (T, E), typed as they are. None
-        where `output_mask` does not ask.
+        the gradients that are wanted: x's in dy's dtype, the others shaped and typed as their factors.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
-    want_x, want_a, want_b, want_gate = output_mask
-    dyw, uw, a, b = dy.to(wide), u.to(wide), lora_a.to(wide), lora_b.to(wide)
+    dyw, uw, a, b = dy.to(wide), saved.u.to(wide), factors.lora_a.to(wide), factors.lora_b.to(wide)
 
-    kept = kept_experts(logits, top_k)
-    softmax = softmax_among(logits.to(wide), kept, renormalize)
+    logits = saved.router_logits(factors)
+    kept = kept_experts(logits, options.top_k)
+    softmax = softmax_among(logits.to(wide), kept, options.renormalize)
     gates = softmax.where(kept, 0.0)
     g = gates[:, :, None]  # (T, E, 1)
-    dv = scaling * torch.einsum("to,ero->ter", dyw, b)
-    if mixing == "factors":
+    dv = options.scaling * torch.einsum("to,ero->ter", dyw, b)
+    if options.averages_factors:
         h = (g * uw).sum(dim=1, keepdim=True)  # A(t) x[t]
         dh = (g * dv).sum(dim=1, keepdim=True)  # B(t)^T dy[t]
         v = g * h
@@ -162,23 +152,27 @@ def backward(
     dlogits = softmax * (dgates - (gates * dgates).sum(dim=-1, keepdim=True))
     if dlogits_in is not None:
         dlogits = dlogits + dlogits_in.to(wide)
-    if lora_a.shape[0] == 1:
+    if factors.lora_a.shape[0] == 1:
         du = du.sum(dim=1, keepdim=True)  # a shared A gathers from every expert
 
-    dx = dlora_a = dlora_b = dgate = None
-    if want_x:
+    dx = dlora_a = dlora_b = dgate_weight = dgate_bias = dgate_logits = None
+    if wanted.x:
         dx = torch.einsum("ter,eri->ti", du, a)
-        if gate_weight is not None:
-            dx = dx + torch.einsum("te,ei->ti", dlogits, gate_weight.to(wide))
+        if factors.gate_weight is not None:
+            dx = dx + torch.einsum("te,ei->ti", dlogits, factors.gate_weight.to(wide))
         dx = dx.to(dy.dtype)
-    if want_a:
+    if wanted.lora_a:
         assert x is not None
-        dlora_a = torch.einsum("ter,ti->eri", du, x.to(wide)).to(lora_a.dtype)
-    if want_b:
-        dlora_b = (scaling * torch.einsum("ter,to->ero", v, dyw)).to(lora_b.dtype)
-    if want_gate and gate_weight is not None:
+        dlora_a = torch.einsum("ter,ti->eri", du, x.to(wide)).to(factors.lora_a.dtype)
+    if wanted.lora_b:
+        dlora_b = (options.scaling * torch.einsum("ter,to->ero", v, dyw)).to(factors.lora_b.dtype)
+    if wanted.gate_weight:
         assert x is not None
-        dgate = torch.einsum("te,ti->ei", dlogits, x.to(wide)).to(gate_weight.dtype)
-    elif want_gate:
-        dgate = dlogits.to(logits.dtype)
-    return dx, dlora_a, dlora_b, dgate
+        assert factors.gate_weight is not None
+        dgate_weight = torch.einsum("te,ti->ei", dlogits, x.to(wide)).to(factors.gate_weight.dtype)
+    if wanted.gate_bias:
+        assert factors.gate_bias is not None
+        dgate_bias = dlogits.sum(dim=0).to(factors.gate_bias.dtype)
+    if wanted.gate_logits:
+        dgate_logits = dlogits.to(logits.dtype)
+    return Gradients(dx, dlora_a, dlora_b, dgate_weight, dgate_bias, dgate_logits)

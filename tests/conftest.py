@@ -2,7 +2,6 @@
 
 import random
 import zlib
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -11,11 +10,12 @@ import pytest
 import torch
 
 from lmoe_kernels import dispatch
-from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda import availability, extension
+from lmoe_kernels.options import Problem
 from tests import plans
-from tests.cuda_emu import build
-from tests.triton_interpreter import interpret
-from tests.watch import AllocationWatch
+from tools.emulator import build
+from tools.interpreter.bf16 import interpret
+from tools.watch import AllocationWatch
 
 HAS_TRITON = find_spec("triton") is not None
 BACKENDS = [
@@ -76,7 +76,7 @@ def exact(backend: str) -> torch.dtype:
 
 @pytest.fixture(scope="session")
 def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
-    """The CUDA extension compiled for the CPU emulator of tests/cuda_emu."""
+    """The CUDA extension compiled for the CPU emulator of tools/emulator."""
     if build.COMPILER is None:
         pytest.skip("no g++ to compile the CUDA emulator")
     cache = Path(request.config.cache.mkdir("cuda_emu"))
@@ -87,13 +87,13 @@ def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
 def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
 
-    def why_not(problem: dispatch.Problem) -> str | None:
-        return None if problem.dtype in extension.DTYPES else extension.why_not(problem.device, problem.dtype)
+    def why_not(problem: Problem) -> str | None:
+        return None if problem.dtype in extension.DTYPES else availability.why_not(problem)
 
     monkeypatch.setattr(extension, "library", lambda: emulated_extension)
     monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
     monkeypatch.setattr(extension, "processors", emulated_extension.processors)
-    monkeypatch.setitem(dispatch.BACKENDS, "cuda", replace(dispatch.BACKENDS["cuda"], why_not=why_not))
+    monkeypatch.setitem(dispatch.BACKENDS, "cuda", dispatch.BACKENDS["cuda"]._replace(why_not=why_not))
     return emulated_extension
 
 

@@ -6,24 +6,24 @@ from torch import Tensor
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import padded, shrink_parts, wgrad_splits
 from lmoe_kernels.backends.cuda.forward import set_problem
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
 def backward(
     dy: Tensor,  # (T, O)
     dlogits_in: Tensor | None,  # (T, E)
     x: Tensor | None,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    logits: Tensor,  # (T, E)
-    u: Tensor,  # (T, E, R) or (T, 1, R)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
-    output_mask: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
+    factors: Factors,
+    saved: Saved,
+    options: Options,
+    *,
+    wanted: Wanted,
+) -> Gradients:
+    """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
+    lora_a, lora_b, gate_weight, _, _ = factors
+    logits, u = saved.router_logits(factors), saved.u
+    scaling, mixing, top_k, renormalize = options
+    output_mask = wanted.x, wanted.lora_a, wanted.lora_b, wanted.gate
     tokens, out_features = dy.shape
     experts, rank, _ = lora_b.shape
     in_features = lora_a.shape[2]
@@ -34,7 +34,7 @@ def backward(
     dlora_b = new(lora_b) if want_b else None
     dgate = new(logits if gate_weight is None else gate_weight) if want_gate else None
     if tokens == 0:
-        return dx, dlora_a, dlora_b, dgate
+        return _gradients(factors, dx, dlora_a, dlora_b, dgate)
 
     rank_columns = lora_a.shape[0] * rank
     gate_columns = 0 if gate_weight is None else experts
@@ -73,4 +73,8 @@ def backward(
         if grad is not None:
             setattr(params, name, grad.data_ptr())
     library.backward(params, device, stream)
-    return dx, dlora_a, dlora_b, dgate
+    return _gradients(factors, dx, dlora_a, dlora_b, dgate)
+
+
+def _gradients(factors: Factors, dx: Tensor | None, da: Tensor | None, db: Tensor | None, dgate: Tensor | None) -> Gradients:
+    return Gradients(dx, da, db, None, None, dgate) if factors.gate_weight is None else Gradients(dx, da, db, dgate)

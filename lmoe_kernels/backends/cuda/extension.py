@@ -40,6 +40,11 @@ def library() -> ModuleType:
     return module
 
 
+def why_not_loaded() -> str | None:
+    """Why there is no extension, None where there is one."""
+    return _load()[1]
+
+
 def queue(tensor: torch.Tensor) -> tuple[int, int]:
     """Where to launch: the tensor's device index and the caller's current stream on it."""
     index = tensor.device.index
@@ -54,25 +59,3 @@ def processors(index: int) -> int:
         RuntimeError: the driver is too old, or the extension was not built for the device's architecture.
     """
     return library().processors(index)
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take tensors of this device and dtype, None where they can."""
-    if dtype not in DTYPES:
-        return f"it computes in fp32, bf16 and fp16, not in {dtype}"
-    _, reason = _load()
-    return reason or _why_not_device(device)
-
-
-@cache
-def _why_not_device(device: torch.device) -> str | None:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on NVIDIA GPUs, the tensors are on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
-    try:
-        processors(device.index)
-    except RuntimeError as error:
-        return f"the extension cannot run there: {error}"
-    return None

@@ -11,22 +11,20 @@ from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import decode_plan, one_pass_smem, padded, shrink_parts
+from lmoe_kernels.options import Factors, Options, Saved
 
 
 def forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    gate_logits: Tensor | None,  # (T, E)
+    factors: Factors,
     base: Tensor | None,  # (O) or (T, O)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    options: Options,
+    *,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
+    lora_a, lora_b, gate_weight, _, gate_logits = factors
+    scaling, mixing, top_k, renormalize = options
     tokens, in_features = x.shape
     experts, rank, out_features = lora_b.shape
     experts_of_a, has_gate = lora_a.shape[0], gate_logits is None
@@ -50,7 +48,7 @@ def forward(
         partial = x.new_empty(plan.chunks, tokens, rows, dtype=torch.float32)
         params.set_plan(partial.data_ptr(), plan.blocks, plan.chunk, plan.chunks, plan.column_tile, plan.smem)
         library.decode(params, device, stream)
-        return (y, logits, u) if save else (y, None, None)
+        return y, Saved(logits, u) if save and u is not None else None
     params.smem = smem
     if by_stages:
         parts = shrink_parts(tokens, in_features, processors)
@@ -59,7 +57,7 @@ def forward(
         partial = x.new_empty(parts if parts > 1 else 0, tokens, rows, dtype=torch.float32)
         params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
     library.forward(params, device, stream)
-    return (y, logits, u) if save else (y, None, None)
+    return y, Saved(logits, u) if save and u is not None else None
 
 
 def set_problem(

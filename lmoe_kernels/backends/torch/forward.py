@@ -7,34 +7,33 @@ numbers of the definition into `T E R`, and every large product into one GEMM th
 import torch
 from torch import Tensor
 
+from lmoe_kernels.options import Factors, Options, Saved
+
 
 def forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    gate_logits: Tensor | None,  # (T, E)
+    factors: Factors,
     base: Tensor | None,  # (O) or (T, O)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    options: Options,
+    *,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
-    u = shrink(x, lora_a)
-    if gate_weight is not None:
-        logits = matmul_wide(x, gate_weight.to(x.dtype).t())  # [T, I] @ [I, E] -> [T, E]
+    u = shrink(x, factors.lora_a)
+    if factors.gate_weight is not None:
+        logits = matmul_wide(x, factors.gate_weight.to(x.dtype).t())  # [T, I] @ [I, E] -> [T, E]
+        if factors.gate_bias is not None:
+            logits += factors.gate_bias
     else:
-        assert gate_logits is not None
-        logits = gate_logits
-    softmax, dropped = gate_softmax(logits, x.dtype, top_k, renormalize)
+        assert factors.gate_logits is not None
+        logits = factors.gate_logits
+    softmax, dropped = gate_softmax(logits, x.dtype, options)
     gates = of_kept(softmax, dropped)
-    _, v = mix(gates, u, mixing, sums_of(gates, dropped))
-    y = expand(v, lora_b, base, scaling)
+    _, v = mix(gates, u, options, sums_of(gates, dropped))
+    y = expand(v, factors.lora_b, base, options.scaling)
     if not save:
-        return y, None, None
-    return y, logits if gate_weight is not None else None, u
+        return y, None
+    return y, Saved(logits if factors.gate_weight is not None else None, u)
 
 
 def shrink(rows: Tensor, factor: Tensor) -> Tensor:
@@ -43,15 +42,15 @@ def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     return (rows @ flat.t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
 
 
-def gate_softmax(logits: Tensor, dtype: torch.dtype, top_k: int | None, renormalize: bool) -> tuple[Tensor, Tensor | None]:
+def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor | None]:
     """Softmax (T, E), in fp32 at least, over the experts kept or over all; and of all the experts dropped, (T, E - k).
 
     Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
     """
-    wide, dropped = torch.promote_types(dtype, torch.float32), None
-    if top_k is not None and top_k < logits.shape[1]:
-        dropped = logits.argsort(dim=1, descending=True, stable=True)[:, top_k:]
-        if renormalize:
+    wide, dropped, kept = torch.promote_types(dtype, torch.float32), None, options.kept(logits.shape[1])
+    if kept < logits.shape[1]:
+        dropped = logits.argsort(dim=1, descending=True, stable=True)[:, kept:]
+        if options.renormalize:
             logits, dropped = logits.scatter(1, dropped, float("-inf")), None
     return logits.softmax(dim=1, dtype=wide), dropped
 
@@ -66,15 +65,15 @@ def sums_of(gates: Tensor, dropped: Tensor | None) -> Tensor | None:
     return None if dropped is None else gates.sum(dim=1)[:, None, None]
 
 
-def mix(gates: Tensor, u: Tensor, mixing: str, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     """Blend the experts of every token, in the gates' dtype; only v is rounded, once.
 
     Returns:
         h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
     """
-    alone = mixing == "outputs" or u.shape[1] == 1  # under a shared A the blend is u itself, times the gates' sum
+    alone = not options.averages_factors or u.shape[1] == 1  # under a shared A the blend is u itself, times the gates' sum
     h = u.to(gates.dtype) if alone else blend(gates, u)
-    if mixing == "factors" and u.shape[1] == 1 and sums is not None:
+    if options.averages_factors and u.shape[1] == 1 and sums is not None:
         h = sums * h
     v = u.new_empty(gates.shape[0], gates.shape[1], u.shape[2])
     return h, torch.mul(gates[:, :, None], h, out=v)

@@ -49,33 +49,34 @@ from lmoe_kernels.backends.triton.tiles import (
     store_rows,
     sum_splits,
 )
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
 def backward(
     dy: Tensor,  # (T, O)
     dlogits_in: Tensor | None,  # (T, E)
     x: Tensor | None,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    logits: Tensor,  # (T, E)
-    u: Tensor,  # (T, E, R) or (T, 1, R)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
-    output_mask: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients asked for; see `lmoe_kernels.reference.backward` for the contract."""
+    factors: Factors,
+    saved: Saved,
+    options: Options,
+    *,
+    wanted: Wanted,
+) -> Gradients:
+    """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
+    lora_a, lora_b, gate_weight, _, _ = factors
+    logits, u = saved.router_logits(factors), saved.u
+    scaling, mixing, top_k, renormalize = options
+    output_mask = wanted.x, wanted.lora_a, wanted.lora_b, wanted.gate
     want_x, want_a, want_b, want_gate = output_mask
     sizes, chip = sizes_of(dy, lora_a, lora_b), chip_of(dy.device)
     plan, mix = configs.backward_plan(sizes, dy.dtype, chip), mix_constants(sizes, mixing, top_k, renormalize)
     groups = configs.grouped_plan(sizes, top_k, dy.dtype, chip)
     if groups is not None:
         with on_device_of(dy):
-            return backward_in_groups(
+            grads = backward_in_groups(
                 dy, dlogits_in, x, lora_a, lora_b, gate_weight, logits, u, scaling, output_mask, mix, plan, groups, chip
             )
+            return _gradients(factors, *grads)
     du = torch.empty_like(u) if want_x or want_a else None
     v = dy.new_empty(sizes.T, sizes.E, sizes.R) if want_b else None
     dlogits = dy.new_empty(sizes.T, sizes.E, dtype=logits.dtype if gate_weight is None else dy.dtype)
@@ -98,7 +99,11 @@ def backward(
             dx, gate = dy.new_empty(sizes.T, sizes.I), None if gate_weight is None else gate_weight.to(dy.dtype)
             assert du is not None
             expand(du, lora_a.to(dy.dtype), None if gate is None else dlogits, gate, None, 1.0, dx, plan.expand)
-    return dx, dlora_a, dlora_b, dgate
+    return _gradients(factors, dx, dlora_a, dlora_b, dgate)
+
+
+def _gradients(factors: Factors, dx: Tensor | None, da: Tensor | None, db: Tensor | None, dgate: Tensor | None) -> Gradients:
+    return Gradients(dx, da, db, None, None, dgate) if factors.gate_weight is None else Gradients(dx, da, db, dgate)
 
 
 def backward_in_groups(

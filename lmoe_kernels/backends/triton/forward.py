@@ -35,22 +35,20 @@ from lmoe_kernels.backends.triton.tiles import (
     sum_splits,
     write_tile,
 )
+from lmoe_kernels.options import Factors, Options, Saved
 
 
 def forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # (E, R, I) or (1, R, I)
-    lora_b: Tensor,  # (E, R, O)
-    gate_weight: Tensor | None,  # (E, I)
-    gate_logits: Tensor | None,  # (T, E)
+    factors: Factors,
     base: Tensor | None,  # (O) or (T, O)
-    scaling: float,
-    mixing: str,
-    top_k: int | None,
-    renormalize: bool,
+    options: Options,
+    *,
     save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
+    lora_a, lora_b, gate_weight, _, gate_logits = factors
+    scaling, mixing, top_k, renormalize = options
     sizes = sizes_of(x, lora_a, lora_b)
     plan = configs.forward_plan(sizes, x.dtype, chip_of(x.device))
     groups = configs.grouped_plan(sizes, top_k, x.dtype, chip_of(x.device))
@@ -62,7 +60,7 @@ def forward(
     with on_device_of(x):
         if groups is not None:
             u = forward_in_groups(x, a, b, gate, gate_logits, base, scaling, logits, y, mix, plan, groups)
-            return (y, logits, u) if save else (y, None, None)
+            return y, Saved(logits, u) if save else None
         u, v = x.new_empty(sizes.T, sizes.E_of_a, sizes.R), x.new_empty(sizes.T, sizes.E, sizes.R)
         if plan.one_pass is not None:
             launch(
@@ -81,7 +79,7 @@ def forward(
                 u_parts, logit_parts = shrink(x, a, gate, plan.splits, plan.shrink)
                 mix_fwd(u_parts, logit_parts, gate_logits, logits, u, v, mix, plan.mix)
             expand(v, b, None, None, base, scaling, y, plan.expand)
-    return (y, logits, u) if save else (y, None, None)
+    return y, Saved(logits, u) if save else None
 
 
 def forward_in_groups(

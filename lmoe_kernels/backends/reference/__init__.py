@@ -1,0 +1,1 @@
+"""The literal definition, `lmoe_kernels.reference`, as a backend: the truth that the others are tested against."""

@@ -1,0 +1,5 @@
+"""Backward of the `reference` backend."""
+
+from lmoe_kernels.reference import backward
+
+__all__ = ["backward"]

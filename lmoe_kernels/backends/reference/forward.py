@@ -1,0 +1,5 @@
+"""Forward of the `reference` backend."""
+
+from lmoe_kernels.reference import forward
+
+__all__ = ["forward"]

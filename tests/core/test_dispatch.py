@@ -1,0 +1,174 @@
+"""Which backend a call takes: the table on a GPU that is not there, and `use_backend` across blocks, errors and threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+
+import pytest
+import torch
+
+from lmoe_kernels import dispatch, lmoe, use_backend
+from lmoe_kernels.dispatch import BACKENDS, Backend
+from lmoe_kernels.options import Problem, Sizes
+from tests.problems import Case, make_problem
+
+GPU = Problem(Sizes(T=65, I=64, O=64, E=8, R=16, experts_of_a=8), torch.bfloat16, torch.device("cuda"))
+HERE = GPU._replace(device=torch.device("cpu"))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU of compute capability 8.0, with Triton, a C compiler and the CUDA extension."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
+    monkeypatch.setattr(dispatch, "_why_no_launchers", lambda: None)
+    monkeypatch.setattr(extension, "why_not", lambda device, dtype: None)
+    return monkeypatch
+
+
+@pytest.fixture
+def peer(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A second backend that is taken by name alone."""
+    row = Backend("peer", "none.such", lambda problem: None, lambda problem: "only where it is asked for by name")
+    monkeypatch.setitem(BACKENDS, "peer", row)
+    return "peer"
+
+
+def taken(problem: Problem = HERE) -> str:
+    return dispatch.choose("lmoe", problem, None)
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (64, "cuda"), (65, "triton"), (4096, "triton")])
+def test_on_a_gpu_few_tokens_go_to_cuda_and_many_to_triton(gpu, tokens: int, first: str) -> None:
+    assert taken(GPU._replace(tokens=tokens)) == first
+
+
+def test_triton_takes_up_to_256_experts(gpu) -> None:
+    assert taken(GPU._replace(num_experts=256)) == "triton"
+    assert taken(GPU._replace(num_experts=257)) == "torch"
+    text = dispatch.explain_choice("lmoe", GPU._replace(num_experts=257), None)
+    assert "triton     cannot: its kernels take at most 256 experts, not 257" in text
+
+
+def test_triton_takes_no_fp64_on_a_gpu(gpu) -> None:
+    assert taken(GPU._replace(dtype=torch.float64)) == "torch"
+    with pytest.raises(ValueError, match="'triton': its kernels take fp32, bf16 and fp16 on a GPU, not fp64"):
+        dispatch.choose("lmoe", GPU._replace(dtype=torch.float64), "triton")
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5)], ids=["Volta", "Turing"])
+def test_triton_takes_no_gpu_before_ampere(gpu, capability: tuple[int, int]) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert taken(GPU) == "torch"
+    with pytest.raises(ValueError, match="'triton': its kernels need compute capability"):
+        dispatch.choose("lmoe", GPU, "triton")
+
+
+def test_a_block_is_undone_where_it_ends(peer: str) -> None:
+    assert taken() == "torch"
+    with use_backend(peer):
+        assert taken() == peer
+    assert taken() == "torch"
+    with use_backend(peer):
+        with use_backend(None):
+            assert taken() == "torch"
+        assert taken() == peer
+    assert taken() == "torch"
+
+
+def test_a_block_is_undone_where_an_error_leaves_it(peer: str) -> None:
+    with suppress(ZeroDivisionError), use_backend(peer):
+        raise ZeroDivisionError
+    assert taken() == "torch"
+
+
+def test_blocks_of_one_thread_may_end_in_any_order(peer: str) -> None:
+    """As those of two generators do."""
+    first, second, third = use_backend(peer), use_backend("reference"), use_backend(peer)
+    for block in (first, second, third):
+        block.__enter__()
+    assert taken() == peer
+    for block, then in ((third, "reference"), (first, "reference"), (second, "torch")):
+        block.__exit__(None, None, None)
+        assert taken() == then
+
+
+@pytest.fixture
+def threads():
+    """Two threads that do what they are given, one thing after another."""
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        yield [lambda *call, of=pool: of.submit(*call).result() for pool in (one, other)]
+
+
+@pytest.mark.parametrize("leaves_first", [0, 1])
+def test_overlapping_blocks_of_two_threads_leave_nothing_behind(threads, peer: str, leaves_first: int) -> None:
+    names = ["reference", peer]
+    blocks = [use_backend(name) for name in names]
+    for thread, block in zip(threads, blocks, strict=True):
+        thread(block.__enter__)
+    assert [thread(taken) for thread in threads] == names
+    stays = 1 - leaves_first
+    threads[leaves_first](blocks[leaves_first].__exit__, None, None, None)
+    assert threads[stays](taken) == names[stays]
+    threads[stays](blocks[stays].__exit__, None, None, None)
+    assert [taken(), *(thread(taken) for thread in threads)] == ["torch"] * 3
+
+
+def test_a_thread_without_a_block_follows_the_one_entered_last(threads, peer: str) -> None:
+    """Autograd's threads recompute checkpointed layers, and DataParallel's run the replicas."""
+    worker, other = threads
+    with use_backend(peer):
+        assert worker(taken) == peer
+        block = use_backend("reference")
+        other(block.__enter__)
+        assert worker(taken) == "reference"
+        assert taken() == peer
+        other(block.__exit__, None, None, None)
+        assert worker(taken) == peer
+    assert worker(taken) == "torch"
+
+
+def test_a_block_may_end_in_another_thread(threads, peer: str) -> None:
+    block = use_backend(peer)
+    block.__enter__()
+    threads[0](block.__exit__, None, None, None)
+    assert [taken(), threads[0](taken)] == ["torch"] * 2
+
+
+def _compiled(graphs: list[str]):
+    """The operation compiled whole, on random tokens; it adds the code of every graph to the list."""
+    torch._dynamo.reset()
+    t = make_problem(Case(), torch.float64).tensors
+
+    def keep(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        graphs.append(graph.code)
+        return graph
+
+    def call(block: str | None) -> None:
+        with use_backend(block) if block else nullcontext():
+            lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"])
+
+    return torch.compile(call, fullgraph=True, backend=keep)
+
+
+def test_a_compiled_function_follows_the_block_of_its_thread(threads) -> None:
+    graphs: list[str] = []
+    compiled = _compiled(graphs)
+
+    def in_block(name: str) -> None:
+        with use_backend(name):
+            compiled(None)
+
+    with use_backend("torch"):
+        compiled(None)
+        threads[0](in_block, "reference")
+        compiled(None)  # the first graph again
+        threads[0](in_block, "reference")  # the second
+    assert ["'reference'" in code for code in graphs] == [False, True]
+
+
+def test_a_block_within_a_compiled_function() -> None:
+    graphs: list[str] = []
+    _compiled(graphs)("reference")
+    assert "'reference'" in graphs[0]
+    assert taken() == "torch"

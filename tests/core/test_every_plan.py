@@ -1,0 +1,67 @@
+"""What every backend owes on each of its plans: v rounded once, rows that lie far apart, a base of each shape."""
+
+import pytest
+import torch
+
+from lmoe_kernels import lmoe, reference
+from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, plain_pytorch, truth
+from tools.error_rule import assert_no_worse
+from tools.far import far_apart
+
+
+@pytest.mark.parametrize(
+    ("mixing", "experts_of_a", "top_k"), [("factors", 3, 2), ("outputs", 3, 2), ("factors", 1, None)], ids=str
+)
+def test_v_is_rounded_once_forward_and_backward(mixing: str, experts_of_a: int, top_k: int | None, every_plan: str) -> None:
+    """v of the first expert is seen as y, where B picks it, and as dB, where each token's dy picks a feature of its own.
+
+    u is exact, so that v = gate h, or gate u, is the only rounding; either of its two factors rounded before would show.
+    """
+    T, E = 128, 3
+    x = torch.randint(1, 16, (T, 1)).bfloat16()
+    lora_a = torch.tensor([3.0, 7.0, 13.0]).bfloat16()[:experts_of_a, None, None]
+    lora_b = torch.zeros(E, 1, T)
+    lora_b[0] = 1.0
+    lora_b.requires_grad_()
+    logits = torch.randn(T, E)
+    logits[:, 0] += 1.0  # most tokens keep it
+
+    gates = reference.gate_softmax(logits, top_k)
+    u = x.float() * lora_a.float().view(1, -1)
+    gate, factor = gates[:, 0], ((gates * u).sum(dim=1) if mixing == "factors" else u[:, 0])
+    once = (gate * factor).bfloat16().float()
+    others = [(gate.bfloat16() * factor).bfloat16().float(), (gate.bfloat16() * factor.bfloat16()).float()]
+    if mixing == "factors" and experts_of_a > 1:
+        others.append((gate * factor.bfloat16()).bfloat16().float())
+    for dx_too in (False, True):  # which a backward has v from the mix's own backward for
+        x.requires_grad_(dx_too)
+        y = lmoe(x, lora_a, lora_b, gate_logits=logits, mixing=mixing, top_k=top_k, backend=every_plan)
+        (db,) = torch.autograd.grad(y, lora_b, torch.eye(T).bfloat16())
+        for name, v in {"y": y[:, 0].float(), "dlora_b": db[0, 0]}.items():
+            assert (v == once).float().mean() > 0.96, name  # the last bit of an exponential may tip a rounding
+            for other in others:
+                assert (v == other).float().mean() < 0.95, name
+
+
+def test_rows_past_two_to_the_31_elements_forward_and_backward(every_plan: str) -> None:
+    problem = make_problem(Case(T=5, I=24, O=16, top_k=2), torch.bfloat16)
+    base, runs = torch.randn(5, 16).bfloat16(), []
+    for place in (torch.clone, far_apart):
+        leaves = leaves_of(problem.tensors)
+        tensors = leaves | {"x": place(problem.tensors["x"])}
+        y = lmoe(**tensors, base=place(base), top_k=2, backend=every_plan)
+        runs.append([y, *torch.autograd.grad(y, [leaves[n] for n in leaves if n != "x"], place(problem.dy))])
+    assert all(torch.equal(near, far) for near, far in zip(*runs, strict=True))
+
+
+def test_a_bias_for_all_tokens_or_a_row_for_each(every_plan: str, watch) -> None:
+    problem = make_problem(Case(T=35, top_k=2), torch.float32)
+    t, true, plain = problem.tensors, truth(problem)["y"], [results["y"] for results in plain_pytorch(problem)]
+    for base in (torch.randn(35, 41), torch.randn(35, 50)[:, :41]):
+        y = lmoe(
+            t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], base=base,
+            scaling=problem.case.scaling, top_k=2, backend=every_plan,
+        )  # fmt: skip
+        assert_no_worse("y", y, [base + other for other in plain], base.double() + true)
+    linear = make_problem(Case(T=35, top_k=2, linear=True), torch.float32)
+    assert_all_no_worse(linear, {"y": linear.call(every_plan)[0]})

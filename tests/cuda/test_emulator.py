@@ -1,0 +1,28 @@
+"""The emulator itself: the kernels are clean under its sanitizers, and every bug put into them is caught."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.emulator import build
+from tools.emulator.bugs import BUGS, PROBLEMS, Bug
+
+pytestmark = pytest.mark.skipif(build.COMPILER is None, reason="no g++ to compile the CUDA emulator")
+
+
+@pytest.fixture(scope="session")
+def cache(request: pytest.FixtureRequest) -> Path:
+    return Path(request.config.cache.mkdir("cuda_emu"))
+
+
+@pytest.mark.parametrize(("target", "problems"), [("plain", 40), ("address", 8)])
+def test_kernels_are_clean(target: str, problems: int, cache: Path, request: pytest.FixtureRequest) -> None:
+    done = build.run_driver(build.build_driver(cache, target), request.config.option.seed, problems)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_bug_is_caught(bug: Bug, cache: Path, tmp_path: Path) -> None:
+    done = build.run_driver(build.build_driver(cache, bug.target, bug.plant(tmp_path)), bug.first_problem, PROBLEMS)
+    assert done.returncode != 0, "not caught"
+    assert bug.caught_as in done.stdout, done.stdout[-4000:]

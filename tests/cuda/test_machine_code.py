@@ -1,0 +1,113 @@
+"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, 16-byte loads."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from lmoe_kernels.backends.cuda import extension
+
+CSRC = Path(__file__).parents[2] / "csrc"
+NVCC = shutil.which("nvcc")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
+PRODUCTS = ("forward", "shrink", "shrink_fwd", "expand", "shrink_bwd", "wgrad_bwd")
+WRITERS = ("forward", "expand")  # of whole rows of y and dx
+KERNELS = (*PRODUCTS, "mix_fwd", "mix_bwd", "wgrad_sum_bwd", "decode_fwd")
+DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
+
+
+def _tool(name: str) -> str | None:
+    """A tool of CUDA's: of the toolkit, or of Triton, which brings its own."""
+    triton = find_spec("triton")
+    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
+    return shutil.which(name) or next((str(place / name) for place in places if (place / name).exists()), None)
+
+
+pytestmark = pytest.mark.skipif(
+    NVCC is None or _tool("cuobjdump") is None or _tool("nvdisasm") is None, reason="no nvcc, or no cuobjdump and nvdisasm"
+)
+
+
+@pytest.fixture(scope="module")
+def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The cubins of each target: the built extension's where it is of these sources, else compiled for the test."""
+    folder = tmp_path_factory.mktemp("cubins")
+    built = _built_extension()
+    if built is not None:
+        subprocess.run(
+            [str(_tool("cuobjdump")), "--extract-elf", "all", str(built)], check=True, cwd=folder, capture_output=True
+        )
+        return {target: sorted(folder.glob(f"*.{target}.cubin")) for target in TARGETS}
+    pairs = [(source, target) for target in TARGETS for source in sorted(CSRC.glob("cuda/*.cu"))]
+    paths = [folder / f"{source.stem}.{target}.cubin" for source, target in pairs]
+
+    def compile_one(source: Path, target: str, to: Path) -> None:
+        command = [str(NVCC), "-cubin", f"-arch={target}", "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(to)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, *zip(*pairs, strict=True), paths))
+    return {target: [path for path in paths if target in path.name] for target in TARGETS}
+
+
+def _built_extension() -> Path | None:
+    """The extension, where it holds every target and is younger than all of its sources."""
+    sources = [path for path in CSRC.rglob("*") if path.is_file()]
+    archs = extension.build_info().get("archs", "")
+    libraries = (
+        extension.BUILD_INFO.parent.glob("_cuda.*.so") if all(t.removeprefix("sm_") in archs for t in TARGETS) else ()
+    )
+    last_change = max(path.stat().st_mtime for path in sources)
+    return next((path for path in libraries if path.stat().st_mtime > last_change), None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills_or_uses_a_stack(target: str, cubins: dict[str, list[Path]]) -> None:
+    usage = {}
+    for cubin in cubins[target]:
+        text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        for symbol, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text):
+            usage[_kernel(symbol)] = (int(stack), int(local))
+    assert set(usage) == {(kernel, dtype) for kernel in KERNELS for dtype in DTYPES.values()}
+    assert not {kernel: used for kernel, used in usage.items() if used != (0, 0)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
+    seen = {}
+    for cubin in cubins[target]:
+        text = _run("nvdisasm", "-c", str(cubin))
+        for symbol, code in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", text, re.S):
+            seen[_kernel(symbol)] = code
+    for (kernel, dtype), code in seen.items():
+        name = f"{kernel} {dtype} {target}"
+        assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
+        if kernel in PRODUCTS:
+            assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
+            assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
+        if kernel in (*PRODUCTS, "decode_fwd"):
+            assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
+        if kernel in WRITERS:
+            assert re.search(r"STG\S*\.128", code), f"{name}: 16-byte stores"
+        if kernel in (*WRITERS, "decode_fwd"):  # of the base; of the weights
+            assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
+        if kernel == "decode_fwd":  # a vector of weights and of x in each of four steps
+            together = max(len(re.findall(r"LDG\S*\.128", part)) for part in re.split(r"\bFFMA\b", code))
+            assert together >= 8, f"{name}: only {together} 16-byte loads on the way together"
+    assert len(seen) == len(KERNELS) * len(DTYPES)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(_tool(tool)), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _kernel(symbol: str) -> tuple[str, str]:
+    """Name and dtype of a kernel, from its symbol."""
+    found = re.search(r"lmoe\d+(\w+?)_kernelI(\w+?)EEv", symbol)
+    assert found, symbol
+    return found[1], DTYPES[found[2]]

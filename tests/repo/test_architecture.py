@@ -1,0 +1,130 @@
+"""Imports run one way, files and functions stay small, and the package says nothing of the machine it was made on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "lmoe_kernels"
+
+# Every module of the package, from the top storey to the bottom: a module imports only from storeys below its own.
+STOREYS = [
+    {"__init__", "info"},
+    {"auxiliary", "checkpoint"},
+    {"model"},
+    {"pretrained"},
+    {"beside_peft"},
+    {"contents"},
+    {"adapter", "targets"},
+    {"layer"},
+    {"functional", "losses"},
+    {"autograd"},
+    {"ops"},
+    {"dispatch"},
+    {"backends"},
+    {"checks", "distributed", "naming", "quantised", "reference", "version"},
+]
+LEVEL = {module: level for level, storey in enumerate(STOREYS) for module in storey}
+
+
+def _sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _room(path: Path) -> str:
+    """The module or folder right under the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> set[str]:
+    """Full names of all modules that a file imports."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path.name}: relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _own_imports(path: Path) -> set[str]:
+    """Full names of the package's modules that a file imports."""
+    return {name for name in _imports(path) if name.startswith("lmoe_kernels.")}
+
+
+def test_every_module_has_a_storey() -> None:
+    assert {_room(path) for path in PACKAGE.rglob("*.py")} == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", _sources("lmoe_kernels"), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    here = _room(path)
+    for name in _own_imports(path):
+        there = name.split(".")[1]
+        if there in LEVEL and there != here:
+            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which stands on its own storey or above"
+
+
+def test_backends_import_neither_one_another_nor_anything_above() -> None:
+    for path in (PACKAGE / "backends").rglob("*.py"):
+        own = ".".join(path.relative_to(ROOT).parts[:3]).removesuffix(".py")
+        for name in _own_imports(path):
+            assert name.startswith(own), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_every_backend_has_the_same_rooms() -> None:
+    for folder in (PACKAGE / "backends").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            assert {"__init__.py", "forward.py", "backward.py"} <= {f.name for f in folder.iterdir()}, folder.name
+
+
+@pytest.mark.parametrize("path", _sources("tools"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_tools_import_neither_tests_nor_benchmarks(path: Path) -> None:
+    assert not {name.split(".")[0] for name in _imports(path)} & {"tests", "benchmarks"}
+
+
+def test_the_reference_imports_torch_alone() -> None:
+    tree = ast.parse((PACKAGE / "reference.py").read_text(encoding="utf-8"))
+    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    assert modules == {"torch"}
+
+
+@pytest.mark.parametrize("absent", ["triton", "safetensors", "transformers", "peft"])
+def test_the_package_works_without(absent: str) -> None:
+    program = f"""
+import sys
+sys.modules[{absent!r}] = None
+import torch, lmoe_kernels as lk
+layer = lk.LMoELinear(8, 8, num_experts=2, rank=2)
+layer(torch.randn(3, 8)).sum().backward()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    program = "import sys, torch; before = set(sys.modules); import lmoe_kernels; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
+    heavy = {"triton", "peft", "transformers", "safetensors", "lmoe_kernels.backends.torch"}
+    assert not heavy & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "path", _sources("lmoe_kernels", "benchmarks", "examples", "tests", "tools"), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_sizes(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            lines = (node.end_lineno or 0) - node.lineno + 1
+            assert lines <= (120 if kernel else 80), f"{node.name} has {lines} lines"
+
+
+def test_the_storeys_name_each_module_once() -> None:
+    assert sum(map(len, STOREYS)) == len(LEVEL)

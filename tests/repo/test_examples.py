@@ -1,0 +1,79 @@
+"""The demo on a tiny budget, and the commands and code of the README as they stand."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmoe_kernels import lmoe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_demo(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/three_domains.py", "--tiny", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert set(results["bits_per_byte"]) == {"base", "L-MoE", "one LoRA"}
+    assert all(0 < bits < 9 for by_domain in results["bits_per_byte"].values() for bits in by_domain.values())
+    parameters = results["trainable_parameters"]
+    assert abs(parameters["L-MoE"] / parameters["one LoRA"] - 1) < 0.02
+    gates = torch.tensor(list(results["gates"].values()))
+    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(28, 3))
+    costs = results["costs"]
+    saved = {name: cost["saved_bytes_per_token"] for name, cost in costs.items()}
+    assert saved["frozen model"] < saved["L-MoE, torch backend"] < saved["loop over 8 PEFT LoRAs"] / 3
+    for picture in ("bits.png", "gates.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "of the two adapters" in run.stdout
+    assert (tmp_path / "adapter" / "lmoe.safetensors").is_file()
+
+
+def test_demo_is_repeatable_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    demo = importlib.import_module("three_domains")
+    domains = demo.load_domains()
+    trained = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        model = demo.small_llama()
+        demo.train("repeat", model, domains, 1, seed)
+        trained.append(model.lm_head.weight.detach())
+    assert torch.equal(trained[0], trained[1])
+    assert not torch.equal(trained[0], trained[2])
+
+
+@pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
+def test_readme_code_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[number]
+    exec(compile(code, f"README.md, block {number}", "exec"), {})
+
+
+def test_readme_commands_exist() -> None:
+    shell = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", README, flags=re.DOTALL))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", shell, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+    for module in re.findall(r"python -m (\S+)", shell):
+        assert (ROOT / module.replace(".", "/")).exists() or (ROOT / (module.replace(".", "/") + ".py")).exists(), module
+    first, second = re.findall(r"^make (\w+)", shell, flags=re.MULTILINE)[:2]
+    assert (first, second) == ("demo", "test")
+
+
+def test_readme_number_of_the_two_mixings() -> None:
+    """The README shows how far the mixings lie apart; the number is that of its own code."""
+    stated = float(re.findall(r"differ by ([\d.]+)\s+of their norm", README)[0])
+    torch.manual_seed(0)
+    x, a, b = torch.randn(64, 256), torch.randn(8, 16, 256) / 16, torch.randn(8, 16, 256) / 4
+    gate = torch.randn(8, 256) / 16
+    factors, outputs = (lmoe(x, a, b, gate_weight=gate, mixing=mixing) for mixing in ("factors", "outputs"))
+    measured = ((factors - outputs).norm() / outputs.norm()).item()
+    assert abs(measured - stated) < 0.005

@@ -1,0 +1,122 @@
+"""Every Triton kernel on tokens whose elements lie past 2^31 in every tensor, as 32-bit offsets cannot reach them.
+
+There are 2^30 tokens before the few that are looked at. Of those tokens neither memory nor time is taken: tensors are
+mapped, not committed, and kernels are started on the last tiles alone.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lmoe_kernels.backends.triton import configs, grouped
+from lmoe_kernels.backends.triton.configs import Chip, Sizes, Tile, WgradPlan
+from tests.problems import Case, Problem, make_problem
+from tools.far import untouched
+from tools.interpreter.bytes import counted
+
+FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
+BEFORE = 2**30  # tokens: what is there twice for each of them, a slot's third part too, lies past 2^31 elements
+CASES = {
+    "_one_pass_fwd_kernel": (1, Case(T=20, I=40, O=37, E=16, R=4)),
+    "_shrink_mix_fwd_kernel": (1, Case(T=20, I=40, O=37, E=3, R=16, shared_a=True)),
+    "_shrink_fwd_kernel": (64, Case(T=20, I=260, O=257, E=16, R=8, mixing="outputs")),
+    "_grouped_shrink_fwd_kernel": (1, Case(T=20, I=40, O=37, E=9, R=8, top_k=3, renormalize=False)),
+}
+
+
+@pytest.mark.parametrize("first_kernel", CASES)
+def test_the_last_tokens_of_many(first_kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    processors, case = CASES[first_kernel]
+    chip = Chip("interpreter", processors, 1 << 16)
+    for module in (FORWARD, BACKWARD):
+        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    _plans_of_few_tokens(case, chip, monkeypatch)
+    problem, base = make_problem(case, torch.bfloat16), torch.randn(case.T, case.O).bfloat16()
+    expected = _forward_and_backward(problem, base, lambda rows: rows)
+
+    _start_the_last_tiles_alone(case, monkeypatch)
+    with counted() as counts:  # which refuses what lies outside of a kernel's arguments
+        results = _forward_and_backward(problem, base, _behind_many_others)
+    assert first_kernel in {access.kernel for access in counts}
+    for name, result in results.items():
+        assert torch.equal(result[BEFORE:] if len(result) > BEFORE else result, expected[name]), name
+
+
+def _forward_and_backward(problem: Problem, base: Tensor, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    case, t = problem.case, problem.tensors
+    x, options = place(t["x"]), case.options
+    factors = t["lora_a"], t["lora_b"]
+    y, logits, u = FORWARD.forward(x, *factors, t["gate_weight"], None, place(base), *options, True)
+    dy, dlogits = place(problem.dy), place(problem.dlogits)
+    grads = BACKWARD.backward(dy, dlogits, x, *factors, t["gate_weight"], logits, u, *options, (True,) * 4)
+    return dict(zip(("y", "logits", "dx", "dlora_a", "dlora_b", "dgate"), (y, logits, *grads), strict=True))
+
+
+def _behind_many_others(rows: Tensor) -> Tensor:
+    far = untouched((BEFORE + len(rows), *rows.shape[1:]), rows.dtype)
+    far[BEFORE:] = rows
+    return far
+
+
+def _plans_of_few_tokens(case: Case, chip: Chip, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiles of the few tokens also where there are many; a weight gradient has those in front in two splits."""
+    wgrad = configs.wgrad_plan
+
+    def wgrad_plan(tokens: int, *rest) -> WgradPlan:
+        tile = wgrad(case.T, *rest).tile
+        return WgradPlan(tile, 1, case.T) if tokens == case.T else WgradPlan(tile, 3, BEFORE // 2)
+
+    experts_of_a = 1 if case.shared_a else case.E
+    few, many = (Sizes(T, case.I, case.O, case.E, experts_of_a, case.R) for T in (case.T, BEFORE))
+    dtype = torch.bfloat16
+    plans = {
+        "forward_plan": configs.forward_plan(few, dtype, chip),
+        "backward_plan": configs.backward_plan(few, dtype, chip),
+        "grouped_plan": configs.grouped_plan(many, case.top_k, dtype, chip),
+    }
+    for name, plan in plans.items():
+        monkeypatch.setattr(configs, name, lambda *_, plan=plan: plan)
+    monkeypatch.setattr(configs, "wgrad_plan", wgrad_plan)
+
+
+def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    launch, builder = grouped.launch, interpreter.InterpreterBuilder
+    program_id, by_expert = builder.create_get_program_id, grouped.by_expert
+
+    def launch_last(kernel, grid: tuple[int, ...], *args, tile: Tile, **constants) -> None:
+        tiles, splits = BEFORE // tile.T, (grid[2] if kernel.fn.__name__ == "_wgrad_bwd_kernel" else 1)
+        of_tokens = grid[0] > tiles
+        first = (tiles if of_tokens and "order_ptr" not in kernel.arg_names else 0, 0, splits - 1)
+        grid = (grid[0] - tiles if of_tokens else grid[0], *grid[1:2], *([1] if splits > 1 else grid[2:]))
+
+        def shifted(self: Any, axis: int) -> Any:
+            program = program_id(self, axis)
+            program.data += first[axis]
+            return program
+
+        with monkeypatch.context() as context:
+            context.setattr(builder, "create_get_program_id", shifted)
+            launch(kernel, grid, *args, tile=tile, **constants)
+
+    def by_expert_of_the_last(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        few, bounds = by_expert(experts[:, BEFORE:], num_experts)
+        order = untouched(tuple(experts.shape), torch.int32)
+        order[:, : case.T] = BEFORE + few
+        return order, bounds
+
+    def new_empty(self: Tensor, *size, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
+        return untouched(torch.Size(size if isinstance(size[0], int) else size[0]), dtype or self.dtype)
+
+    for module in (FORWARD, BACKWARD, grouped):
+        monkeypatch.setattr(module, "launch", launch_last)
+    monkeypatch.setattr(grouped, "by_expert", by_expert_of_the_last)
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda like: untouched(tuple(like.shape), like.dtype))

@@ -1,0 +1,86 @@
+"""How the Triton kernels are launched: on the tensors' device, and with no result written for nobody."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lmoe_kernels import lmoe
+from lmoe_kernels.backends.triton import grouped
+from lmoe_kernels.backends.triton.launch import on_device_of
+from tests import plans
+from tests.problems import Case, Problem, gradients, leaves_of, make_problem
+from tools.interpreter.bytes import counted, stored_to
+
+FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
+PLANS = [plan for backend, plan in plans.PLANS if backend == "triton"]
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    plans.force("triton", request.param, monkeypatch)
+    return request.param
+
+
+def _problem() -> Problem:
+    return make_problem(Case(T=35, I=136, O=130, E=5, R=3, top_k=2), torch.float32)
+
+
+def test_the_current_device_is_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [torch.device("cuda", 0)]
+
+    @contextmanager
+    def device(index: torch.device) -> Iterator[None]:
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    with on_device_of(rows):
+        assert current[-1] == rows.device
+    assert current == [torch.device("cuda", 0)]
+    with on_device_of(torch.empty(1)):
+        assert current == [torch.device("cuda", 0)], "no tensor on a GPU, no change"
+
+
+def test_every_kernel_is_launched_on_the_device_of_the_rows(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, within, launched = _problem(), [], []
+
+    @contextmanager
+    def device_of(rows: Tensor) -> Iterator[None]:
+        within.append(tuple(rows.shape))
+        yield
+        within.pop()
+
+    for module in (FORWARD, BACKWARD, grouped):
+        launch = module.launch
+
+        def checked(kernel, *args, launch=launch, **constants) -> None:
+            assert within, f"{kernel.fn.__name__} is launched on whatever device is current"
+            launched.append((kernel.fn.__name__, within[-1]))
+            launch(kernel, *args, **constants)
+
+        monkeypatch.setattr(module, "launch", checked)
+    for module in (FORWARD, BACKWARD):
+        monkeypatch.setattr(module, "on_device_of", device_of)
+    leaves = leaves_of(problem.tensors)
+    gradients(problem, problem.call("triton", **leaves), leaves)
+    assert {shape for _, shape in launched} == {(35, 136), (35, 130)}, "x in the forward, dy in the backward"
+
+
+def test_logits_are_written_for_those_who_want_them_alone(plan: str) -> None:
+    t = _problem().tensors
+    factors, options = (t["x"], t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "top_k": 2, "backend": "triton"}
+    with counted() as counts:
+        lmoe(*factors, **options)
+    assert stored_to(counts, "logits") == 0
+    with counted() as counts:
+        lmoe(*factors, **options, return_router_logits=True)
+    assert stored_to(counts, "logits") == 35 * 5 * 4

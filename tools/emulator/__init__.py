@@ -1,0 +1,1 @@
+"""A CPU emulator for the CUDA kernels: builds, seeded bugs, recorded launches, and a race check."""
