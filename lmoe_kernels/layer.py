@@ -33,8 +33,8 @@ class LMoELinear(nn.Module):
             where the gates are renormalised, else num_experts.
         mixing: see `lmoe`.
         top_k: see `lmoe`.
-        renormalize: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that a loss on the output does
-            not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
+        renormalize: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that a loss on the output
+            does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
         backend: see `lmoe`.
         shared_a: one A for all experts, a B for each.
         gate_bias: whether the gate has a bias, zero at the start.
@@ -116,14 +116,13 @@ class LMoELinear(nn.Module):
         backend: BackendName | None = None,
         **unknown: NoReturn,
     ) -> "LMoELinear":
-        """Wrap a layer, which is frozen and kept, not copied.
+        """Wrap a layer, which is frozen and kept, not copied. The other keywords are those of `LMoELinear`.
 
         Args:
             linear: any module with `in_features` and `out_features`, or transformers' Conv1D. The product of a plain
                 `nn.Linear` is computed together with the delta; of any other class (a quantised one, say), or of one with
                 hooks or a forward of its own, the forward is called.
             dtype: of experts and gate; None for fp32, or fp64 beside an fp64 layer.
-            the others: see `LMoELinear`.
 
         Raises:
             ValueError: an option does not fit.

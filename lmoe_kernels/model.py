@@ -57,7 +57,7 @@ def apply_lmoe(
 
     The first call freezes everything but experts, gates and `modules_to_save`; a later one freezes no more than the layers
     that it wraps. In a PEFT model nothing else is frozen, and an adapted layer gets its experts below PEFT's adapter: both
-    are trained.
+    are trained. The keywords from `num_experts` on are those of `LMoELinear`.
 
     Args:
         model: any module; its layers with `in_features` and `out_features` (and transformers' Conv1D) can be targets, save
@@ -70,8 +70,6 @@ def apply_lmoe(
         modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
             initialised classifier, say.
         dtype: of experts and gates, see `LMoELinear.from_linear`.
-        num_experts, rank, alpha, mixing, top_k, renormalize, shared_a, gate_bias, gate_init_std, output_router_logits,
-            backend: see `LMoELinear`.
 
     Returns:
         the names of the layers that were changed, in the model's order.
