@@ -64,7 +64,7 @@ def apply_lmoe(
             those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call. Give the whole model:
             transformers' `save_pretrained` of one that was given in part does not know of the layers.
         target_modules: names of layers, one or several: a whole name ("model.layers.0.self_attn.q_proj"), the end of one
-            ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every such
+            ("q_proj"), or a regular expression that the whole name matches (`r".*\.mlp\..*"`); or "all-linear", every such
             layer but the model's heads (a transformers model's output embedding, its classifier, what else it has around
             its base model). Names are those of the plain model, whatever wraps it.
         modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
