@@ -59,7 +59,8 @@ def load_lmoe(
         model: the model that was saved, with or without its L-MoE layers, plain or wrapped. To a distributed model no
             layers can be added: load first, or fill layers that it has.
         directory: where `save_lmoe` wrote; or several of these, each for layers of its own.
-        backend, output_router_logits: of the layers that are made, see `LMoELinear`.
+        backend: of the layers that are made, see `LMoELinear`.
+        output_router_logits: of the layers that are made, see `LMoELinear`.
 
     Returns:
         the names of the layers in the plain model.
