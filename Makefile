@@ -4,9 +4,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 TESTS  := $(VENV)/ready-for-tests
+DOCS   := $(VENV)/ready-for-docs
 OUT    ?= demo
+CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: help demo test lint format types build bench gpu static racecheck check clean
+.PHONY: help demo test lint format types docs pictures build bench gpu static racecheck check clean
 .DEFAULT_GOAL := help
 
 help: ## Say what there is to make
@@ -21,13 +23,21 @@ test: $(TESTS) ## Run every test that needs no GPU
 lint: $(READY) ## Look for errors of style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(READY) ## Bring the sources into form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 types: $(READY) ## Check the types
 	$(BIN)/basedpyright
+
+docs: $(DOCS) ## Build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(READY) ## Draw the documentation's pictures anew
+	$(BIN)/python -m docs.pictures.draw
 
 build: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -49,7 +59,7 @@ racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitize
 check: lint types test ## All that must be green before a change lands
 
 clean: ## Remove what was built, the environment too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f lmoe_kernels/_cuda*.so lmoe_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,4 +71,8 @@ $(READY): requirements-dev.txt pyproject.toml
 
 $(TESTS): requirements-test.txt $(READY)
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(READY)
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
 	@touch $@

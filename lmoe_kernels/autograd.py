@@ -61,16 +61,15 @@ def _wanted(ctx: _Context) -> Wanted:
 
 
 def _backward(
-    ctx: _Context, op: Callable[..., tuple[Tensor, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
+    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, *factors, weight, logits, u = ctx.saved_tensors
     # no dy: the loss looked at the router logits alone
     grad_y: Tensor = u.new_zeros(u.shape[0], Factors(*factors).lora_b.shape[2]) if dy is None else dy
     wanted = [*_wanted(ctx), ctx.needs_input_grad[_WEIGHT]]
-    grads: list[Tensor | None] = [None] * len(wanted)
+    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if any(wanted):
-        results = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
-        grads = [grad if asked else None for grad, asked in zip(results, wanted, strict=True)]
+        grads = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
     dbase = None
     if ctx.needs_input_grad[_WEIGHT + 1]:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
@@ -118,7 +117,7 @@ class _TransformableBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
         return ops.backward(*args)
 
     @staticmethod

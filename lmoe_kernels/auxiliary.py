@@ -30,7 +30,8 @@ def auxiliary_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.0, m
 
     Args:
         model: of its L-MoE layers those with `output_router_logits` that have run.
-        balance, z: the weights of the two losses.
+        balance: the weight of the balance loss.
+        z: the weight of the router z-loss.
         mask: which tokens count, as in `balance_loss`. One tensor (B, S) for all layers; or {"encoder": (B, S), "decoder":
             (B, U)}, None for either where all count: each layer takes the mask of the tokens that it sees, which its name
             tells, or else the shape (cross-attention's keys and values see the encoder's); or a function from a layer's
@@ -67,7 +68,8 @@ def add_auxiliary_loss(
 
     Args:
         trainer: made with a model, whose L-MoE layers keep their router logits (`output_router_logits`).
-        balance, z: the weights of the two losses.
+        balance: the weight of the balance loss.
+        z: the weight of the router z-loss.
         mask: from the keyword arguments of the model's forward to a mask of `auxiliary_loss`. None for `attention_mask`;
             in an encoder-decoder model that for the encoder, and for the decoder `decoder_attention_mask`, or where there
             is none the tokens whose label is not -100.

@@ -59,7 +59,8 @@ def load_lmoe(
         model: the model that was saved, with or without its L-MoE layers, plain or wrapped. To a distributed model no
             layers can be added: load first, or fill layers that it has.
         directory: where `save_lmoe` wrote; or several of these, each for layers of its own.
-        backend, output_router_logits: of the layers that are made, see `LMoELinear`.
+        backend: of the layers that are made, see `LMoELinear`.
+        output_router_logits: of the layers that are made, see `LMoELinear`.
 
     Returns:
         the names of the layers in the plain model.
@@ -157,8 +158,8 @@ def _check_layer(
         _fail(where, f"have the model's options {present.config()}", adapter.layers[name])
     in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
     try:
-        config.check()
         checks.check_finite("LMoELinear", "alpha", config.alpha, "be a finite number")
+        config.check()
         for key, shape in config.shapes(in_features, out_features).items():
             _check_tensor(f"{name}.{key}", adapter.tensors, shape)
     except (ValueError, TypeError) as error:

@@ -75,12 +75,13 @@ def check_bool(op: str, name: str, value: bool) -> None:
         fail(op, name, "be a bool", type(value).__name__, TypeError)
 
 
-def check_finite(op: str, name: str, value: Any, must: str, at_least: float = -math.inf) -> None:
+def check_finite(op: str, name: str, value: float | None, must: str, at_least: float = -math.inf) -> None:
     """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
-    if not isinstance(value, Real):
+    number: Any = value
+    if not isinstance(number, Real):
         fail(op, name, must, type(value).__name__, TypeError)
-    inside = abs(value) <= sys.float_info.max  # math.isfinite cannot be compiled, and raises for long integers
-    if not (inside and value >= at_least):
+    inside = abs(number) <= sys.float_info.max  # math.isfinite cannot be compiled, and raises for long integers
+    if not (inside and number >= at_least):
         too_long = isinstance(value, int) and not inside
         fail(op, name, must, "an integer beyond the range of a float" if too_long else repr(value))
 

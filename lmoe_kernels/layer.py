@@ -22,12 +22,20 @@ class LMoELinear(nn.Module):
         y = frozen_layer(x) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, scaling=alpha / rank, ...)
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
-        num_experts, rank: E and R.
+        in_features: I, as in `nn.Linear`.
+        out_features: O.
+        bias: whether the frozen layer has a bias.
+        device: of the frozen layer, the experts and the gate.
+        dtype: of the frozen layer.
+        num_experts: E.
+        rank: R, of one expert.
         alpha: the delta is scaled by alpha / rank; None for 2 * rank times the number of experts that share a token: top_k
             where the gates are renormalised, else num_experts.
-        mixing, top_k, renormalize, backend: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that
-            a loss on the output does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
+        mixing: see `lmoe`.
+        top_k: see `lmoe`.
+        renormalize: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that a loss on the output
+            does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
+        backend: see `lmoe`.
         shared_a: one A for all experts, a B for each.
         gate_bias: whether the gate has a bias, zero at the start.
         gate_init_std: standard deviation of the gate's initial weights; None for 1 / sqrt(in_features), under which router
@@ -41,7 +49,8 @@ class LMoELinear(nn.Module):
         gate_weight: (E, I).
         gate_bias: (E) or None. Experts and gate are fp32 whatever the frozen layer's precision (fp64 if it is fp64): in bf16
             the small steps of an optimizer are lost in rounding.
-        weight, bias: the frozen layer's, for code that asks for their dtype. A product with them misses the experts.
+        weight: the frozen layer's, for code that asks for its dtype. A product with it misses the experts.
+        bias: the frozen layer's.
         router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
         disabled: whether forward leaves the experts out, see `disable_lmoe`.
 
@@ -107,14 +116,13 @@ class LMoELinear(nn.Module):
         backend: BackendName | None = None,
         **unknown: NoReturn,
     ) -> "LMoELinear":
-        """Wrap a layer, which is frozen and kept, not copied.
+        """Wrap a layer, which is frozen and kept, not copied. The other keywords are those of `LMoELinear`.
 
         Args:
             linear: any module with `in_features` and `out_features`, or transformers' Conv1D. The product of a plain
                 `nn.Linear` is computed together with the delta; of any other class (a quantised one, say), or of one with
                 hooks or a forward of its own, the forward is called.
             dtype: of experts and gate; None for fp32, or fp64 beside an fp64 layer.
-            the others: see `LMoELinear`.
 
         Raises:
             ValueError: an option does not fit.

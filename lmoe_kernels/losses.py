@@ -49,7 +49,16 @@ def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None 
     Semantics:
         loss = logits.logsumexp(-1).square().mean()
 
-    Args, Returns, Raises: as `balance_loss`.
+    Args:
+        router_logits: (..., E), or several of them, as in `balance_loss`.
+        mask: (...), as in `balance_loss`.
+
+    Returns:
+        a scalar in fp32 (fp64 for fp64), 0 where no token counts.
+
+    Raises:
+        ValueError: as `balance_loss`.
+        TypeError: as `balance_loss`.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """

@@ -57,21 +57,19 @@ def apply_lmoe(
 
     The first call freezes everything but experts, gates and `modules_to_save`; a later one freezes no more than the layers
     that it wraps. In a PEFT model nothing else is frozen, and an adapted layer gets its experts below PEFT's adapter: both
-    are trained.
+    are trained. The keywords from `num_experts` on are those of `LMoELinear`.
 
     Args:
         model: any module; its layers with `in_features` and `out_features` (and transformers' Conv1D) can be targets, save
             those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call. Give the whole model:
             transformers' `save_pretrained` of one that was given in part does not know of the layers.
         target_modules: names of layers, one or several: a whole name ("model.layers.0.self_attn.q_proj"), the end of one
-            ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every such
+            ("q_proj"), or a regular expression that the whole name matches (`r".*\.mlp\..*"`); or "all-linear", every such
             layer but the model's heads (a transformers model's output embedding, its classifier, what else it has around
             its base model). Names are those of the plain model, whatever wraps it.
         modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
             initialised classifier, say.
         dtype: of experts and gates, see `LMoELinear.from_linear`.
-        num_experts, rank, alpha, mixing, top_k, renormalize, shared_a, gate_bias, gate_init_std, output_router_logits,
-            backend: see `LMoELinear`.
 
     Returns:
         the names of the layers that were changed, in the model's order.

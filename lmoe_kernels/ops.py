@@ -1,10 +1,11 @@
 """The two operations as torch.library ops: what torch.compile, torch.export and the profiler see.
 
 `lmoe_kernels::forward` and `lmoe_kernels::backward` are functional, return a fixed tuple of tensors, and alias none of their
-inputs; a result that is not asked for is an empty tensor. They have no gradients of their own: these are `autograd`'s. Their
-bodies hold what all backends share: rows made contiguous, autocast and autograd kept out, and the frozen product in the
-delta-first order. The backend writes the (small) delta, and the frozen GEMM then adds into it with beta = 1, so that the
-second half of that read-modify-write hides in a compute-bound GEMM and only the small term is rounded before the sum.
+inputs. A gradient that is not wanted is None; logits and u that are not to be saved are empty. The ops have no gradients of
+their own: `autograd` gives them. Their bodies hold what all backends share: rows are made contiguous, autocast and autograd
+are switched off, and the frozen product comes last. The backend writes the (small) delta, and the frozen GEMM adds into it
+with beta = 1: the second half of that read-modify-write hides in a compute-bound GEMM, and only the delta is rounded before
+the sum.
 
 A backend is chosen inside an op, by the sizes that it really gets. A choice made while torch.compile traces would be one of
 the traced sizes, and wrong for others wherever the guards are dropped; sizes that are not known then could not be compared.
@@ -83,8 +84,8 @@ def _backward(
     wanted: list[bool],  # the fields of Wanted, and whether weight's is
     backend: str,
     *options: Any,  # the fields of Options
-) -> tuple[Tensor, ...]:
-    """The gradients that are wanted, the others empty."""
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted."""
     dy, x = _rows(dy), _rows(x)
     factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
@@ -96,7 +97,7 @@ def _backward(
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
         dweight = dy.t() @ x if wanted[-1] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (*grads, dweight))
+    return *grads, dweight
 
 
 def _forward_fake(
@@ -114,13 +115,12 @@ def _backward_fake(
     dy: Tensor, dlogits: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, logits: Tensor | None, u: Tensor,
     wanted: list[bool], *rest: object,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
     likes = (dx, lora_a, lora_b, gate_weight, gate_bias, gate_logits, dweight)
     return tuple(
-        like.new_empty(like.shape) if asked and like is not None else dy.new_empty(0)
-        for like, asked in zip(likes, wanted, strict=True)
+        like.new_empty(like.shape) if asked and like is not None else None for like, asked in zip(likes, wanted, strict=True)
     )
 
 
