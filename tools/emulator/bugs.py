@@ -14,8 +14,8 @@ PROBLEMS = 4
 class Bug:
     """A change of one place in csrc/, and the message that shows that it was caught.
 
-    The place is found by its code within one function, in a copy without comments. So neither a new comment nor the same line
-    in another function makes a bug's place ambiguous.
+    The place is found by its code within one function, in a copy without comments. So neither a new comment nor the same
+    line in another function makes the place ambiguous.
     """
 
     name: str

@@ -20,7 +20,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
     sizes, has_gate = factors.sizes(dy.shape[0]), factors.gate_logits is None
-    T, I, O, E, R, experts_of_a = sizes
+    T, I, O, E, R, experts_of_a = sizes  # noqa: E741
     grads = _allocate(dy, I, factors, wanted)
     if T == 0:
         return grads
@@ -62,7 +62,7 @@ def _allocate(dy: Tensor, in_features: int, factors: Factors, wanted: Wanted) ->
 
 def _partial_sums(sizes: Sizes, parts: int, splits: int, columns: int) -> int:
     """How many partial sums the largest of the split products has: dv, the weight gradients over x, and that over dy."""
-    T, I, O, E, R, _ = sizes
+    T, I, O, E, R, _ = sizes  # noqa: E741
     dv = parts * T * E * R if parts > 1 else 0
     weights = splits * max(columns * I, E * R * O) if splits > 1 else 0
     return max(dv, weights)

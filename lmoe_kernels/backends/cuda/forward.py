@@ -22,7 +22,7 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     sizes, has_gate = factors.sizes(x.shape[0]), factors.gate_logits is None
-    T, I, O, E, R, experts_of_a = sizes
+    T, I, O, E, R, experts_of_a = sizes  # noqa: E741
     library = extension.library()
     device, stream = extension.queue(x)
     element_size, processors = x.element_size(), extension.processors(device)
