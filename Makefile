@@ -6,6 +6,7 @@ READY  := $(VENV)/ready
 TESTS  := $(VENV)/ready-for-tests
 DOCS   := $(VENV)/ready-for-docs
 OUT    ?= demo
+CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: help demo test lint format types docs pictures build bench gpu static racecheck check clean
 .DEFAULT_GOAL := help
@@ -22,10 +23,12 @@ test: $(TESTS) ## Run every test that needs no GPU
 lint: $(READY) ## Look for errors of style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 format: $(READY) ## Bring the sources into form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 types: $(READY) ## Check the types
 	$(BIN)/basedpyright

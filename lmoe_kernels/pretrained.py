@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lmoe_kernels import beside_peft, quantised
+from lmoe_kernels import peft_interop, quantised
 from lmoe_kernels.adapter import WEIGHTS, write_adapter
 from lmoe_kernels.checks import fail
 from lmoe_kernels.contents import adapter_of
@@ -99,8 +99,8 @@ def install(model: nn.Module) -> None:
     for part in model.modules():
         if _SAVE in vars(part) or not callable(getattr(type(part), _SAVE, None)):
             continue
-        if beside_peft.is_peft_model(part):
-            beside_peft.install(part)
+        if peft_interop.is_peft_model(part):
+            peft_interop.install(part)
         elif hasattr(part, "config"):
             quantised.let_train(part)
             setattr(part, _SAVE, Save(part))
@@ -111,8 +111,8 @@ def restore(model: nn.Module) -> None:
     """Give every model its class's own methods back, and a quantised one its quantizer."""
     for part in model.modules():
         saver = vars(part).get(_SAVE)
-        if beside_peft.is_peft_model(part):
-            beside_peft.restore(part)
+        if peft_interop.is_peft_model(part):
+            peft_interop.restore(part)
         elif isinstance(saver, Save):
             quantised.restore(part)
             saver.hook.remove()

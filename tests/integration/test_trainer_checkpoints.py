@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("make", [on_peft, below_peft])
-def test_experts_that_are_not_the_models_are_refused_beside_peft(make, tmp_path: Path) -> None:
+def test_experts_that_are_not_the_models_are_refused_peft_interop(make, tmp_path: Path) -> None:
     model = made(make, llama())
     model.save_pretrained(tmp_path)
     other = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))

@@ -44,7 +44,7 @@ def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
         yield name
 
 
-def beside_peft(seed: int, folder: Path) -> Iterator[str]:
+def peft_interop(seed: int, folder: Path) -> Iterator[str]:
     """A LoRA of PEFT's is trained in the same model; saving and loading that one is PEFT's affair."""
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     for name in ("DDP", "FSDP1", "FSDP2"):
@@ -207,7 +207,7 @@ Check = Callable[[int, Path], Iterator[str]]
 CHECKS: dict[str, Check] = {
     **{name: partial(flow, stack) for name, stack in STACKS.items()},
     "from each into the next": from_each_into_the_next,
-    "beside PEFT": beside_peft,
+    "beside PEFT": peft_interop,
     "from the meta device": from_the_meta_device,
     "no new layers": no_new_layers,
     "what FSDP1 holds": what_fsdp1_holds,

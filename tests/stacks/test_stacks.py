@@ -94,7 +94,7 @@ def test_from_each_wrapping_into_the_next(reports: Reports) -> None:
     _hold(reports["from each into the next"])
 
 
-def test_beside_peft(reports: Reports) -> None:
+def test_peft_interop(reports: Reports) -> None:
     _hold(reports["beside PEFT"])
 
 

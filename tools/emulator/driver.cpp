@@ -193,12 +193,14 @@ struct Truth {
     std::vector<double> y, dx, da, db, dgate;
 };
 
-// One token, in the factored form; see lmoe_kernels/reference.py.
-void add_token(const Problem& q, int64_t t, Truth& out) {
-    const bool shared = q.experts_of_a == 1;
-    auto a_at = [&](int64_t e, int64_t r, int64_t i) { return ((shared ? 0 : e) * q.R + r) * q.I + i; };
-    auto b_at = [&](int64_t e, int64_t r, int64_t o) { return (e * q.R + r) * q.O + o; };
-    std::vector<double> logit(q.E), softmax(q.E), gate(q.E), u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
+struct Gates {
+    std::vector<double> softmax, gate;  // of all experts; of those kept, the others 0
+    std::vector<bool> kept;
+};
+
+// The gates of one token.
+Gates gates_of(const Problem& q, int64_t t) {
+    std::vector<double> logit(q.E), softmax(q.E), gate(q.E);
     std::vector<bool> kept(q.E);
     for (int64_t e = 0; e < q.E; ++e) {
         if (q.outside) logit[e] = q.logits_in.get(t * q.E + e);
@@ -215,6 +217,33 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
     for (int64_t e = 0; e < q.E; ++e) {
         softmax[e] /= sum;
         gate[e] = kept[e] ? softmax[e] : 0;
+    }
+    return {softmax, gate, kept};
+}
+
+// The backward of one token's gates, from the gradients of the gates.
+void add_gates(const Problem& q, int64_t t, const Gates& gates, const std::vector<double>& dg, Truth& out) {
+    double mean = 0;
+    for (int64_t e = 0; e < q.E; ++e) mean += gates.gate[e] * dg[e];
+    for (int64_t e = 0; e < q.E; ++e) {
+        const double dlogit = gates.softmax[e] * ((gates.kept[e] ? dg[e] : 0) - mean);
+        if (q.outside) out.dgate[t * q.E + e] = dlogit;
+        for (int64_t i = 0; i < q.I && !q.outside; ++i) {
+            out.dgate[e * q.I + i] += dlogit * q.x.get(t * q.x_stride + i);
+            out.dx[t * q.I + i] += dlogit * q.gate_weight.get(e * q.I + i);
+        }
+    }
+}
+
+// One token, in the factored form; see lmoe_kernels/reference.py.
+void add_token(const Problem& q, int64_t t, Truth& out) {
+    const bool shared = q.experts_of_a == 1;
+    auto a_at = [&](int64_t e, int64_t r, int64_t i) { return ((shared ? 0 : e) * q.R + r) * q.I + i; };
+    auto b_at = [&](int64_t e, int64_t r, int64_t o) { return (e * q.R + r) * q.O + o; };
+    const Gates gates = gates_of(q, t);
+    const std::vector<double>& gate = gates.gate;
+    std::vector<double> u(q.E * q.R), dv(q.E * q.R), h(q.R), dh(q.R), dg(q.E);
+    for (int64_t e = 0; e < q.E; ++e) {
         for (int64_t r = 0; r < q.R; ++r) {
             for (int64_t i = 0; i < q.I; ++i) u[e * q.R + r] += q.a.get(a_at(e, r, i)) * q.x.get(t * q.x_stride + i);
             for (int64_t o = 0; o < q.O; ++o) dv[e * q.R + r] += q.scaling * q.b.get(b_at(e, r, o)) * q.dy.get(t * q.O + o);
@@ -222,7 +251,6 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
             dh[r] += gate[e] * dv[e * q.R + r];
         }
     }
-    double mean = 0;
     for (int64_t e = 0; e < q.E; ++e) {
         for (int64_t r = 0; r < q.R; ++r) {
             const double ur = u[e * q.R + r], dvr = dv[e * q.R + r];
@@ -237,17 +265,9 @@ void add_token(const Problem& q, int64_t t, Truth& out) {
                 out.da[a_at(e, r, i)] += du * q.x.get(t * q.x_stride + i);
             }
         }
-        mean += gate[e] * dg[e];
     }
     for (int64_t o = 0; o < q.O && q.has_base; ++o) out.y[t * q.O + o] += q.base.get(t * q.base_stride + o);
-    for (int64_t e = 0; e < q.E; ++e) {
-        const double dlogit = softmax[e] * ((kept[e] ? dg[e] : 0) - mean);
-        if (q.outside) out.dgate[t * q.E + e] = dlogit;
-        for (int64_t i = 0; i < q.I && !q.outside; ++i) {
-            out.dgate[e * q.I + i] += dlogit * q.x.get(t * q.x_stride + i);
-            out.dx[t * q.I + i] += dlogit * q.gate_weight.get(e * q.I + i);
-        }
-    }
+    add_gates(q, t, gates, dg, out);
 }
 
 bool close(const char* name, const Tensor& ours, const std::vector<double>& truth, Dtype dtype) {
