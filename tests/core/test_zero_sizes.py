@@ -1,4 +1,4 @@
-"""No tokens, no features in, no features out: shapes and zeros, from every backend, and every gradient."""
+"""Zero tokens, zero input features, zero output features: results and gradients of every backend."""
 
 from importlib import import_module
 from importlib.util import find_spec
