@@ -1,4 +1,4 @@
-"""Plans forced upon a backend, whatever the shape would take: every way through its kernels on tiny problems."""
+"""Force a backend to use a given plan whatever the sizes are, so that tiny problems run all of its kernels."""
 
 from dataclasses import replace
 from importlib import import_module
@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-PLANS = [
-    ("torch", "its only one"),
+PLANS = [  # of the backends that have several
     ("triton", "few processors"),  # one pass, or two where a case has too many columns
     ("triton", "many processors"),  # features and tokens in splits
-    ("triton", "in groups"),  # tokens by expert, where only some of the experts are kept
+    ("triton", "in groups"),  # tokens grouped by expert, if only some experts are kept
     ("cuda", "decode"),
     ("cuda", "one pass"),
     ("cuda", "stages"),
@@ -44,7 +43,7 @@ def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One processor is filled by any tile, a million by none."""
+    """Any tile fills a GPU of one processor; none fills a million processors."""
     configs = import_module("lmoe_kernels.backends.cuda.configs")
     forward, backward = _modules("cuda")
     one_pass_smem, processors = configs.one_pass_smem, 1 if plan == "one pass" else 1 << 20
@@ -58,6 +57,6 @@ def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
-    """The modules `forward` and `backward`: the package's names for them are the functions'."""
+    """The modules `forward` and `backward` of a backend."""
     first, second = (import_module(f"lmoe_kernels.backends.{backend}.{name}") for name in ("forward", "backward"))
     return first, second
