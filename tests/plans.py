@@ -1,14 +1,15 @@
 """Force a backend to use a given plan whatever the sizes are, so that tiny problems run all of its kernels."""
 
-from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from lmoe_kernels.options import Sizes
+
 PLANS = [  # of the backends that have several
-    ("triton", "few processors"),  # one pass, or two where a case has too many columns
+    ("triton", "few processors"),  # one pass, or two if a case has too many columns
     ("triton", "many processors"),  # features and tokens in splits
     ("triton", "in groups"),  # tokens grouped by expert, if only some experts are kept
     ("cuda", "decode"),
@@ -19,7 +20,7 @@ PLANS = [  # of the backends that have several
 
 
 def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a backend take a plan until the test ends."""
+    """Make a backend use a plan until the test ends."""
     if backend == "triton":
         _force_triton(plan, monkeypatch)
     elif backend == "cuda":
@@ -28,18 +29,22 @@ def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = import_module("lmoe_kernels.backends.triton.configs")
-    chip, grouped_plan = configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), configs.grouped_plan
-    for module in _modules("triton"):
-        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    set_chip(configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), monkeypatch)
+    grouped_plan = configs.grouped_plan
 
-    def of_many(sizes: Any, *rest: Any) -> Any:
-        """The plan of so many tokens and experts that grouping pays."""
+    def of_many(sizes: Sizes, *rest: Any) -> Any:
+        """The plan for more tokens and experts, for which the backend groups tokens."""
         experts = max(sizes.E, 65)
-        many = replace(sizes, T=1 << 20, E=experts, E_of_a=experts if sizes.E_of_a == sizes.E else 1)
+        many = sizes._replace(T=1 << 20, E=experts, experts_of_a=experts if sizes.experts_of_a == sizes.E else 1)
         return grouped_plan(many, *rest)
 
     if plan == "in groups":
         monkeypatch.setattr(configs, "grouped_plan", of_many)
+
+
+def set_chip(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the Triton backend plan for a chip, and take its tiles, until the test ends."""
+    monkeypatch.setattr("lmoe_kernels.backends.triton.host.chip_of", lambda device: chip)
 
 
 def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
