@@ -48,7 +48,7 @@ class AllocationWatch:
         monkeypatch.setattr(Tensor, "new_empty", new_empty)
 
     def check(self) -> None:
-        """Fail where something was written outside its buffer."""
+        """Raise if something was written outside a buffer."""
         for buffer, count in self.buffers:
             margins = torch.cat([buffer[:MARGIN], buffer[MARGIN + count :]])
             assert (margins == CANARY).all(), f"written outside a buffer of {count} elements of {buffer.dtype}"

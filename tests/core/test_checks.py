@@ -32,7 +32,7 @@ def test_bad_bias(bias: Any, error: type[Exception], text: str) -> None:
     assert str(caught.value) == f"lmoe_linear: {text}"
 
 
-def test_autocast_leaves_fp64_alone() -> None:
+def test_autocast_does_not_cast_fp64() -> None:
     """Autocast does not cast fp64 in `torch.nn.functional.linear` either."""
     arguments: dict[str, Tensor] = {name: t.double() for name, t in good_arguments(base=torch.randn(2, 12)).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):

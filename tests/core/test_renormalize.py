@@ -45,7 +45,7 @@ def test_dropped_experts_get_gradients_through_the_denominator(backend: str, wat
 
 @pytest.mark.parametrize("shared_a", [False, True], ids=["own_a", "shared_a"])
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_it_changes_nothing_if_all_experts_are_kept(top_k: int | None, shared_a: bool, backend: str) -> None:
+def test_renormalize_changes_nothing_if_all_experts_are_kept(top_k: int | None, shared_a: bool, backend: str) -> None:
     problem = make_problem(Case(E=4, top_k=top_k, shared_a=shared_a), torch.bfloat16)
     results = []
     for renormalize in (True, False):
@@ -100,12 +100,12 @@ def test_gate_softmax_keeps_gates_of_the_softmax_over_all_experts() -> None:
     torch.testing.assert_close(reference.gate_softmax(logits, 2, renormalize=False), softmax * kept)
 
 
-def test_explain_accepts_it() -> None:
+def test_explain_accepts_renormalize() -> None:
     t = make_problem(Case(), torch.float32).tensors
     assert "taken" in explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], top_k=1, renormalize=False)
 
 
-def test_the_layer_keeps_it_and_passes_it_on() -> None:
+def test_the_layer_keeps_renormalize_and_passes_it_on() -> None:
     layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=1, renormalize=False, dtype=torch.float64)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(5, 8, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_the_layer_keeps_it_and_passes_it_on() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_checkpoint_keeps_it_and_version_1_means_renormalised_gates(version: int, tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_renormalize_and_version_1_means_renormalised_gates(version: int, tmp_path: Path) -> None:
     layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=2, renormalize=version == 1)
     torch.nn.init.normal_(layer.lora_b)
     save_lmoe(torch.nn.Sequential(layer), tmp_path)

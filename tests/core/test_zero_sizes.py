@@ -54,7 +54,7 @@ def test_leading_dims_are_kept(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("features", [(0, 5), (7, 0)], ids=str)
-def test_a_layer(features: tuple[int, int]) -> None:
+def test_a_layer_with_zero_features(features: tuple[int, int]) -> None:
     layer = LMoELinear(*features, num_experts=3, rank=2)
     x = torch.randn(4, features[0], requires_grad=True)
     layer(x).sum().backward()

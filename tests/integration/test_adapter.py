@@ -111,7 +111,7 @@ def test_a_directory_must_be_a_path(directory) -> None:
 
 
 def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory may be too small for the last of them."""
+    """The memory may not suffice for the last layer."""
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     model, made = llama(), []
     before, real = state(model), LMoELinear.from_config
@@ -129,7 +129,7 @@ def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Pat
     assert state(model) == before
 
 
-def test_convolutions_of_gpt2_get_their_experts_back(tmp_path: Path) -> None:
+def test_experts_of_gpt2s_convolutions_are_loaded(tmp_path: Path) -> None:
     plain = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
     model = _trained(copy.deepcopy(plain), "c_attn")
     save_lmoe(model, tmp_path)

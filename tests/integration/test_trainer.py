@@ -161,7 +161,7 @@ def test_the_loss_counts_once_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_replicas_of_data_parallel_keep_their_losses() -> None:
-    """DataParallel runs copies of the modules, which are deleted before compute_loss returns; the test copies as it does."""
+    """DataParallel runs copies of the modules, which are deleted before compute_loss returns; the test makes such copies."""
     model = with_experts(llama(), output_router_logits=True).train()
     trainer = Trainer(model, arguments(Path("unused")), train_dataset=rows(2))
     alone = trainer.compute_loss

@@ -104,7 +104,7 @@ def test_the_reference_imports_torch_and_the_tuples_alone() -> None:
 
 
 @pytest.mark.parametrize("absent", ["triton", "safetensors", "transformers", "peft"])
-def test_the_package_works_without(absent: str) -> None:
+def test_the_package_works_without_optional_packages(absent: str) -> None:
     program = f"""
 import sys
 sys.modules[{absent!r}] = None

@@ -19,7 +19,7 @@ KERNEL = re.compile(r"__global__\s+void(?:\s+__launch_bounds__\([^{;]*?\))?\s+(\
 
 
 def violations(name: str, text: str) -> list[str]:
-    """What is too large in a source text; a kernel that lizard does not find is one too."""
+    """Everything in a source text that is too large, and every kernel that lizard does not find."""
     found = []
     if len(text.splitlines()) > FILE_LINES:
         found.append(f"{name} has {len(text.splitlines())} lines, at most {FILE_LINES}")

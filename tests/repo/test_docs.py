@@ -155,7 +155,7 @@ def test_formulas_of_bytes_are_those_of_the_operations(row: str) -> None:
 
 
 def cells(header: str) -> dict[str, list[str]]:
-    """The rows of the table of performance.md that begins so, by their first cell."""
+    """The rows of the table of performance.md with this header, by their first cell."""
     lines = PAGES["performance.md"].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
     table = lines[start : start + lines[start:].index("")]
