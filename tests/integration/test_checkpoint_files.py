@@ -84,7 +84,7 @@ def test_a_layer_whose_options_are_none(options: Any, tmp_path: Path) -> None:
     config = json.loads((tmp_path / CONFIG).read_text())
     config["layers"]["0"] = options
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    expected = f"load_lmoe: {tmp_path / CONFIG} must map layers to their options, got {{'0': {options!r}}}"
+    expected = f"load_lmoe: {tmp_path / CONFIG} must map the names of layers to their options, got {{'0': {options!r}}}"
     assert _error_of_loading(tmp_path) == expected
 
 
