@@ -21,8 +21,8 @@ def test_a_bool_is_not_a_count(count: str) -> None:
     ("bias", "error", "text"),
     [
         ([0.0] * 12, TypeError, "bias must be a torch.Tensor, got list"),
-        (torch.zeros(12).half(), TypeError, "bias must have dtype torch.float32 as x, got torch.float16"),
-        (torch.zeros(12, device="meta"), ValueError, "bias must be on cpu as x, got meta"),
+        (torch.zeros(12).half(), TypeError, "bias must have dtype torch.float32 like x, got torch.float16"),
+        (torch.zeros(12, device="meta"), ValueError, "bias must be on cpu like x, got meta"),
     ],
     ids=["no tensor", "dtype", "device"],
 )

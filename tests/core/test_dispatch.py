@@ -36,7 +36,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def taken(problem: Problem = HERE) -> str:
-    return dispatch.choose("lmoe", problem, dispatch.asked_for("lmoe", None))
+    return dispatch.choose("lmoe", problem, dispatch.requested_backend("lmoe", None))
 
 
 def gpu_with(**sizes: int) -> Problem:

@@ -139,9 +139,9 @@ def test_losses_over_layers_on_several_devices(loss) -> None:
         ((torch.zeros(2, 3), 1, [1, 1]), "mask must be a torch.Tensor, got list"),
         ((torch.zeros(2, 3), 4), "top_k must be in 1 .. E = 3, got 4"),
         ((torch.zeros(2, 3), 1, torch.ones(3)), "mask must have the tokens' shape (2,), got (3,)"),
-        ((torch.zeros(2, 3), 1, torch.tensor([1, -1])), "mask must be at least 0, got -1 among its numbers"),
-        ((torch.zeros(2, 3), 1, torch.tensor([0.0, -torch.inf])), "mask must be at least 0, got -inf among its numbers"),
-        ((torch.zeros(2, 3), 1, torch.ones(2, device="meta")), "mask must hold numbers, got one on the meta device"),
+        ((torch.zeros(2, 3), 1, torch.tensor([1, -1])), "mask must be at least 0 for every token, got -1"),
+        ((torch.zeros(2, 3), 1, torch.tensor([0.0, -torch.inf])), "mask must be at least 0 for every token, got -inf"),
+        ((torch.zeros(2, 3), 1, torch.ones(2, device="meta")), "mask must have data, got one on the meta device"),
         (
             (torch.zeros(2, 3), 1, torch.ones(2).to_sparse()),
             "mask must be a dense tensor, got one of layout torch.sparse_coo",
@@ -167,9 +167,9 @@ def test_dtypes_without_an_order_are_refused(loss, dtype: torch.dtype) -> None:
         ("router_logits", (torch.ones(2, 3).to(dtype), None)),
         ("mask", (torch.ones(2, 3), torch.ones(2).to(dtype))),
     ):
-        with pytest.raises(TypeError, match=rf"{loss.__name__}: {argument} must have a dtype of .*, got {dtype}"):
+        with pytest.raises(TypeError, match=rf"{loss.__name__}: {argument} must have one of the dtypes .*, got {dtype}"):
             loss(tensors[0], mask=tensors[1])
-    with pytest.raises(TypeError, match=r"router_logits must have a dtype of .*, got torch.int64"):
+    with pytest.raises(TypeError, match=r"router_logits must have one of the dtypes .*, got torch.int64"):
         loss(torch.ones(2, 3, dtype=torch.int64))
 
 
@@ -230,7 +230,9 @@ def test_a_layer_that_sees_all_tokens_in_one_row() -> None:
     apply_lmoe(model, "fc", num_experts=3, rank=2, output_router_logits=True)
     model(torch.randn(3, 5, 4))
     assert torch.equal(auxiliary_loss(model, mask=mask), expected_loss(model, 0.01, 0.0, mask.flatten()))
-    with pytest.raises(ValueError, match=r"auxiliary_loss: mask must have the shape \(15,\) of the tokens that 'fc' sees"):
+    with pytest.raises(
+        ValueError, match=r"auxiliary_loss: mask must have the shape \(15,\) of the tokens that 'fc' processes"
+    ):
         auxiliary_loss(model, mask=mask.t()[:4])
 
 
@@ -271,11 +273,12 @@ def test_masks_of_an_encoder_and_a_decoder(of_decoder: int) -> None:
         (torch.ones(2, 5), "be {'encoder': ..., 'decoder': ...} for a model that has both, or a function of a layer's name, "
          "got one tensor"),
         ({"encoder": torch.ones(2, 5), "decoder": torch.ones(2, 5)},
-         "be a function of a layer's name where names do not tell which tokens 'head' sees, got two that fit"),
+         "be a function of a layer's name if the name of a layer (here 'head') does not show its tokens, "
+         "got two masks that fit"),
         ({"encoder": torch.ones(2, 4), "decoder": torch.ones(2, 5)},
-         "have the shape (2, 5) of the tokens that 'encoder.fc' sees, got (2, 4)"),
+         "have the shape (2, 5) of the tokens that 'encoder.fc' processes, got (2, 4)"),
         ({"encoder": torch.ones(2, 5)}, "have the keys ['encoder', 'decoder'], got ['encoder']"),
-        (lambda name: 1, "have the shape (2, 5) of the tokens that 'encoder.fc' sees, got int"),
+        (lambda name: 1, "have the shape (2, 5) of the tokens that 'encoder.fc' processes, got int"),
         (5, "be a tensor, {'encoder': ..., 'decoder': ...} or a function of a layer's name, got int"),
     ],
 )  # fmt: skip
@@ -322,5 +325,5 @@ def test_router_logits_without_a_graph_give_a_warning(use_reentrant: bool) -> No
         with torch.no_grad():
             model(IDS)
         collect_router_logits(model)
-    warned = [warning for warning in caught if "say use_reentrant=False" in str(warning.message)]
+    warned = [warning for warning in caught if "pass use_reentrant=False" in str(warning.message)]
     assert [(warning.filename, warning.category) for warning in warned] == [(__file__, UserWarning)] * use_reentrant

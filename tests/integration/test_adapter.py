@@ -43,7 +43,7 @@ def test_a_save_that_stops_between_the_files_is_noticed(tmp_path: Path, monkeypa
     fresh = copy.deepcopy(plain)
     before = state(fresh)
     with pytest.raises(
-        ValueError, match=r"got another: a save was interrupted, .* remove it to go by lmoe.safetensors alone"
+        ValueError, match=r"got another: a save was interrupted or .* remove it to use lmoe.safetensors alone"
     ):
         load_lmoe(fresh, tmp_path)
     assert state(fresh) == before
@@ -99,7 +99,7 @@ def test_two_directories_of_one_layer_clash(has_layers: bool, tmp_path: Path) ->
     got = f"two, the second {tmp_path / 'second'}"
     assert str(caught.value) == f"load_lmoe: layer {Q!r} must come from one directory, got {got}"
     assert state(target) == before
-    with pytest.raises(ValueError, match="load_lmoe: directory must be one or several, got none"):
+    with pytest.raises(ValueError, match="load_lmoe: directory must be one path or several, got none"):
         load_lmoe(target, [])
 
 
@@ -107,7 +107,7 @@ def test_two_directories_of_one_layer_clash(has_layers: bool, tmp_path: Path) ->
 def test_a_directory_must_be_a_path(directory) -> None:
     with pytest.raises(TypeError) as caught:
         load_lmoe(llama(), directory)
-    assert str(caught.value) == f"load_lmoe: directory must be a path or several, got {directory!r}"
+    assert str(caught.value) == f"load_lmoe: directory must be one path or several, got {directory!r}"
 
 
 def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,9 @@ def test_two_trained_layers_do_not_become_one(tmp_path: Path) -> None:
     save_lmoe(apart, tmp_path)
     tied = _tied()
     before = state(tied)
-    with pytest.raises(ValueError, match="model must have two layers 'a' and 'b', got one that is shared, for two sets"):
+    with pytest.raises(
+        ValueError, match="model must have two layers 'a' and 'b', got one shared layer for two different sets"
+    ):
         load_lmoe(tied, tmp_path)
     assert state(tied) == before
     for key in ("lora_a", "lora_b", "gate_weight"):

@@ -63,10 +63,14 @@ DAMAGES = {
     "another format": (
         _edit_config(lambda c: c.update(format="peft")),
         ValueError,
-        "must say format 'lmoe_kernels', got 'peft'",
+        "must have format 'lmoe_kernels', got 'peft'",
     ),
-    "a later version": (_edit_config(lambda c: c.update(version=3)), ValueError, "must be of version 2 or 1, got 3"),
-    "no layers": (_edit_config(lambda c: c.update(layers=[])), ValueError, "must map layers to their options, got []"),
+    "a later version": (_edit_config(lambda c: c.update(version=3)), ValueError, "must have version 1 or 2, got 3"),
+    "no layers": (
+        _edit_config(lambda c: c.update(layers=[])),
+        ValueError,
+        "must map the names of layers to their options, got []",
+    ),
     "unknown layer": (
         _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
         ValueError,
@@ -81,7 +85,7 @@ DAMAGES = {
     "options of a layer that are not an object": (
         _edit_config(lambda c: c["layers"].update({Q: [1]})),
         ValueError,
-        "must map layers to their options, got {",
+        "must map the names of layers to their options, got {",
     ),
     "alpha beyond a float": (
         _edit_config(lambda c: c["layers"][Q].update(alpha=10**400)),
@@ -156,8 +160,12 @@ DAMAGES = {
         ValueError,
         "must be a safetensors file, got",
     ),
-    "missing tensor": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_a")), ValueError, f"got 1 missing: '{Q}.lora_a'"),
-    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 foreign: 'alien'"),
+    "missing tensor": (
+        _edit_tensors(lambda t: t.pop(f"{Q}.lora_a")),
+        ValueError,
+        f"lmoe.safetensors must hold '{Q}.lora_a', got none of that name",
+    ),
+    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 unknown: 'alien'"),
     "misshapen tensor": (
         _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 15)})),
         ValueError,
@@ -166,7 +174,7 @@ DAMAGES = {
     "integer tensor": (
         _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 16, dtype=torch.int8)})),
         ValueError,
-        f"tensor '{Q}.lora_a' must have a dtype of",
+        f"tensor '{Q}.lora_a' must have one of the dtypes",
     ),
 }
 
@@ -262,7 +270,7 @@ def test_a_model_on_the_meta_device_is_refused(has_layers: bool, tmp_path: Path)
     before = state(model)
     with pytest.raises(ValueError) as caught:
         load_lmoe(model, tmp_path)
-    must = "must hold numbers (see torch.nn.Module.to_empty), got one on the meta device"
+    must = "must have data (see torch.nn.Module.to_empty), got one on the meta device"
     assert str(caught.value) == f"load_lmoe: layer {Q!r} {must}"
     assert state(model) == before
 

@@ -84,7 +84,7 @@ def test_options_of_a_layer_that_are_not_an_object(options: Any, tmp_path: Path)
     config = json.loads((tmp_path / CONFIG).read_text())
     config["layers"]["0"] = options
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    expected = f"load_lmoe: {tmp_path / CONFIG} must map layers to their options, got {{'0': {options!r}}}"
+    expected = f"load_lmoe: {tmp_path / CONFIG} must map the names of layers to their options, got {{'0': {options!r}}}"
     assert _error_of_loading(tmp_path) == expected
 
 

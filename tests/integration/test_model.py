@@ -72,7 +72,7 @@ def test_a_target_that_matches_nothing_leaves_the_model_unchanged(targets, text:
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' has its experts already"),
+        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' already has experts"),
         ("embed_tokens", "got 'embed_tokens'; 'model.embed_tokens' (Embedding) has no in_features and out_features"),
     ],
 )
@@ -134,7 +134,7 @@ def test_layers_that_are_never_called_are_not_wrapped() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x, x), expected)
     for target, name in (("out_proj", "MultiheadAttention"), ("encoder.layers.0.linear1", "TransformerEncoderLayer")):
-        with pytest.raises(ValueError, match=f"is not called: {name} multiplies by its weight itself"):
+        with pytest.raises(ValueError, match=f"is not called: {name} uses its weight directly"):
             apply_lmoe(model, target)
 
 

@@ -124,8 +124,8 @@ def test_an_output_embedding_with_experts_is_not_resized(tied: bool) -> None:
     before, sizes = state(model), [p.shape for p in model.parameters()]
     with pytest.raises(ValueError) as caught:
         model.resize_token_embeddings(40)
-    must = "be resized before its output embedding gets experts (remove_lmoe, resize, apply_lmoe)"
-    assert str(caught.value) == f"resize_token_embeddings: model must {must}, got one that has them"
+    must = "be resized before its output embedding gets experts (call remove_lmoe, resize, apply_lmoe)"
+    assert str(caught.value) == f"resize_token_embeddings: model must {must}, got one whose output embedding has experts"
     assert state(model) == before
     assert [p.shape for p in model.parameters()] == sizes
     assert model.resize_token_embeddings() is model.get_input_embeddings()

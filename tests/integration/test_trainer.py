@@ -317,11 +317,11 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="balance must be a number of at least 0, got -1"):
         add_auxiliary_loss(trainer, balance=-1)
     handle = add_auxiliary_loss(trainer)
-    with pytest.raises(ValueError, match="get one auxiliary loss"):
+    with pytest.raises(ValueError, match="have at most one auxiliary loss"):
         add_auxiliary_loss(trainer)
     with disable_lmoe(trainer.model), pytest.raises(ValueError, match="kept router logits in its last forward, got none"):
         trainer.train()
     handle.remove()
     made = Trainer(args=arguments(tmp_path), model_init=lambda: with_experts(llama(), output_router_logits=True))
-    with pytest.raises(ValueError, match="be given its model, got model_init"):
+    with pytest.raises(ValueError, match="be created with its model, got model_init"):
         add_auxiliary_loss(made)

@@ -65,7 +65,7 @@ def test_remove_finds_every_name_of_a_shared_layer() -> None:
 
 def test_a_layer_that_is_the_whole_model_cannot_be_removed() -> None:
     with pytest.raises(
-        ValueError, match=r"remove_lmoe: model must hold L-MoE layers, got one of them \(take its frozen_layer"
+        ValueError, match=r"remove_lmoe: model must contain L-MoE layers, got an LMoELinear \(use its frozen_layer"
     ):
         remove_lmoe(LMoELinear(4, 4, num_experts=2, rank=1))
 
