@@ -157,8 +157,8 @@ def _check_layer(
         _fail(where, f"have the model's options {present.config()}", adapter.layers[name])
     in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
     try:
-        config.check()
         checks.check_finite("LMoELinear", "alpha", config.alpha, "be a finite number")
+        config.check()
         for key, shape in config.shapes(in_features, out_features).items():
             _check_tensor(f"{name}.{key}", adapter.tensors, shape)
     except (ValueError, TypeError) as error:

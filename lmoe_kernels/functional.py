@@ -234,17 +234,12 @@ def _call(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Flatten the tokens, apply the Function, give the leading dims back."""
     checks.check_bool(op, "return_router_logits", return_router_logits)
-    name = dispatch.asked_for(op, backend)
-    outside = factors.gate_logits
-    y, logits = autograd.apply(
-        _flat(x),
-        factors._replace(gate_logits=_flat(outside)),
-        weight,
-        base,
-        options._replace(scaling=float(options.scaling)),
-        return_logits=return_router_logits,
-        backend=name,
-    )
+    name, outside = dispatch.asked_for(op, backend), factors.gate_logits
+    if outside is not None:
+        factors = factors._replace(gate_logits=_flat(outside))
+    if type(options.scaling) is not float:  # another kind of number, which the op does not take
+        options = options._replace(scaling=float(options.scaling))
+    y, logits = autograd.apply(_flat(x), factors, weight, base, options, return_logits=return_router_logits, backend=name)
     y = _unflat(y, x)
     if not return_router_logits:
         return y

@@ -1,11 +1,12 @@
 """Plans forced upon a backend, whatever the shape would take: every way through its kernels on tiny problems."""
 
-from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+from lmoe_kernels.options import Sizes
 
 PLANS = [
     ("torch", "its only one"),
@@ -29,18 +30,22 @@ def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     configs = import_module("lmoe_kernels.backends.triton.configs")
-    chip, grouped_plan = configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), configs.grouped_plan
-    for module in _modules("triton"):
-        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    set_chip(configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), monkeypatch)
+    grouped_plan = configs.grouped_plan
 
-    def of_many(sizes: Any, *rest: Any) -> Any:
+    def of_many(sizes: Sizes, *rest: Any) -> Any:
         """The plan of so many tokens and experts that grouping pays."""
         experts = max(sizes.E, 65)
-        many = replace(sizes, T=1 << 20, E=experts, E_of_a=experts if sizes.E_of_a == sizes.E else 1)
+        many = sizes._replace(T=1 << 20, E=experts, experts_of_a=experts if sizes.experts_of_a == sizes.E else 1)
         return grouped_plan(many, *rest)
 
     if plan == "in groups":
         monkeypatch.setattr(configs, "grouped_plan", of_many)
+
+
+def set_chip(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the Triton backend plan for a chip, and take its tiles, until the test ends."""
+    monkeypatch.setattr("lmoe_kernels.backends.triton.host.chip_of", lambda device: chip)
 
 
 def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:

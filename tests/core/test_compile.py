@@ -6,8 +6,10 @@ What is compared is compared in float64, where a wrong formula shows and the ord
 import pytest
 import torch
 
-from lmoe_kernels import LMoELinear, lmoe, ops, use_backend
+from lmoe_kernels import LMoELinear, dispatch, lmoe, ops, reference, use_backend
+from lmoe_kernels.options import Wanted
 from tests.problems import Case, leaves_of, make_problem
+from tools.calls import everything, factors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs the ops sample by sample
 
@@ -18,22 +20,24 @@ def _fresh_dynamo():
 
 
 @pytest.mark.parametrize(
-    "case", [Case(linear=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)], ids=str
+    "case",
+    [Case(linear=True, gate_bias=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)],
+    ids=str,
 )
 def test_opcheck(case: Case) -> None:
     problem = make_problem(case, torch.float32)
     t = problem.tensors
-    gate = t.get("gate_weight")
-    args = (t["x"], t["lora_a"], t["lora_b"], gate, t.get("gate_logits"), t.get("weight"), t.get("bias"))
-    options = case.options
+    factors = factors_of(t)
+    args = (t["x"], *factors, t.get("weight"), t.get("bias"))
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.forward, (*args, *options, True, "torch"), test_utils=utilities)
-    torch.library.opcheck(ops.forward, (*args, *options, False, "torch"), test_utils=utilities)
-    _, logits, u = ops.forward(*args, *options, True, "torch")
-    logits = logits if gate is not None else t["gate_logits"]
-    for mask in ([True] * 5, [False, True, False, True, False], [True, False, False, False, False]):
-        backward = (problem.dy, None, t["x"], t["lora_a"], t["lora_b"], gate, logits, u, t.get("weight"))
-        torch.library.opcheck(ops.backward, (*backward, *options, mask, "torch"), test_utils=utilities)
+    for save in (True, False):
+        torch.library.opcheck(ops.forward, (*args, save, "torch", *case.options), test_utils=utilities)
+    _, logits, u = ops.forward(*args, True, "torch", *case.options)
+    saved = (t.get("weight"), None if factors.gate_weight is None else logits, u)
+    every, of_x = everything(factors), Wanted(True, *[False] * 5)
+    for wanted in (every, every._replace(x=False, lora_b=False), of_x):
+        backward = (problem.dy, None, t["x"], *factors, *saved, [*wanted, case.linear], "torch", *case.options)
+        torch.library.opcheck(ops.backward, backward, test_utils=utilities)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -74,6 +78,70 @@ def test_compiled_function_follows_dynamic_sizes_and_the_chosen_backend() -> Non
     with use_backend("reference"):
         compiled(t["x"])
     assert "'reference'" in graphs[-1].code or "reference" in str(graphs[-1].graph)
+
+
+class _Taken:
+    """Two backends, one for few tokens and one for the others; they write down the tokens of every call."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, str, int]] = []
+        rows = {
+            "few": dispatch.Backend(
+                "none.such", lambda problem: "too many" if problem.sizes.T > 8 else None, lambda p: None
+            ),
+            "many": dispatch.Backend("none.such", lambda problem: None, lambda problem: None),
+        }
+        monkeypatch.setattr(dispatch, "BACKENDS", rows)
+        monkeypatch.setattr(dispatch, "load", self._load)
+
+    def _load(self, name: str) -> dispatch.Functions:
+        def forward(x, *args, **kwargs):
+            self.seen.append((name, "forward", len(x)))
+            return reference.forward(x, *args, **kwargs)
+
+        def backward(dy, *args, **kwargs):
+            self.seen.append((name, "backward", len(dy)))
+            return reference.backward(dy, *args, **kwargs)
+
+        return dispatch.Functions(forward, backward)
+
+
+def _drop_all(guards: list) -> list[bool]:
+    return [False] * len(guards)
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_without_guards_every_call_takes_the_backend_of_its_own_size(compiler: str, monkeypatch) -> None:
+    """As in servers, which compile once and drop the guards: decode must not get prefill's kernel, nor prefill decode's."""
+    taken = _Taken(monkeypatch)
+    t = make_problem(Case(T=100), torch.float64).tensors
+    lora_b = t["lora_b"].clone().requires_grad_()
+    compiled = torch.compile(
+        lambda x: lmoe(x, t["lora_a"], lora_b, gate_weight=t["gate_weight"]),
+        fullgraph=True, dynamic=True, backend=compiler, options={"guard_filter_fn": _drop_all},
+    )  # fmt: skip
+    for tokens in (100, 3, 40, 8):
+        compiled(t["x"][:tokens]).sum().backward()
+        name = "few" if tokens <= 8 else "many"
+        assert taken.seen == [(name, "forward", tokens), (name, "backward", tokens)]
+        taken.seen.clear()
+
+
+def test_a_number_of_tokens_that_tracing_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows `nonzero` has sizes without a value, which no choice while tracing could compare."""
+    _Taken(monkeypatch)
+    t = make_problem(Case(T=100), torch.float64).tensors
+    lora_b = t["lora_b"].clone().requires_grad_()
+
+    def chosen_tokens(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        return lmoe(x[chosen], t["lora_a"], lora_b, gate_weight=t["gate_weight"])
+
+    chosen = torch.rand(100) < 0.5
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        y = torch.compile(chosen_tokens, fullgraph=True, backend="aot_eager")(t["x"], chosen)
+    torch.testing.assert_close(y, chosen_tokens(t["x"], chosen))
+    (got,) = torch.autograd.grad(y.sum(), lora_b)
+    torch.testing.assert_close(got, torch.autograd.grad(chosen_tokens(t["x"], chosen).sum(), lora_b)[0])
 
 
 def test_an_exported_layer_runs_with_any_number_of_tokens() -> None:

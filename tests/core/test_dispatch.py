@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lmoe_kernels import dispatch, lmoe, use_backend
-from lmoe_kernels.dispatch import BACKENDS, Backend
+from lmoe_kernels.backends.triton import availability
+from lmoe_kernels.dispatch import AUTO, BACKENDS, Backend
 from lmoe_kernels.options import Problem, Sizes
 from tests.problems import Case, make_problem
 
@@ -20,33 +21,37 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A GPU of compute capability 8.0, with Triton, a C compiler and the CUDA extension."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(dispatch, "_installed", lambda package: True)
-    monkeypatch.setattr(dispatch, "_why_no_launchers", lambda: None)
-    monkeypatch.setattr(extension, "why_not", lambda device, dtype: None)
+    monkeypatch.setattr(availability, "_installed", lambda package: True)
+    monkeypatch.setattr(availability, "_why_no_launchers", lambda: None)
+    monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(why_not=lambda problem: None))
     return monkeypatch
 
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> str:
     """A second backend that is taken by name alone."""
-    row = Backend("peer", "none.such", lambda problem: None, lambda problem: "only where it is asked for by name")
+    row = Backend("none.such", lambda problem: None, lambda problem: "only where it is asked for by name")
     monkeypatch.setitem(BACKENDS, "peer", row)
     return "peer"
 
 
 def taken(problem: Problem = HERE) -> str:
-    return dispatch.choose("lmoe", problem, None)
+    return dispatch.choose("lmoe", problem, dispatch.asked_for("lmoe", None))
+
+
+def gpu_with(**sizes: int) -> Problem:
+    return GPU._replace(sizes=GPU.sizes._replace(**sizes))
 
 
 @pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (64, "cuda"), (65, "triton"), (4096, "triton")])
 def test_on_a_gpu_few_tokens_go_to_cuda_and_many_to_triton(gpu, tokens: int, first: str) -> None:
-    assert taken(GPU._replace(tokens=tokens)) == first
+    assert taken(gpu_with(T=tokens)) == first
 
 
 def test_triton_takes_up_to_256_experts(gpu) -> None:
-    assert taken(GPU._replace(num_experts=256)) == "triton"
-    assert taken(GPU._replace(num_experts=257)) == "torch"
-    text = dispatch.explain_choice("lmoe", GPU._replace(num_experts=257), None)
+    assert taken(gpu_with(E=256)) == "triton"
+    assert taken(gpu_with(E=257)) == "torch"
+    text = dispatch.explain_choice("lmoe", gpu_with(E=257), AUTO)
     assert "triton     cannot: its kernels take at most 256 experts, not 257" in text
 
 

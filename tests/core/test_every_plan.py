@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmoe_kernels import lmoe, reference
-from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, plain_pytorch, truth
+from tests.problems import Case, assert_all_no_worse, gradients, leaves_of, make_problem, outcome, plain_pytorch, truth
 from tools.error_rule import assert_no_worse
 from tools.far import far_apart
 
@@ -41,6 +41,30 @@ def test_v_is_rounded_once_forward_and_backward(mixing: str, experts_of_a: int, 
             assert (v == once).float().mean() > 0.96, name  # the last bit of an exponential may tip a rounding
             for other in others:
                 assert (v == other).float().mean() < 0.95, name
+
+
+@pytest.mark.parametrize("of_parameters", [torch.float32, None], ids=["fp32 parameters", "parameters like x"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=35, gate_bias=True),
+        Case(T=35, E=6, top_k=2, gate_bias=True, mixing="outputs", linear=True),
+        Case(T=5, E=6, top_k=2, gate_bias=True, renormalize=False, shared_a=True),
+    ],
+    ids=str,
+)
+def test_the_gates_bias_is_added_once_and_gets_its_gradient(
+    case: Case, of_parameters: torch.dtype | None, every_plan: str, watch
+) -> None:
+    problem = make_problem(case, torch.bfloat16, of_parameters)
+    leaves = leaves_of(problem.tensors)
+    assert_all_no_worse(problem, outcome(problem, problem.call(every_plan, **leaves), leaves))
+
+
+def test_the_gates_bias_alone_gets_a_gradient(every_plan: str) -> None:
+    problem = make_problem(Case(T=35, gate_bias=True), torch.float32)
+    leaves = {"gate_bias": problem.tensors["gate_bias"].clone().requires_grad_()}
+    assert_all_no_worse(problem, gradients(problem, problem.call(every_plan, **leaves), leaves))
 
 
 def test_rows_past_two_to_the_31_elements_forward_and_backward(every_plan: str) -> None:

@@ -109,7 +109,7 @@ def test_a_new_bias_is_the_frozen_layers() -> None:
 
 
 def test_the_layers_backend_is_the_one_it_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
+    row = dispatch.Backend("none.such", lambda problem: "there is no TPU", lambda problem: None)
     monkeypatch.setitem(dispatch.BACKENDS, "tpu", row)
     layer = _with_experts(nn.Linear(8, 12), backend="tpu")
     with pytest.raises(ValueError, match="got 'tpu': there is no TPU"):

@@ -40,6 +40,13 @@ BAD = [
         "gate_weight or gate_logits must be given, exactly one of the two, got both",
     ),
     ({"gate_weight": torch.zeros(7, 16)}, ValueError, "gate_weight must have shape (E, I) = (8, 16), got (7, 16)"),
+    ({"gate_bias": torch.zeros(8, 1)}, ValueError, "gate_bias must have shape (E) = (8,), got (8, 1)"),
+    ({"gate_bias": torch.zeros(8).half()}, TypeError, "gate_bias must have dtype torch.float32, got torch.float16"),
+    (
+        {"gate_weight": None, "gate_logits": torch.zeros(2, 8), "gate_bias": torch.zeros(8)},
+        ValueError,
+        "gate_bias must be given with gate_weight alone, got one with gate_logits",
+    ),
     (
         {"gate_weight": None, "gate_logits": torch.zeros(3, 8)},
         ValueError,
@@ -220,7 +227,7 @@ def test_explain_names_every_backend_and_takes_one() -> None:
 
 
 def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = dispatch.Backend("tpu", "none.such", lambda problem: "there is no TPU")
+    row = dispatch.Backend("none.such", lambda problem: "there is no TPU", lambda problem: None)
     monkeypatch.setitem(dispatch.BACKENDS, "tpu", row)
     with pytest.raises(ValueError) as caught:
         lmoe(**good_arguments(), backend="tpu")

@@ -221,6 +221,7 @@ BAD = [
     ({"top_k": 9}, ValueError, "top_k must be in 1 .. E = 8, got 9"),
     ({"renormalize": "yes"}, TypeError, "renormalize must be a bool, got str"),
     ({"shared_a": 1}, TypeError, "shared_a must be a bool, got int"),
+    ({"gate_bias": 1.0}, TypeError, "gate_bias must be a bool, got float"),
     ({"output_router_logits": None}, TypeError, "output_router_logits must be a bool, got NoneType"),
     ({"mixing": "mean"}, ValueError, "mixing must be one of 'factors', 'outputs', got 'mean'"),
     ({"alpha": "16"}, TypeError, "alpha must be None or a finite number, got str"),
@@ -228,6 +229,7 @@ BAD = [
     ({"alpha": 10**400}, ValueError, "alpha must be None or a finite number, got an integer beyond the range of a float"),
     ({"gate_init_std": float("inf")}, ValueError, "gate_init_std must be None or a number of at least 0, got inf"),
     ({"shared_a": 1}, TypeError, "shared_a must be a bool, got int"),
+    ({"gate_bias": 1.0}, TypeError, "gate_bias must be a bool, got float"),
     ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be None or a number of at least 0, got -0.1"),
     ({"backend": 3}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got 3"),
     ({"backend": []}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got []"),
@@ -235,7 +237,7 @@ BAD = [
         {"r": 8, "lora_alpha": 16},
         TypeError,
         "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'renormalize', 'shared_a', "
-        "'gate_init_std', 'output_router_logits', 'backend', "
+        "'gate_bias', 'gate_init_std', 'output_router_logits', 'backend', "
         "got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
     ),
     (

@@ -142,9 +142,12 @@ def test_losses_over_layers_on_several_devices(loss) -> None:
         ((torch.zeros(2, 3), 1, torch.tensor([1, -1])), "mask must be at least 0, got -1 among its numbers"),
         ((torch.zeros(2, 3), 1, torch.tensor([0.0, -torch.inf])), "mask must be at least 0, got -inf among its numbers"),
         ((torch.zeros(2, 3), 1, torch.ones(2, device="meta")), "mask must hold numbers, got one on the meta device"),
-        ((torch.zeros(2, 3), 1, torch.ones(2).to_sparse()), "mask must be a dense tensor, got torch.sparse_coo"),
+        (
+            (torch.zeros(2, 3), 1, torch.ones(2).to_sparse()),
+            "mask must be a dense tensor, got one of layout torch.sparse_coo",
+        ),
         ((torch.zeros(2, 0),), "router_logits must have shape (..., E) with E >= 1, got (2, 0)"),
-        ((torch.zeros(2, 3).to_sparse(),), "router_logits must be a dense tensor, got torch.sparse_coo"),
+        ((torch.zeros(2, 3).to_sparse(),), "router_logits must be a dense tensor, got one of layout torch.sparse_coo"),
         (
             (torch.nested.nested_tensor([torch.zeros(2, 3)], layout=torch.jagged),),
             "router_logits must be a dense tensor, got a nested one",

@@ -9,7 +9,9 @@ from peft.tuners.lora import LoraConfig
 from torch import nn
 
 from lmoe_kernels import lmoe, lmoe_linear, reference
+from lmoe_kernels.options import Factors, Saved, Wanted
 from tests.problems import CASES, Case, leaves_of, make_problem, outcome, truth
+from tools.calls import backward, factors_of, forward_saved
 from tools.error_rule import assert_no_worse
 
 F64 = torch.float64
@@ -21,6 +23,7 @@ def _by_loop(problem) -> torch.Tensor:
     rows = []
     for token, x in enumerate(t["x"]):
         logits = t["gate_logits"][token] if case.outside_logits else t["gate_weight"] @ x
+        logits = logits + t["gate_bias"] if case.gate_bias else logits
         kept = sorted(range(case.E), key=lambda e: (-logits[e].item(), e))[: case.top_k or case.E]
         among = kept if case.renormalize else range(case.E)
         weight = {e: torch.exp(logits[e] - logits[kept].max()) for e in among}
@@ -111,27 +114,25 @@ def test_gate_softmax_keeps_the_largest() -> None:
 
 def test_fp32_parameters_of_the_reference_never_pass_through_half_precision() -> None:
     """Beside bf16 tokens, logits and gradients have the error of fp32 sums over the same numbers."""
-    case = Case(T=19, E=4)
+    case = Case(T=19, E=4, gate_bias=True)
     problem = make_problem(case, torch.bfloat16, param_dtype=torch.float32)
     t, options = problem.tensors, case.options
-    factors = t["lora_a"], t["lora_b"], t["gate_weight"]
-    _, logits, u = reference.forward(t["x"], *factors, None, None, *options, True)
-    assert logits is not None
-    assert u is not None
+    factors, wanted = factors_of(t), Wanted(False, True, True, True, True, False)
+    _, saved = forward_saved("reference", t["x"], factors, options)
+    assert saved.logits is not None
 
     def in_dtype(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The logits, and the gradients of bf16 problem and saved tensors, computed in another dtype."""
-        x, dy, dlogits, *weights = (s.to(dtype) for s in (t["x"], problem.dy, problem.dlogits, *factors))
-        wanted = (False, True, True, True)
-        grads = reference.backward(dy, dlogits, x, *weights, logits.to(dtype), u.to(dtype), *options, wanted)
-        own = reference.forward(x, *weights, None, None, *options, True)[1]
+        x, dy, dlogits, *weights = (s.to(dtype) for s in (t["x"], problem.dy, problem.dlogits, *factors[:4]))
+        of_dtype = Saved(*(s.to(dtype) for s in saved))
+        grads = backward("reference", dy, x, Factors(*weights), of_dtype, options, dlogits=dlogits, wanted=wanted)
+        own = forward_saved("reference", x, Factors(*weights), options)[1].logits
         assert own is not None
-        return dict(zip(("logits", "lora_a", "lora_b", "gate_weight"), (own, *grads[1:]), strict=True))
+        return dict(zip(("logits", *Factors._fields[:4]), (own, *grads[1:5]), strict=True))
 
-    wanted = (False, True, True, True)
-    grads = reference.backward(problem.dy, problem.dlogits, t["x"], *factors, logits, u, *options, wanted)
+    grads = backward("reference", problem.dy, t["x"], factors, saved, options, dlogits=problem.dlogits, wanted=wanted)
     plain, true = in_dtype(torch.float32), in_dtype(F64)
-    for name, ours in zip(plain, (logits, *grads[1:]), strict=True):
+    for name, ours in zip(plain, (saved.logits, *grads[1:5]), strict=True):
         assert ours is not None
         assert ours.dtype == torch.float32
         assert_no_worse(name, ours, [plain[name]], true[name])

@@ -114,7 +114,7 @@ def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Pat
     """As where the memory is too small for the last of them."""
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     model, made = llama(), []
-    before, real = state(model), LMoELinear.from_linear
+    before, real = state(model), LMoELinear.from_config
 
     def fails_at_the_second(linear: nn.Module, *args, **options) -> LMoELinear:
         if made:
@@ -122,7 +122,7 @@ def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Pat
         made.append(real(linear, *args, **options))
         return made[0]
 
-    monkeypatch.setattr(LMoELinear, "from_linear", fails_at_the_second)
+    monkeypatch.setattr(LMoELinear, "from_config", fails_at_the_second)
     with pytest.raises(MemoryError):
         load_lmoe(model, tmp_path)
     assert made

@@ -14,7 +14,9 @@ from lmoe_kernels import LMoELinear, apply_lmoe, collect_router_logits, lmoe_lay
 from tests.models import IDS, llama, state, with_experts
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 5, "top_k": 2, "mixing": "outputs", "shared_a": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"alpha": 5, "top_k": 2, "mixing": "outputs", "shared_a": True}, {"gate_bias": True}], ids=str
+)
 def test_save_and_load(options: dict, tmp_path: Path) -> None:
     base = llama()
     model = with_experts(copy.deepcopy(base), **options)
