@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.defaults.picture import draw
-from benchmarks.defaults.plan import FULL, MIXINGS, QUICK, Plan, default_scaling, point
+from benchmarks.defaults.plan import FULL, MIXINGS, QUICK, Method, Plan, default_scaling, point
 from benchmarks.defaults.probes import RANDOM_TOKEN_RATE, random_tokens, unchanged
 from benchmarks.defaults.report import markdown
 from benchmarks.defaults.results import Results, read, write
@@ -66,7 +66,7 @@ def run(lab: Lab, plan: Plan, results: Results, path: Path) -> None:
             write(results, path)
 
 
-def random_token_runs() -> Iterator[tuple[str, float]]:
+def random_token_runs() -> Iterator[tuple[Method, float]]:
     """Methods and scalings that learn random tokens: LoRA at its usual scaling, mixtures at 1 and at the default."""
     yield "LoRA", 2.0
     for method in MIXINGS:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import lmoe_kernels as lk
+from lmoe_kernels.options import Mixing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -23,7 +24,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 class Trial:
     """One combination of settings. One LoRA is the layer with one expert."""
 
-    mixing: str
+    mixing: Mixing
     num_experts: int
     rank: int
     scaling: float

@@ -2,11 +2,11 @@
 
     python -m benchmarks.inspect.host [--rounds 40] [--cache build/cuda_emu]
 
-Launches are replaced by functions that return at once, so no GPU is needed: `cuda` by the bindings compiled for the emulator
-(needs g++), `triton` by an empty `JITFunction.run`, which leaves Triton's own launch out. `torch` has no launch to replace: its
-products, small here, are included. Tensors are on the CPU, so allocations cost what they cost there. CPU time is measured, in
-rounds that interleave all calls of a table: the least of the rounds, and their median, which shows how busy the machine was.
-The figures say nothing about a GPU.
+Launches are replaced by functions that return at once, so no GPU is needed. `cuda` uses bindings compiled for the emulator
+(needs g++), `triton` an empty `JITFunction.run`, so Triton's own launch is left out. `torch` has no launch to replace: its
+products, small here, are included. Tensors are on the CPU, and allocations cost what they cost there. The rounds interleave
+all calls of a table. Shown is CPU time: the least of the rounds, and the median, which shows how busy the machine was. The
+figures say nothing about a GPU.
 """
 
 import argparse
@@ -69,7 +69,7 @@ WITHOUT_LAUNCHES: dict[str, Callable[[Path], str | None]] = {
 }  # fmt: skip
 
 
-def calls_of(backend: str, tokens: int) -> list[Callable[[], object]]:
+def calls_of(backend: dispatch.BackendName, tokens: int) -> list[Callable[[], object]]:
     """The calls of one line, in the order of `COLUMNS`."""
     inputs = make_inputs(Shape(tokens, 64, 64, dtype="bfloat16"), torch.device("cpu"))
     x, factors, dy = inputs.x, inputs.factors, inputs.dy
@@ -77,7 +77,7 @@ def calls_of(backend: str, tokens: int) -> list[Callable[[], object]]:
     parameters = [t for t in trained if t is not None]
 
     def forward(a: Tensor, b: Tensor, gate: Tensor | None) -> Tensor:
-        return lmoe(x, a, b, gate_weight=gate, backend=backend)  # pyright: ignore[reportArgumentType] - one of the table
+        return lmoe(x, a, b, gate_weight=gate, backend=backend)
 
     return [
         lambda: calls.forward(backend, x, factors, save=False),
@@ -87,7 +87,7 @@ def calls_of(backend: str, tokens: int) -> list[Callable[[], object]]:
     ]
 
 
-def microseconds(backends: list[str], tokens: int, rounds: int) -> dict[str, list[str]]:
+def microseconds(backends: list[dispatch.BackendName], tokens: int, rounds: int) -> dict[str, list[str]]:
     """For each backend the cells of its line: the least of the rounds, and the median in brackets."""
     effort = Effort(1, seconds=0, min_rounds=rounds, max_rounds=rounds, sample_seconds=0.02, cpu_products=0)
     timed = {(name, i): [call] for name in backends for i, call in enumerate(calls_of(name, tokens))}
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=Path("build/cuda_emu"), help="where the compiled bindings are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    backends = []
+    backends: list[dispatch.BackendName] = []
     for name in timed_backends():
         reason = WITHOUT_LAUNCHES[name](options.cache.resolve()) if name in WITHOUT_LAUNCHES else None
         if reason is not None:
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         dispatch.BACKENDS[name] = dispatch.BACKENDS[name]._replace(why_not=lambda problem: None)
         backends.append(name)
-    print(f"torch {torch.__version__}, E=8 R=16 I=O=64, bf16, microseconds a call: least (median) of {options.rounds} rounds")
+    print(f"torch {torch.__version__}, E=8 R=16 I=O=64, bf16; microseconds a call, least (median) of {options.rounds}")
     print(f"{'T':>5} {'':<8}" + "".join(f"{column:>18}" for column in COLUMNS))
     for tokens in TOKENS:
         for name, cells in microseconds(backends, tokens, options.rounds).items():

@@ -1,11 +1,11 @@
-"""Compile the Triton kernels for GPUs that need not be here, and read registers and spills from the machine code.
+"""Compile the Triton kernels for GPUs that this machine does not have; read registers and spills from the machine code.
 
-    python -m benchmarks.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
+    python -m benchmarks.inspect.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
 
-One JSON line for each kernel and configuration that `configs.py` chooses over `SITUATIONS`, then a table of the kernels;
-`--out` keeps them as kernels.jsonl and kernels.txt. The launches are those of the backend itself: it is called on tensors
-without memory, with its launcher replaced by a recorder. Exits with 1 where something spills, has a stack, wants more shared
-memory than the chip has, or uses no tensor cores where it could.
+One JSON line for each kernel and configuration that `configs.py` chooses for `CASES`, then a table of the kernels; `--out`
+writes them to kernels.jsonl and kernels.txt. The launches are those of the backend itself: it is called on meta tensors, and
+its launcher is replaced by a recorder. Exits with 1 where a kernel spills, has a stack, needs more shared memory than the
+chip has, or uses no tensor cores where it could.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,9 +29,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from benchmarks.environment import provenance
+from benchmarks.measuring.environment import provenance
+from benchmarks.rows.shapes import DTYPES, Shape
+from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.options import Factors, Options
+from tools import calls
 
+DEFAULT = Options(scaling=0.5)
 CHIPS = {
     chip.arch: chip
     for chip in (
@@ -46,46 +51,46 @@ SPILLED, TENSOR_CORES = r"\b(?:STL|LDL)\b", r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
 
 
 @dataclass(frozen=True)
-class Situation:
-    """A call whose launches are compiled."""
+class Case:
+    """A call whose kernels are compiled, forward and backward."""
 
-    T: int = 65536
-    I: int = 4096  # noqa: E741
-    O: int = 4096  # noqa: E741
-    E: int = 8
-    R: int = 16
+    shape: Shape
+    options: Options = DEFAULT
+    factors_dtype: str | None = None  # None: that of the shape
     shared_a: bool = False
-    mixing: str = "factors"
-    top_k: int | None = None
-    renormalize: bool = True
-    outside: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    parameters: torch.dtype = torch.bfloat16
+    gate_bias: bool = False
+    outside_logits: bool = False
 
 
-QUICK = [Situation(), Situation(T=16), Situation(T=8192, E=64, top_k=2)]
-SITUATIONS = [
+def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **more: Any) -> Case:
+    """A case on 4096 features."""
+    return Case(Shape(T, 4096, 4096, E, R, dtype), **more)
+
+
+TOP_2, OUTPUTS = DEFAULT._replace(top_k=2), DEFAULT._replace(mixing="outputs")
+TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
+QUICK = [case(), case(T=16), case(T=8192, E=64, options=TOP_2)]
+CASES = [
     *QUICK,
-    *(
-        Situation(T=t, E=e, R=r)
-        for t in (16, 4096, 65536)
-        for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))
-    ),
-    Situation(T=8192, E=128, top_k=2, mixing="outputs"),
-    *(Situation(T=t, E=e, top_k=2, renormalize=False) for t in (16, 65536) for e in (8, 64)),
-    *(Situation(T=t, top_k=2, renormalize=False, shared_a=True) for t in (16, 65536)),
-    *(Situation(T=t, I=2051, O=1025, E=5, R=3) for t in (16, 65536)),
-    *(Situation(E=4, R=64, mixing=mixing) for mixing in ("factors", "outputs")),
-    *(Situation(mixing="outputs", outside=outside, top_k=k) for outside, k in ((False, None), (True, 2))),
-    *(Situation(T=t, shared_a=True, parameters=torch.float32) for t in (16, 65536)),
-    *(Situation(T=t, dtype=torch.float16, parameters=torch.float16) for t in (16, 65536)),
-    *(Situation(T=t, E=e, dtype=torch.float32, parameters=torch.float32) for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, E=e, R=r) for t in (16, 4096, 65536) for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))),
+    case(T=8192, E=128, options=OUTPUTS._replace(top_k=2)),
+    *(case(T=t, E=e, options=TOP_2_OF_ALL) for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, options=TOP_2_OF_ALL, shared_a=True) for t in (16, 65536)),
+    *(Case(Shape(t, 2051, 1025, 5, 3, "bfloat16")) for t in (16, 65536)),
+    *(case(E=4, R=64, options=options) for options in (DEFAULT, OUTPUTS)),
+    case(options=OUTPUTS),
+    case(options=OUTPUTS._replace(top_k=2), outside_logits=True),
+    *(case(T=t, shared_a=True, factors_dtype="float32") for t in (16, 65536)),
+    *(case(T=t, dtype="float16") for t in (16, 65536)),
+    *(case(T=t, E=e, dtype="float32") for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, gate_bias=True) for t in (16, 65536)),
+    case(T=8192, E=64, options=TOP_2, gate_bias=True),
 ]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as it would be started: what Triton specialises its machine code on."""
+    """A kernel as it would be launched: all that its machine code depends on."""
 
     module: str
     kernel: str
@@ -94,35 +99,31 @@ class Launch:
     tile: Tile
 
 
-def launches(situation: Situation, chip: Chip) -> list[Launch]:
-    """What a forward and a backward would start on a chip, each once."""
-    s, found = situation, []
+def launches(case: Case, chip: Chip) -> list[Launch]:
+    """What a forward and a backward would launch on a chip, each once."""
+    T, I, O, E, R, _ = case.shape.sizes  # noqa: E741
+    own, of_factors = DTYPES[case.shape.dtype], DTYPES[case.factors_dtype or case.shape.dtype]
+    found: list[Launch] = []
 
-    def make(*shape: int, dtype: torch.dtype = s.dtype) -> Tensor:
+    def make(*shape: int, dtype: torch.dtype = own) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def record(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
         kinds = tuple(_kind(arg, p.do_not_specialize) for arg, p in zip(args, kernel.params, strict=False))
         found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile))
 
-    modules = {name: import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward", "grouped")}
-    a = make(1 if s.shared_a else s.E, s.R, s.I, dtype=s.parameters)
-    b, gate, outside = make(s.E, s.R, s.O, dtype=s.parameters), None, None
-    if s.outside:
-        outside = make(s.T, s.E)
-    else:
-        gate = make(s.E, s.I, dtype=s.parameters)
-    x, dy, options = make(s.T, s.I), make(s.T, s.O), (0.5, s.mixing, s.top_k, s.renormalize)
-    forward, backward = modules["forward"], modules["backward"]
-    with ExitStack() as patches:
-        for module in modules.values():
-            patches.enter_context(mock.patch.object(module, "launch", record))
-        for module in (forward, backward):
-            patches.enter_context(mock.patch.object(module, "chip_of", return_value=chip))
-        _, logits, u = forward.forward(x, a, b, gate, outside, None, *options, True)
-        assert u is not None
-        logits = make(s.T, s.E) if logits is None else logits
-        backward.backward(dy, make(*logits.shape, dtype=logits.dtype), x, a, b, gate, logits, u, *options, (True,) * 4)
+    factors = Factors(
+        make(1 if case.shared_a else E, R, I, dtype=of_factors),
+        make(E, R, O, dtype=of_factors),
+        gate_weight=None if case.outside_logits else make(E, I, dtype=of_factors),
+        gate_bias=make(E, dtype=of_factors) if case.gate_bias else None,
+        gate_logits=make(T, E) if case.outside_logits else None,
+    )
+    x, dy = make(T, I), make(T, O)
+    with mock.patch.object(host, "launch", record), mock.patch.object(host, "chip_of", return_value=chip):
+        _, saved = calls.forward_saved("triton", x, factors, case.options)
+        dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
+        calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
     return list(dict.fromkeys(found))
 
 
@@ -155,10 +156,10 @@ def compile_for(launch: Launch, arch: str) -> CompiledKernel:
     return triton.compile(source, target=target, options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages})
 
 
-def inspect(launch: Launch, arch: str) -> dict[str, object]:
-    """One row: what the machine code of a launch says of itself."""
+def machine_code(launch: Launch, arch: str) -> dict[str, object]:
+    """One line: what can be read from the machine code of a launch."""
     compiled = compile_for(launch, arch)
-    row: dict[str, object] = {
+    line: dict[str, object] = {
         "kernel": launch.kernel,
         "config": {name: value for name, value in launch.constants if isinstance(value, int)}
         | {"types": " ".join(launch.arguments)}
@@ -167,7 +168,7 @@ def inspect(launch: Launch, arch: str) -> dict[str, object]:
         "arch": arch,
     }
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
-    return row | read(compiled) | {"shared": compiled.metadata.shared}
+    return line | read(compiled) | {"shared": compiled.metadata.shared}
 
 
 def _read_nvidia(compiled: CompiledKernel) -> dict[str, int]:
@@ -203,43 +204,43 @@ def _read_amd(compiled: CompiledKernel) -> dict[str, int]:
     }  # fmt: skip
 
 
-def complaints(row: dict) -> list[str]:
-    """What is wrong with a row."""
-    wants_tensor_cores = has_half_dots(row)
+def complaints(line: dict) -> list[str]:
+    """What is wrong with a launch."""
+    wants_tensor_cores = has_half_dots(line)
     rules = {
-        "spills": row["spills"] > 0,
-        "stack": row["stack"] > 0,
-        "too much shared memory": row["shared"] > CHIPS[row["arch"]].shared_memory,
-        "no tensor cores": wants_tensor_cores and row["mma"] == 0,
-        "no wgmma": wants_tensor_cores and row["arch"] == "sm_90" and row["wgmma"] == 0,
+        "spills": line["spills"] > 0,
+        "stack": line["stack"] > 0,
+        "too much shared memory": line["shared"] > CHIPS[line["arch"]].shared_memory,
+        "no tensor cores": wants_tensor_cores and line["mma"] == 0,
+        "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
     }
     return [complaint for complaint, broken in rules.items() if broken]
 
 
-def has_half_dots(row: dict) -> bool:
-    """Whether a row's kernel multiplies bf16 or fp16."""
-    has_dots = any(stage in row["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
-    return has_dots and any(half in row["config"]["types"] for half in ("*bf16", "*fp16"))
+def has_half_dots(line: dict) -> bool:
+    """Whether a kernel multiplies bf16 or fp16."""
+    has_dots = any(stage in line["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
+    return has_dots and any(half in line["config"]["types"] for half in ("*bf16", "*fp16"))
 
 
-def rows(situations: list[Situation], archs: list[str], processes: int) -> Iterator[dict]:
-    """A row for each distinct launch of the situations on each chip."""
-    jobs = dict.fromkeys((launch, arch) for arch, s in product(archs, situations) for launch in launches(s, CHIPS[arch]))
+def lines_of(cases: list[Case], archs: list[str], processes: int) -> Iterator[dict]:
+    """A line for each distinct launch of the cases on each chip."""
+    jobs = dict.fromkeys((launch, arch) for arch, one in product(archs, cases) for launch in launches(one, CHIPS[arch]))
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(inspect, *zip(*jobs, strict=True))
+        yield from pool.map(machine_code, *zip(*jobs, strict=True))
 
 
 def table(found: list[dict]) -> str:
-    """The ranges over the configurations of each kernel on each chip; tensor cores' instructions of bf16 and fp16 alone."""
+    """The ranges over the configurations of each kernel on each chip; tensor-core instructions of bf16 and fp16 alone."""
     of_kernel: dict[tuple[str, str], list[dict]] = {}
-    for row in found:
-        of_kernel.setdefault((row["kernel"], row["arch"]), []).append(row)
+    for line in found:
+        of_kernel.setdefault((line["kernel"], line["arch"]), []).append(line)
     lines = [f"{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma"]
     for (kernel, arch), of_one in sorted(of_kernel.items()):
-        half = [row for row in of_one if has_half_dots(row)]
-        regs, shared = _range([r["regs"] for r in of_one]), _range([r["shared"] >> 10 for r in of_one])
-        mma, wgmma = (_range([r[key] for r in half]) for key in ("mma", "wgmma"))
-        spills, stack = (max(r[key] for r in of_one) for key in ("spills", "stack"))
+        half = [line for line in of_one if has_half_dots(line)]
+        regs, shared = _range([line["regs"] for line in of_one]), _range([line["shared"] >> 10 for line in of_one])
+        mma, wgmma = (_range([line[key] for line in half]) for key in ("mma", "wgmma"))
+        spills, stack = (max(line[key] for line in of_one) for key in ("spills", "stack"))
         lines.append(
             f"{kernel:<27} {arch:<7} {len(of_one):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}"
         )
@@ -252,27 +253,30 @@ def _range(numbers: list[int]) -> str:
 
 def main() -> int:
     """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
-    parser = argparse.ArgumentParser(description="Compile the Triton kernels for GPUs that need not be here.")
-    parser.add_argument("--quick", action="store_true", help="three situations, not all")
-    parser.add_argument("--one", action="store_true", help="one situation, not all")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inspect.static",
+        description="Compile the Triton kernels for GPUs that this machine does not have.",
+    )
+    parser.add_argument("--quick", action="store_true", help="three cases, not all")
+    parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to keep the lines and the table")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the lines and the table")
     args = parser.parse_args()
-    situations = QUICK[:1] if args.one else QUICK if args.quick else SITUATIONS
-    found, wrong, says = [], 0, f"compiled {provenance()}"
-    for row in rows(situations, args.arch, args.processes):
-        print(json.dumps(row), flush=True)
-        found.append(row)
-        if complaint := complaints(row):
+    cases = QUICK[:1] if args.one else QUICK if args.quick else CASES
+    found, wrong = [], 0
+    for line in lines_of(cases, args.arch, args.processes):
+        print(json.dumps(line), flush=True)
+        found.append(line)
+        if complaint := complaints(line):
             wrong += 1
-            print(f"{row['kernel']} on {row['arch']}: {', '.join(complaint)}", file=sys.stderr)
-    says += f"; {len(found)} configurations, {wrong} with complaints\n\n{table(found)}"
-    print(f"\n{says}")
+            print(f"{line['kernel']} on {line['arch']}: {', '.join(complaint)}", file=sys.stderr)
+    summary = f"compiled {provenance()}; {len(found)} configurations, {wrong} with complaints\n\n{table(found)}"
+    print(f"\n{summary}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "kernels.txt").write_text(says + "\n")
-        (args.out / "kernels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+        (args.out / "kernels.txt").write_text(summary + "\n")
+        (args.out / "kernels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     return min(wrong, 1)
 
 

@@ -1,14 +1,14 @@
-"""Bytes a token that each Triton kernel loads and stores, counted in Triton's interpreter, beside the floor.
+"""Bytes a token that each Triton kernel loads and stores, counted in Triton's interpreter, and the least possible.
 
-    python -m benchmarks.traffic
+    python -m benchmarks.inspect.traffic
 
-The tiles are those that `configs.py` chooses for an H200, on a small problem and a chip of few processors, so that as
-many tokens come to a program as on the whole chip. Counted is what the kernels ask for; of A, B, u and v most comes out of
-caches.
+The tiles are those that `configs.py` chooses for an H200. The problem is small and the chip has few processors, so that each
+program gets as many tokens as on the whole chip. All loads and stores are counted; on a GPU most of those of A, B, u and v
+are served by caches.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib import import_module
 from unittest import mock
 
 from tools.interpreter.bf16 import interpret
@@ -17,8 +17,11 @@ interpret()
 
 import torch  # noqa: E402
 
-from benchmarks.environment import provenance  # noqa: E402
+from benchmarks.measuring.environment import provenance  # noqa: E402
+from lmoe_kernels.backends.triton import host  # noqa: E402
 from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
+from lmoe_kernels.options import Factors, Options  # noqa: E402
+from tools import calls  # noqa: E402
 from tools.interpreter.bytes import counted, counted_flops  # noqa: E402
 
 T, I, O, E, R = 256, 512, 768, 8, 16  # noqa: E741
@@ -26,8 +29,8 @@ PLANS = {"tokens fill the chip": 4, "tokens fill half the chip": 8, "few tokens"
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a kernel asks of one tensor, in bytes a token."""
+class Traffic:
+    """What a kernel loads and stores of one tensor, in bytes a token."""
 
     direction: str
     kernel: str
@@ -36,50 +39,53 @@ class Row:
     stored: float
 
 
-def measure(processors: int) -> list[Row]:
+def on_chip_with(processors: int) -> AbstractContextManager:
+    """Plans for an H200 with so many processors."""
+    return mock.patch.object(host, "chip_of", return_value=Chip("sm_90", processors, 227 << 10))
+
+
+def measure(processors: int) -> list[Traffic]:
     """A forward and a backward on a chip of that many processors."""
-    modules = [import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward")]
-    x, dy = torch.randn(T, I).bfloat16(), torch.randn(T, O).bfloat16()
-    a, b = torch.randn(E, R, I).bfloat16(), torch.randn(E, R, O).bfloat16()
-    gate, dlogits = torch.randn(E, I).bfloat16(), torch.randn(T, E)
-    chip = Chip("sm_90", processors, 227 << 10)
-    with (
-        mock.patch.object(modules[0], "chip_of", return_value=chip),
-        mock.patch.object(modules[1], "chip_of", return_value=chip),
-    ):
+    x, dy, dlogits = torch.randn(T, I).bfloat16(), torch.randn(T, O).bfloat16(), torch.randn(T, E)
+    factors = Factors(torch.randn(E, R, I).bfloat16(), torch.randn(E, R, O).bfloat16(), torch.randn(E, I).bfloat16())
+    options = Options(scaling=0.5)
+    with on_chip_with(processors):
         with counted() as of_forward:
-            _, logits, u = modules[0].forward(x, a, b, gate, None, None, 0.5, "factors", None, True, True)
+            _, saved = calls.forward_saved("triton", x, factors, options)
         with counted() as of_backward:
-            modules[1].backward(dy, dlogits, x, a, b, gate, logits, u, 0.5, "factors", None, True, (True,) * 4)
-    names = {"x": x, "dy": dy, "lora_a": a, "lora_b": b, "gate_weight": gate, "logits": logits, "u": u}
-    of_address = {t.data_ptr(): name for name, t in names.items() if t is not None}
+            calls.backward("triton", dy, x, factors, saved, options, dlogits=dlogits)
+    named = {"x": x, "dy": dy, **factors._asdict(), **saved._asdict()}
+    of_address = {t.data_ptr(): name for name, t in named.items() if t is not None}
     return [
-        Row(direction, access.kernel, of_address.get(access.address, access.argument), count.loaded / T, count.stored / T)
+        Traffic(direction, at.kernel, of_address.get(at.address, at.argument), count.loaded / T, count.stored / T)
         for direction, counts in (("forward", of_forward), ("backward", of_backward))
-        for access, count in counts.items()
+        for at, count in counts.items()
     ]
 
 
 def measure_flops(experts: int, top_k: int) -> float:
     """FLOPs a token of a forward's dots, with as many experts."""
-    forward = import_module("lmoe_kernels.backends.triton.forward")
     tokens, features = 2048, 128
-    x, logits = torch.randn(tokens, features).bfloat16(), torch.randn(tokens, experts)
-    a, b = torch.randn(experts, R, features).bfloat16(), torch.randn(experts, R, features).bfloat16()
-    with mock.patch.object(forward, "chip_of", return_value=Chip("sm_90", 64, 227 << 10)), counted_flops() as flops:
-        forward.forward(x, a, b, None, logits, None, 0.5, "factors", top_k, True, True)
+    a, b = (torch.randn(experts, R, features).bfloat16() for _ in range(2))
+    x, factors = torch.randn(tokens, features).bfloat16(), Factors(a, b, gate_logits=torch.randn(tokens, experts))
+    with on_chip_with(64), counted_flops() as flops:
+        calls.forward("triton", x, factors, Options(scaling=0.5, top_k=top_k))
     return sum(flops.values()) / tokens
 
 
-def over_the_floor(rows: list[Row]) -> str:
-    """What the large tensors cost, as multiples of reading or writing them once."""
-    forward, backward = ([row for row in rows if row.direction == direction] for direction in ("forward", "backward"))
-    written = [sum(row.stored for row in of if row.tensor in ("y", "out")) for of in (forward, backward)]
-    read = {name: sum(row.loaded for row in of if row.tensor == name) for of in (forward, backward) for name in ("x", "dy")}
-    read_forward = sum(row.loaded for row in forward if row.tensor == "x")
+def over_the_floor(traffic: list[Traffic]) -> str:
+    """The traffic of the large tensors, as multiples of loading or storing them once."""
+
+    def loaded(direction: str, tensor: str) -> float:
+        return sum(one.loaded for one in traffic if (one.direction, one.tensor) == (direction, tensor))
+
+    def written(direction: str) -> float:
+        return sum(one.stored for one in traffic if one.direction == direction and one.tensor in ("y", "out"))
+
     return (
-        f"over the floor: forward x {read_forward / (2 * I):.2f}, y {written[0] / (2 * O):.2f};"
-        f" backward dy {read['dy'] / (2 * O):.2f}, x {read['x'] / (2 * I):.2f}, dx {written[1] / (2 * I):.2f}"
+        f"over the floor: forward x {loaded('forward', 'x') / (2 * I):.2f}, y {written('forward') / (2 * O):.2f};"
+        f" backward dy {loaded('backward', 'dy') / (2 * O):.2f}, x {loaded('backward', 'x') / (2 * I):.2f},"
+        f" dx {written('backward') / (2 * I):.2f}"
     )
 
 
@@ -89,10 +95,10 @@ def main() -> None:
     print(f"bytes a token, bf16, T={T} I={I} O={O} E={E} R={R}: x is {2 * I}, y and dy are {2 * O}, u and v are {2 * E * R}")
     for plan, processors in PLANS.items():
         print(f"\n{plan}\n{'':<9} {'kernel':<24} {'tensor':<14} {'loaded':>8} {'stored':>8}")
-        rows = measure(processors)
-        for row in rows:
-            print(f"{row.direction:<9} {row.kernel:<24} {row.tensor:<14} {row.loaded:>8.0f} {row.stored:>8.0f}")
-        print(over_the_floor(rows))
+        traffic = measure(processors)
+        for one in traffic:
+            print(f"{one.direction:<9} {one.kernel:<24} {one.tensor:<14} {one.loaded:>8.0f} {one.stored:>8.0f}")
+        print(over_the_floor(traffic))
     print(f"\nFLOPs a token of the forward's dots over E at R={R}, T=2048, I=O=128")
     print(f"{'E':>4} {'all experts':>12} {'top_k=2':>9}")
     for experts in (8, 16, 32, 64, 128):

@@ -173,7 +173,7 @@ def _complaint(name: str, model: Any, ids: Tensor) -> str | None:
     return complaint(ours, of_plain, true, ours.dtype)
 
 
-def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def _with_backend(name: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     if name not in BACKENDS:
         return call
 

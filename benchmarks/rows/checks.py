@@ -92,7 +92,7 @@ class Checker:
         true, of_plain = self._known(row.definition, scope)
         y = step.forward()
         grads = torch.autograd.grad(y, [tensor for tensor, *_ in step.grad_inputs], self.inputs.dy)
-        results = [("y", None, y.detach())]
+        results: list[tuple[str, int | None, Tensor]] = [("y", None, y.detach())]
         for (_, name, expert, transposed), grad in zip(step.grad_inputs, grads, strict=True):
             results.append((name, expert, grad.t() if transposed else grad))
         for name, expert, result in results:
@@ -119,8 +119,8 @@ class Checker:
 def in_orders(function: Definition, inputs: Inputs) -> Iterator[dict[str, Tensor]]:
     """The results of a function in the inputs' dtype, its features, experts and ranks in one order after another.
 
-    The first two are the inputs' own order. In every second one matrices are stored transposed: at T = 1 this alone changes
-    whether a product sums in blocks or straight on, and its error by a factor of three (peft-all, fp32, torch 2.13, 2026-11).
+    The first two are the inputs' own order. In every second one, matrices are stored transposed: at T = 1 that decides if a
+    product sums in blocks or straight on, which changes its error by a factor of three (fp32, CPU, torch 2.13, 2026-11).
     """
     _, *sizes, _ = inputs.shape.sizes
     generator = torch.Generator().manual_seed(0)

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lmoe_kernels.dispatch import BACKENDS
+from lmoe_kernels.dispatch import BACKENDS, BackendName
 from lmoe_kernels.options import Factors, Problem, Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,7 +107,7 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     )
 
 
-def timed_backends() -> list[str]:
+def timed_backends() -> list[BackendName]:
     """The package's backends that have rows: all that are registered, without the reference, which no user runs."""
     return [name for name in BACKENDS if name != "reference"]
 
