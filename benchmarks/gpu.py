@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -111,14 +112,13 @@ def many_experts(tokens: int, features: int, device: torch.device) -> Iterator[L
         for name in timed_backends():
             if BACKENDS[name].why_not(shape.problem(device)) is not None:
                 continue
-
-            def step(
-                name: BackendName = name, top_k: int | None = top_k, tensors: list[Tensor] = tensors, dy: Tensor = inputs.dy
-            ):
-                x, a, b, gate = tensors
-                return torch.autograd.grad(lmoe(x, a, b, gate_weight=gate, top_k=top_k, backend=name), tensors, dy)
-
+            step = partial(_forward_backward, tensors, inputs.dy, top_k, name)
             yield {"backend": name, "top_k": top_k} | asdict(shape) | _time_of(step)
+
+
+def _forward_backward(tensors: list[Tensor], dy: Tensor, top_k: int | None, backend: BackendName) -> tuple[Tensor, ...]:
+    x, a, b, gate = tensors
+    return torch.autograd.grad(lmoe(x, a, b, gate_weight=gate, top_k=top_k, backend=backend), tensors, dy)
 
 
 def _around(chosen: configs.Tile) -> list[configs.Tile]:

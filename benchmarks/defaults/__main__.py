@@ -50,9 +50,9 @@ def run(lab: Lab, plan: Plan, results: Results, path: Path) -> None:
             progress.set_description(f"{stage}: {description(trial)}")
             results.outcomes.append(lab.run(trial))
             write(results, path)
-    fits = {f"{method}, scaling {scaling:g}": (method, scaling) for method, scaling in random_token_runs()}
-    progress = tqdm(fits.items(), dynamic_ncols=True)
-    for name, (method, scaling) in progress:
+    progress = tqdm(list(random_token_runs()), dynamic_ncols=True)
+    for method, scaling in progress:
+        name = f"{method}, scaling {scaling:g}"
         progress.set_description(f"random tokens: {name}")
         if name not in results.random_tokens:
             trials = [point(method, scaling, RANDOM_TOKEN_RATE, seed) for seed in plan.seeds]
