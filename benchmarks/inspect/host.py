@@ -27,6 +27,7 @@ from tools import calls
 from tools.emulator import build
 
 PROCESSORS = 132
+SECONDS = 0.02  # of a sample, which repeats its call
 TOKENS = (1, 16, 512)
 COLUMNS = ("backend alone", "no gradients", "with gradients", "+ backward")
 
@@ -89,7 +90,7 @@ def calls_of(backend: dispatch.BackendName, tokens: int) -> list[Callable[[], ob
 
 def microseconds(backends: list[dispatch.BackendName], tokens: int, rounds: int) -> dict[str, list[str]]:
     """For each backend the cells of its line: the least of the rounds, and the median in brackets."""
-    effort = Effort(1, seconds=0, min_rounds=rounds, max_rounds=rounds, sample_seconds=0.02, cpu_products=0)
+    effort = Effort(1, seconds=0, min_rounds=rounds, max_rounds=rounds, sample_seconds=SECONDS, cpu_products=0)
     timed = {(name, i): [call] for name in backends for i, call in enumerate(calls_of(name, tokens))}
     taken = interleave({f"{name} {i}": call for (name, i), call in timed.items()}, CpuClock(), effort)
     cells: dict[str, list[str]] = {name: [] for name in backends}
