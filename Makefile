@@ -43,7 +43,7 @@ build: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 bench: $(READY) ## Measure what the layer costs on this machine
-	$(BIN)/python -m pytest benchmarks/bench_forward.py benchmarks/bench_backward.py benchmarks/bench_layer.py --benchmark-only
+	$(BIN)/python -m pytest benchmarks/test_rows.py --benchmark-only
 	$(BIN)/python -m benchmarks
 
 gpu: ## Build, test, tune and measure on this machine's GPU, without a network; PARTS="tests rows" MINUTES=9
@@ -51,7 +51,7 @@ gpu: ## Build, test, tune and measure on this machine's GPU, without a network; 
 	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
-	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.inspect.static
 
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
 	$(BIN)/python -m tools.emulator.racecheck
