@@ -2,15 +2,12 @@
 
 import json
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 
 from lmoe_kernels import dispatch, info, lmoe
-from lmoe_kernels.backends.cuda import availability, configs, extension
-from lmoe_kernels.backends.cuda import backward as backward_module
-from lmoe_kernels.backends.cuda import forward as forward_module
+from lmoe_kernels.backends.cuda import availability, backward, configs, extension, forward
 from lmoe_kernels.options import Problem, Sizes
 from tests.problems import CASES, Case, assert_all_no_worse, gradients, leaves_of, make_problem, outcome
 from tests.problems import Problem as RandomProblem
@@ -32,7 +29,6 @@ PATH_CASES += [
 @pytest.fixture(params=["one pass", "stages", "shrink in parts"])
 def path(request: pytest.FixtureRequest, emulated_cuda, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each path of the forward for any number of tokens, whatever path the shape would take."""
-    forward, backward = _module(forward_module), _module(backward_module)
     monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
     processors = 1 if request.param == "one pass" else 1 << 20  # any tile fills one, none fills a million
     plan = configs.one_pass_smem
@@ -97,7 +93,6 @@ def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | No
 
 def test_split_sums_repeat_the_same_bits(emulated_cuda, monkeypatch, watch) -> None:
     problem = make_problem(Case(T=70, I=1600, O=1100, E=3, R=8), torch.bfloat16)
-    forward, backward = _module(forward_module), _module(backward_module)
     monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: 0)
     for parts in (2, 3):
         for module in (forward, backward):
@@ -113,7 +108,7 @@ def test_split_sums_repeat_the_same_bits(emulated_cuda, monkeypatch, watch) -> N
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("splits", [2, 7])
 def test_split_weight_gradients(splits: int, dtype: torch.dtype, emulated_cuda, monkeypatch, watch) -> None:
-    monkeypatch.setattr(_module(backward_module), "wgrad_splits", lambda *sizes: splits)
+    monkeypatch.setattr(backward, "wgrad_splits", lambda *sizes: splits)
     problem = make_problem(Case(T=100, I=24, O=40, E=3, R=8), dtype)
     leaves = leaves_of(problem.tensors)
     assert_all_no_worse(problem, gradients(problem, problem.call("cuda", **leaves), leaves))
@@ -157,7 +152,7 @@ def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, m
         assert plan is not None
         assert plan.blocks <= processors
         same_sums = configs.DecodePlan(plan.blocks, 256, 3, plan.column_tile, plan.smem)
-        monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes, p=same_sums: p)
+        monkeypatch.setattr(forward, "decode_plan", lambda *sizes, p=same_sums: p)
         results.append(problem.call("cuda")[0])
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
@@ -210,18 +205,18 @@ def test_decode_plans_cover_the_problem_and_fit(processors: int) -> None:
 
 def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypatch) -> None:
     plan = configs.DecodePlan(1, 256, 1, 48, 4096)
-    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: plan)
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: plan)
     with pytest.raises(RuntimeError, match=r"decode_fwd_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
-    monkeypatch.setattr(_module(forward_module), "decode_plan", lambda *sizes: None)
-    monkeypatch.setattr(_module(forward_module), "one_pass_smem", lambda *sizes: 59392)
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
+    monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: 59392)
     with pytest.raises(RuntimeError, match=r"forward_kernel: .* count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
 
 
 def test_a_refused_launch_is_reported_once(emulated_cuda, monkeypatch) -> None:
     problem = make_problem(Case(T=2), torch.bfloat16)
-    forward, plan = _module(forward_module), configs.decode_plan
+    plan = configs.decode_plan
     monkeypatch.setattr(forward, "decode_plan", lambda *sizes: plan(*sizes)._replace(blocks=emulated_cuda.processors(0) + 1))
     with pytest.raises(RuntimeError, match="decode_fwd_kernel: too many blocks in cooperative launch"):
         problem.call("cuda")
@@ -322,8 +317,3 @@ def _compare_with_reference(problem: RandomProblem, base: torch.Tensor | None = 
     ours = results("cuda", torch.float32)
     for name, result, other, true in zip(("y", "logits", "u"), ours, plain, exact, strict=False):
         assert_no_worse(name, result, [other], true)
-
-
-def _module(function) -> ModuleType:
-    """The module a backend's function is defined in: the package's name for it is the function's."""
-    return sys.modules[function.__module__]

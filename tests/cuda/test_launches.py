@@ -1,19 +1,17 @@
 """How the CUDA launchers launch: device, stream, shared memory and errors, as the emulated runtime recorded them."""
 
 import ctypes
-from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from lmoe_kernels import lmoe
-from lmoe_kernels.backends.cuda import configs, extension
+from lmoe_kernels.backends.cuda import configs, extension, forward
 from tests import plans
 from tests.problems import Case, gradients, leaves_of, make_problem
 from tools.emulator.launches import Launch, current_device, recorded
 
-FORWARD = import_module("lmoe_kernels.backends.cuda.forward")
 SECOND = 1  # of the emulated devices; the current one is the first
 KERNELS = {  # of a forward on each path, and of its backward
     "decode": {"cooperative", "shrink_bwd_kernel"},
@@ -60,7 +58,7 @@ def test_the_attribute_of_a_kernel_is_set_where_it_takes_more_than_48_kb(path: s
 
 def test_the_device_is_restored_after_an_error(emulated_cuda, monkeypatch) -> None:
     monkeypatch.setattr(extension, "queue", lambda tensor: (SECOND, 0))
-    monkeypatch.setattr(FORWARD, "decode_plan", lambda *sizes: configs.DecodePlan(1, 256, 1, 48, 4096))
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: configs.DecodePlan(1, 256, 1, 48, 4096))
     with pytest.raises(RuntimeError, match="count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
     assert current_device(emulated_cuda) == 0
