@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-import lmoe_kernels
 from benchmarks.baselines import rows
 from benchmarks.limits import Limits
 from benchmarks.memory import OpCounter
 from benchmarks.shapes import Shape, make_inputs
+
+import lmoe_kernels
 from docs.pictures import draw
 
 ROOT = Path(__file__).parents[2]
