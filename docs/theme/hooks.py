@@ -30,9 +30,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Let links to these files, which are right in the repository, be right on the site."""
+    """Point links to these files, right in the repository, to their pages; the changelog's other links become text."""
     if page.file.src_uri == "changelog.md":
-        return markdown.replace("](docs/", "](")
+        return re.sub(r"\[([^\]]+)\]\((?!docs/)[^)]*\)", r"\1", markdown).replace("](docs/", "](")
     return markdown.replace(f"](../{RESULTS}/", "](results/").replace("](../CHANGELOG.md", "](changelog.md")
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from benchmarks.baselines import rows
-from benchmarks.limits import Limits
-from benchmarks.memory import OpCounter
-from benchmarks.shapes import Shape, make_inputs
 
 import lmoe_kernels
+from benchmarks.measuring.counting import OpCounter
+from benchmarks.measuring.limits import Limits
+from benchmarks.rows.shapes import Shape, make_inputs
+from benchmarks.rows.table import rows
 from docs.pictures import draw
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +109,16 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_commands_exist(page: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"(?:`|^)make ([a-z]\w*)", PAGES[page], flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"make {target}"
+    for module in re.findall(r"python -m ([\w.]+)", PAGES[page]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), f"python -m {module}"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files_and_headings(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
         assert "://" not in link, f"{link}: pages are read without a network too"
@@ -141,7 +151,7 @@ def test_formulas_of_bytes_are_those_of_the_operations(row: str) -> None:
             step.forward()
         y = step.forward()
         with OpCounter(limits, "float32") as backward:
-            torch.autograd.grad(y, [tensor for tensor, *_ in step.leaves], inputs.dy)
+            torch.autograd.grad(y, [tensor for tensor, *_ in step.grad_inputs], inputs.dy)
         return forward.bytes, backward.bytes
 
     few, many = count(32), count(64)
