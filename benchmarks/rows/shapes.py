@@ -1,4 +1,4 @@
-"""Shapes: the sizes of one benchmark, the tensors for them, and the grids that a run walks through."""
+"""The sizes of one benchmark, the tensors for them, and the grids of sizes that a run measures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lmoe_kernels.dispatch import Problem
+from lmoe_kernels.dispatch import BACKENDS, BackendName
+from lmoe_kernels.options import Factors, Problem, Sizes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SCOPES = ("layer", "delta")
@@ -17,7 +18,7 @@ SCALING = 2.0  # alpha = 2 R, the usual choice: a scaling of one would hide a ro
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of one problem; the fields are those of `lmoe_kernels.dispatch.Problem`."""
+    """Sizes and dtype of one problem, under the names of the command's options, of `LMoELinear`'s, and of the results."""
 
     tokens: int = 1024
     in_features: int = 2048
@@ -29,6 +30,11 @@ class Shape:
     def __str__(self) -> str:
         features = f"{self.in_features} -> {self.out_features}"
         return f"{features}, T={self.tokens}, E={self.num_experts}, R={self.rank}, {self.dtype}"
+
+    @property
+    def sizes(self) -> Sizes:
+        """The letters of the same sizes, each expert with an A of its own."""
+        return Sizes(self.tokens, self.in_features, self.out_features, self.num_experts, self.rank, self.num_experts)
 
     @property
     def itemsize(self) -> int:
@@ -44,14 +50,13 @@ class Shape:
         return (activations + parameters) * self.itemsize
 
     def problem(self, device: torch.device) -> Problem:
-        """What a backend of the package looks at when it is asked whether it can."""
-        sizes = self.tokens, self.in_features, self.out_features, self.num_experts, self.rank
-        return Problem(device, DTYPES[self.dtype], *sizes)
+        """What the availability of a backend depends on."""
+        return Problem(self.sizes, DTYPES[self.dtype], device)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one problem. Rows take what they need of them; nobody writes into them."""
+    """The tensors of one problem. Rows take what they need of them; no row writes into them."""
 
     shape: Shape
     x: Tensor  # (T, I)
@@ -59,13 +64,18 @@ class Inputs:
     lora_a: Tensor  # (E, R, I)
     lora_b: Tensor  # (E, R, O)
     gate_weight: Tensor  # (E, I)
-    gates: Tensor  # (T, E), for rows that are given their gates from outside
+    gates: Tensor  # (T, E), for rows that get their gates from outside
     dy: Tensor  # (T, O)
 
     @property
     def device(self) -> torch.device:
-        """Where the tensors lie."""
+        """The tensors' device."""
         return self.x.device
+
+    @property
+    def factors(self) -> Factors:
+        """The experts and their gate."""
+        return Factors(self.lora_a, self.lora_b, self.gate_weight)
 
     def tokens(self, start: int, stop: int) -> "Inputs":
         """The same problem for some of its tokens."""
@@ -78,11 +88,9 @@ class Inputs:
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
-    """Draw a problem in which frozen product and delta are of one size, so that an error in either shows."""
+    """Draw a problem whose frozen product and delta are about equally large, so that an error in either shows."""
     generator = torch.Generator(device).manual_seed(seed)
-    tokens, ins, outs, experts, rank = (
-        shape.tokens, shape.in_features, shape.out_features, shape.num_experts, shape.rank,
-    )  # fmt: skip
+    tokens, ins, outs, experts, rank, _ = shape.sizes
 
     def draw(*sizes: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(sizes, generator=generator, device=device) * scale).to(DTYPES[shape.dtype])
@@ -99,6 +107,11 @@ def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:
     )
 
 
+def timed_backends() -> list[BackendName]:
+    """The package's backends that have rows: all that are registered, without the reference, which no user runs."""
+    return [name for name in BACKENDS if name != "reference"]
+
+
 @dataclass(frozen=True)
 class Grid:
     """Shapes, and what is measured of each. `rows` None: every row."""
@@ -109,7 +122,7 @@ class Grid:
     rows: tuple[str, ...] | None = None
 
     def groups(self) -> Iterator[tuple[Shape, str]]:
-        """Shape and scope of every group of rows that are measured side by side."""
+        """Shape and scope of every group of rows that are measured together."""
         return iter(product(self.shapes, self.scopes))
 
 
@@ -123,7 +136,7 @@ def cross(
 
 def grids(device: torch.device, quick: bool) -> list[Grid]:
     """What is measured where the user names no sizes."""
-    few = ("frozen", "peft", "eager", "torch", "triton", "cuda")
+    few = ("frozen", "peft", "eager", *timed_backends())
     eight, sixteen = [8], [16]
     if quick:
         square = [(1024, 1024)]

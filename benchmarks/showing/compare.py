@@ -1,8 +1,8 @@
-"""Tell two runs apart: `python -m benchmarks.compare before.json after.json`.
+"""Compare two runs: `python -m benchmarks.showing.compare before.json after.json`.
 
 A row counts as changed where its time and its ratio to the frozen linear have both left their spread, in the same direction
-and by more than the threshold. The spread reaches over all visits of a run, since a machine drifts from one to the next by
-more than the rounds of a visit differ. A busy machine moves the times alone, a disturbed frozen linear the ratios alone.
+and by more than the threshold. The spread covers all visits of a run: times drift between visits by more than the rounds of
+one visit differ. A busy machine changes the times alone, a disturbance of the frozen linear changes the ratios alone.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Results, load, shape_of
+from benchmarks.showing.report import Results, load, shape_of
 
 Spread = dict[str, Any]
 
@@ -36,9 +36,9 @@ def compare(before: Results, after: Results, threshold: float) -> list[Change]:
 def main(arguments: list[str] | None = None) -> int:
     """Print the rows that differ; 1 where one of them became slower."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
-        description="Tell two runs of `python -m benchmarks` apart; exits 1 where a row became slower beyond the threshold.",
-        epilog="example: python -m benchmarks.compare before/results.json after/results.json --threshold 0.05",
+        prog="python -m benchmarks.showing.compare",
+        description="Compare two runs; exits with 1 where a row became slower beyond the threshold.",
+        epilog="example: python -m benchmarks.showing.compare before/results.json after/results.json --threshold 0.05",
     )
     parser.add_argument("before", type=Path, help="results.json of the first run")
     parser.add_argument("after", type=Path, help="results.json of the second run")
@@ -68,7 +68,7 @@ def _timed(results: Results) -> list[dict[str, Any]]:
 
 
 def _key(record: dict[str, Any]) -> str:
-    """What makes two records the same row; also its name."""
+    """The name of a row; two records of the same name are compared."""
     if "shape" not in record:
         return f"whole model, {record['phase']}: {record['row']}"
     launch = ", graph" if record["launch"] == "graph" else ""
@@ -86,14 +86,14 @@ def _change(old: dict[str, Any], new: dict[str, Any], threshold: float) -> Chang
 
 
 def _compare(old: Spread, new: Spread, threshold: float) -> tuple[float, bool]:
-    """The change of a median, and whether the two spreads lie apart by it."""
+    """The change of a median, and whether it is beyond the threshold and the two spreads do not overlap."""
     (old_low, before, old_high), (new_low, after, new_high) = _reach(old), _reach(new)
     change = after / before - 1
     return change, (new_low > old_high or new_high < old_low) and abs(change) > threshold
 
 
 def _reach(spread: Spread) -> tuple[float, float, float]:
-    """The median between the ends of the spread: the percentiles, or the visits where these lie further out."""
+    """Low end, median and high end of a spread: the ends are the percentiles, or the visits where these lie further out."""
     return min(spread["low"], *spread["visits"]), spread["median"], max(spread["high"], *spread["visits"])
 
 

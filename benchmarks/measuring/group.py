@@ -1,4 +1,4 @@
-"""Measure the rows of a group side by side: check each, then time them interleaved, then weigh their memory."""
+"""Measure the rows of a group together: check each, time them interleaved, and count their bytes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import NotRun, Row, Step, bytes_needed
-from benchmarks.checks import Checker
-from benchmarks.limits import Limits, floor_seconds
-from benchmarks.memory import OpCounter, available_bytes, peak_bytes, saved_bytes
-from benchmarks.shapes import Inputs, Shape, make_inputs
-from benchmarks.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
+from benchmarks.measuring.counting import OpCounter
+from benchmarks.measuring.limits import Limits, floor_seconds
+from benchmarks.measuring.memory import available_bytes, peak_bytes, saved_bytes
+from benchmarks.measuring.timing import REPLAY_ONLY, Call, Effort, Spread, capture, clock_for, interleave
+from benchmarks.rows.checks import Checker, tensors_of
+from benchmarks.rows.shapes import Inputs, Shape, make_inputs
+from benchmarks.rows.steps import NotRun, Row, Step
+from benchmarks.rows.table import bytes_needed
 
-MOST_COPIES = 16  # of the inputs, to rotate past the cache
+MOST_COPIES = 16  # of the inputs: more than the cache holds are taken in turn
 LAUNCHES = {"cpu": ("eager",), "cuda": ("eager", "graph")}
 COUNTED = ("counted_bytes", "counted_flops", "counted_seconds")
-CHECKED = 12  # further copies, in bytes, that the check in float64 takes with its gradients
+CHECKED = 12  # the check in float64 and its gradients take about the bytes of so many further copies
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Record:
     """One row of the results. Where `status` is not "ok" it says why, and no speed is given."""
 
     row: str
-    says: str
+    label: str
     scope: str
     phase: str
     launch: str  # "eager", or "graph": the replay of a CUDA graph
@@ -39,14 +41,14 @@ class Record:
     floor_seconds: float | None = None  # the roofline of what the row computes
     counted_bytes: int | None = None  # what its operations read and write
     counted_flops: int | None = None
-    counted_seconds: float | None = None  # what these bytes and FLOPs let expect
+    counted_seconds: float | None = None  # the time that these bytes and FLOPs let expect
     counted_over_frozen: float | None = None  # likewise
     peak_bytes: int | None = None
     saved_bytes: int | None = None
 
 
 class Group:
-    """The rows of one shape and scope: `visit` times them side by side, `records` sums up all visits."""
+    """The rows of one shape and scope: `visit` times them interleaved, `records` sums up all visits."""
 
     def __init__(
         self, shape: Shape, scope: str, phases: Iterable[str], rows: Iterable[Row], device: torch.device, limits: Limits,
@@ -55,11 +57,11 @@ class Group:
         self.shape, self.scope, self.phases, self.device = shape, scope, tuple(phases), device
         self.limits, self.effort = limits, effort
         self.rows = [row for row in rows if scope in row.scopes]
-        self.reasons: dict[str, str] = {}  # of the rows that are not timed
-        self.not_captured: dict[tuple[str, str], str] = {}  # why no CUDA graph holds a phase of a row
-        self.right: set[str] = set()  # the rows whose results were checked
-        self.samples: dict[tuple[str, str], list[dict[str, list[float]]]] = {}  # of phase and launch: for each visit
-        self.weights: dict[str, dict[str, dict[str, Any]]] = {}  # of a phase: what its rows weigh
+        self.reasons: dict[str, str] = {}  # why a row is not timed
+        self.not_captured: dict[tuple[str, str], str] = {}  # why a phase of a row is not in a CUDA graph
+        self.right: set[str] = set()  # the rows whose results were found right
+        self.samples: dict[tuple[str, str], list[dict[str, list[float]]]] = {}  # by phase and launch, one dict a visit
+        self.counts: dict[str, dict[str, dict[str, Any]]] = {}  # by phase and row: bytes and FLOPs, fields of Record
 
     def __str__(self) -> str:
         return f"{self.shape}: {self.scope}"
@@ -69,17 +71,17 @@ class Group:
         inputs, steps = self._build()
         for phase, launch in product(self.phases, LAUNCHES[self.device.type]):
             calls = self._calls(steps, inputs, phase, launch)
-            if phase not in self.weights:
-                self.weights[phase] = {
-                    name: self._weigh(name, copies[0], steps[name][0], inputs[0], phase) for name, copies in calls.items()
+            if phase not in self.counts:
+                self.counts[phase] = {
+                    name: self._count(name, copies[0], steps[name][0], inputs[0], phase) for name, copies in calls.items()
                 }
             before = self.samples.get((phase, launch), [])
             taken = interleave(calls, clock_for(self.device), self.effort, seed=len(before))
-            self.samples[phase, launch] = [*before, taken]  # only now: an interrupted visit leaves no trace
-            calls.clear()  # a backward's graph that lives on would tie its leaves to this launch's stream
+            self.samples[phase, launch] = [*before, taken]  # at the end, so that an interrupted visit leaves no trace
+            calls.clear()  # the graph of a backward, kept alive, would tie its inputs to the stream of this launch
 
     def _calls(self, steps: dict[str, list[Step]], inputs: list[Inputs], phase: str, launch: str) -> dict[str, list[Call]]:
-        """What is timed of each row, on every copy of the inputs; of a row that no CUDA graph can hold nothing."""
+        """The calls of each row, on every copy of the inputs; no calls of a row that cannot be captured in a CUDA graph."""
         calls = {}
         for name, copies in steps.items():
             makes = [partial(call_of, step, inputs[i].dy, phase) for i, step in enumerate(copies)]
@@ -88,15 +90,15 @@ class Group:
             elif (phase, name) not in self.not_captured:
                 try:
                     calls[name] = [capture(make) for make in makes]
-                except Exception as error:  # it must not take the others' results along
-                    self.not_captured[phase, name] = _told(error)
+                except Exception as error:  # one row must not end the measurement of the others
+                    self.not_captured[phase, name] = _one_line(error)
         return calls
 
     def records(self) -> Iterator[Record]:
         """Every row in every phase that was visited."""
         for (phase, launch), visits in self.samples.items():
             for row in self.rows:
-                common = row.name, row.says, self.scope, phase, launch, self.shape
+                common = row.name, row.label, self.scope, phase, launch, self.shape
                 if row.name in self.reasons:
                     yield Record(*common, status=self.reasons[row.name])
                     continue
@@ -113,14 +115,14 @@ class Group:
                     over_frozen=ratio(visits, row.name, "frozen"),
                     over_peft=ratio(visits, row.name, "peft"),
                     floor_seconds=floor_seconds(row.definition, self.shape, self.scope, phase, self.limits),
-                    **self.weights[phase][row.name],
+                    **self.counts[phase][row.name],
                     counted_over_frozen=self._counted_over_frozen(row.name, phase),
                 )
 
     def _build(self) -> tuple[list[Inputs], dict[str, list[Step]]]:
-        """Copies of the inputs, and of each row that can be timed a step on each of them."""
+        """Copies of the inputs, and for each row that can be timed a step on each of them."""
         if any(row.compiled for row in self.rows):
-            torch._dynamo.reset()  # its limit of recompilations would count the shapes of earlier groups
+            torch._dynamo.reset()  # otherwise the shapes of earlier groups count towards its limit of recompilations
         copies = max(1, min(MOST_COPIES, -(-2 * self.limits.cache_bytes // self.shape.bytes)))
         free, needed = available_bytes(self.device), (copies + CHECKED) * self.shape.bytes
         for row in self.rows:
@@ -130,17 +132,17 @@ class Group:
             if reason is not None:
                 self.reasons[row.name] = f"not run: {reason}"
             else:
-                needed += more  # rows are held side by side
-        todo = [row for row in self.rows if row.name not in self.reasons]
-        if not todo:
+                needed += more  # all rows are in memory at the same time
+        timed = [row for row in self.rows if row.name not in self.reasons]
+        if not timed:
             return [], {}
         inputs = [make_inputs(self.shape, self.device, seed) for seed in range(copies)]
         checker = Checker(inputs[0], self.effort.cpu_products)
-        steps = {row.name: self._steps(row, inputs, checker) for row in todo}
+        steps = {row.name: self._steps(row, inputs, checker) for row in timed}
         return inputs, {name: built for name, built in steps.items() if built}
 
     def _steps(self, row: Row, inputs: list[Inputs], checker: Checker) -> list[Step]:
-        """A checked row on every copy of the inputs; nothing where there is a reason why not, which is kept."""
+        """A checked row on every copy of the inputs; nothing where it cannot be timed, and the reason is kept."""
         try:
             complaint = None if row.name in self.right else checker.complaint(row, self.scope)
             if complaint is None:
@@ -151,38 +153,37 @@ class Group:
             self.reasons[row.name] = f"not run: {reason}"
         except torch.OutOfMemoryError:
             self.reasons[row.name] = "not run: out of memory"
-        except Exception as error:  # a row that breaks must not take the others' results along
+        except Exception as error:  # a row that breaks must not end the measurement of the others
             what = "not run: torch.compile" if row.compiled else "failed"
-            self.reasons[row.name] = f"{what}: {_told(error)}"
+            self.reasons[row.name] = f"{what}: {_one_line(error)}"
         return []
 
-    def _weigh(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, Any]:
-        """The bytes of one call, and what its operations move; the latter is not to be seen in compiled code."""
-        weights: dict[str, Any] = {"peak_bytes": peak_bytes(call, self.device)}
+    def _count(self, name: str, call: Call, step: Step, inputs: Inputs, phase: str) -> dict[str, Any]:
+        """The bytes of one call, and what its operations move, which cannot be counted in compiled code."""
+        counts: dict[str, Any] = {"peak_bytes": peak_bytes(call, self.device)}
         if phase == "forward+backward":
-            given = {key: t for key, t in vars(inputs).items() if isinstance(t, torch.Tensor)}
-            weights["saved_bytes"] = saved_bytes(step, given)
+            counts["saved_bytes"] = saved_bytes(step, tensors_of(inputs))
         if not next(row for row in self.rows if row.name == name).compiled:
             with OpCounter(self.limits, self.shape.dtype) as counter:
                 call()
-            weights |= {name: getattr(counter, name.removeprefix("counted_")) for name in COUNTED}
-        return weights
+            counts |= {name: getattr(counter, name.removeprefix("counted_")) for name in COUNTED}
+        return counts
 
     def _counted_over_frozen(self, name: str, phase: str) -> float | None:
-        weights = self.weights[phase]
-        if self.scope != "layer" or "frozen" not in weights or "counted_seconds" not in weights[name]:
+        counts = self.counts[phase]
+        if self.scope != "layer" or "frozen" not in counts or "counted_seconds" not in counts[name]:
             return None
-        return weights[name]["counted_seconds"] / weights["frozen"]["counted_seconds"]
+        return counts[name]["counted_seconds"] / counts["frozen"]["counted_seconds"]
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
 
 
 def call_of(step: Step, dy: Tensor, phase: str) -> Call:
-    """What is timed of a row: the forward alone under no_grad, as inference runs it."""
-    tensors = [leaf.tensor for leaf in step.leaves]
+    """The call that is timed for a phase; the forward alone runs under no_grad, as in inference."""
+    tensors = [grad_input.tensor for grad_input in step.grad_inputs]
     if phase == "forward":
         return torch.no_grad()(step.forward)
     if phase == "backward":

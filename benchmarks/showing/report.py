@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.limits import Limits
-from benchmarks.measure import Record
-from benchmarks.model import ModelRecord
-from benchmarks.shapes import Shape
+from benchmarks.measuring.group import Record
+from benchmarks.measuring.limits import Limits
+from benchmarks.measuring.model import ModelRecord
+from benchmarks.rows.shapes import Shape
 
-SCHEMA = 2
+SCHEMA = 3
 COLUMNS = ("row", "ms (p20 .. p80)", "x frozen", "counted", "x PEFT", "roofline", "peak MiB", "saved B/token")
 MODEL_COLUMNS = ("row", "tokens/s", "ms (p20 .. p80)", "x frozen", "peak MiB", "trained")
 
@@ -22,11 +22,11 @@ READING = """\
 - **ms**: median over the rounds of all visits, with the 20th and 80th percentiles. All rows of a table are interleaved in
   one process; every table is visited several times in a run, on fresh inputs.
 - **x frozen, x PEFT**: times the frozen linear's time, and that of PEFT's one LoRA, in the same round; median over rounds.
-- **counted**: the same ratio as the bytes and FLOPs of the row's operations let expect at the limits above, each operation
+- **counted**: the same ratio, computed from the bytes and FLOPs of the row's operations at the limits above, each operation
   by itself, no cache between two of them; products of at most 16 rows, columns or summands at the rate of narrow ones.
 - **roofline**: the least time for what the row computes (bytes at the copy's bandwidth, FLOPs at the GEMM's rate), as a
-  share of the time it took. A copy reads and writes; what mostly reads can come out above 100 %.
-- **peak**: allocated at most beyond the inputs, in one call. **saved**: kept for the backward beyond the inputs.
+  share of the measured time. A copy reads and writes; an operation that mostly reads can exceed 100 %.
+- **peak**: the most that one call allocates at one time, beyond the inputs. **saved**: kept for the backward, likewise.
 - *forward* runs under no_grad. The backward computes the gradients of x, experts and gate; of x and the adapters for LoRA
   rows; of x and the gates for X-LoRA, whose adapters are frozen; of x for the frozen linear.
 - Every row was compared with its own definition in float64, outputs and gradients, before it was timed."""
@@ -51,7 +51,7 @@ def load(path: Path) -> Results:
     """Read a run's JSON.
 
     Raises:
-        ValueError: the file is not one.
+        ValueError: the file does not hold a run of this schema.
     """
     try:
         results = json.loads(path.read_text())
@@ -126,11 +126,11 @@ def _title(record: dict[str, Any]) -> str:
 
 def _cells(record: dict[str, Any]) -> list[str]:
     if record["seconds"] is None:
-        return [record["says"], record["status"], *[""] * (len(COLUMNS) - 2)]
+        return [record["label"], record["status"], *[""] * (len(COLUMNS) - 2)]
     tokens, saved = max(1, record["shape"]["tokens"]), record["saved_bytes"]
     counted = record["counted_over_frozen"]
     return [
-        record["says"],
+        record["label"],
         _milliseconds(record["seconds"]),
         _ratio(record["over_frozen"]),
         "" if counted is None else f"{counted:.2f}",
@@ -143,9 +143,9 @@ def _cells(record: dict[str, Any]) -> list[str]:
 
 def _model_cells(record: dict[str, Any]) -> list[str]:
     if record["seconds"] is None:
-        return [record["says"], record["status"], *[""] * (len(MODEL_COLUMNS) - 2)]
+        return [record["label"], record["status"], *[""] * (len(MODEL_COLUMNS) - 2)]
     return [
-        record["says"],
+        record["label"],
         f"{record['tokens_per_second']:.0f}",
         _milliseconds(record["seconds"]),
         _ratio(record["over_frozen"]),
@@ -168,7 +168,7 @@ def _rate(flops: float) -> str:
 
 
 def _aligned(rows: Iterable[list[str]]) -> str:
-    """Columns padded to their widest cell; a reason runs on over the empty cells behind it."""
+    """Columns padded to their widest cell; a reason continues over the empty cells after it."""
     rows = list(rows)
     plain = [row for row in rows if any(row[2:])]
     widths = [max(len(row[i]) for row in plain) for i in range(len(rows[0]))]
@@ -182,7 +182,7 @@ def _aligned(rows: Iterable[list[str]]) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six digits: no more was measured."""
+    """Floats with six digits: the measurements are not more precise."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):

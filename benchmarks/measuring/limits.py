@@ -1,27 +1,27 @@
 """The machine's limits, measured in the run that quotes them, and the least that a row's work takes under them.
 
-Bytes and FLOPs are those of design.md, section 4: every tensor is read once and written once, the delta is written first and
-the frozen GEMM adds to it. A floor is the sum over the passes that cannot overlap of max(bytes / bandwidth, FLOPs / rate).
+The floor counts every tensor as read once and written once; the delta is written first and the frozen GEMM adds to it. It is
+the sum of max(bytes / bandwidth, FLOPs / rate) over the passes that cannot overlap.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.shapes import DTYPES, Shape
-from benchmarks.timing import Call, clock_for
+from benchmarks.measuring.timing import Call, clock_for
+from benchmarks.rows.shapes import DTYPES, Shape
 
 NARROW = 16
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine does at best."""
+    """The best that the machine does."""
 
     copy_bytes_per_s: float  # bytes read plus bytes written, by a copy far larger than the caches
     gemm_flops_per_s: dict[str, float]  # by dtype, a large square GEMM
-    narrow_flops_per_s: dict[str, float]  # by dtype, a GEMM with as many columns as one LoRA has ranks: NARROW
-    cache_bytes: int  # the last level: what the inputs are rotated past
+    narrow_flops_per_s: dict[str, float]  # by dtype, a GEMM of NARROW columns, as many as one LoRA has ranks
+    cache_bytes: int  # of the last level; the copies of the inputs together exceed it
 
 
 def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limits:
@@ -32,7 +32,7 @@ def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limi
 
     def seconds(call: Call) -> float:
         clock.sample([call], 0, 2)
-        return min(clock.sample([call], 0, 1) for _ in range(repeats))  # a limit is what comes out undisturbed
+        return min(clock.sample([call], 0, 1) for _ in range(repeats))  # the least is the undisturbed one
 
     source, target = torch.zeros(elements, device=device), torch.zeros(elements, device=device)
     copied = 2 * source.nbytes / seconds(lambda: target.copy_(source))
@@ -47,7 +47,7 @@ def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limi
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The size of the last cache before the memory; 32 MiB where the system does not tell."""
+    """The size of the last cache before the memory; 32 MiB where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:
@@ -68,21 +68,22 @@ def floor_seconds(definition: str, shape: Shape, scope: str, phase: str, limits:
 
 def _stages(definition: str, s: Shape, scope: str, direction: str, training: bool) -> list[tuple[int, int]]:
     """(bytes, FLOPs) of the delta and of the frozen GEMM, each a pass of its own."""
-    tokens, ins, outs, size = s.tokens, s.in_features, s.out_features, s.itemsize
+    tokens, ins, outs, experts, rank, _ = s.sizes
+    size = s.itemsize
     read, written = (ins, outs) if direction == "forward" else (outs, ins)
     gemm_flops = 2 * tokens * ins * outs
     if definition == "frozen":
         return [((tokens * (read + written) + ins * outs) * size, gemm_flops)]
 
-    ranks = s.rank * (1 if definition == "one" else s.num_experts)
-    gates = s.num_experts if definition in ("outputs", "factors") else 0
+    ranks = rank * (1 if definition == "one" else experts)
+    gates = experts if definition in ("outputs", "factors") else 0
     parameters = (ranks * (ins + outs) + gates * ins) * size
     saved = tokens * (ranks * size + 4 * gates) if training else 0
     flops = 2 * tokens * (ranks * (ins + outs) + gates * ins)
     if direction == "forward":
         moved = tokens * (ins + outs) * size + parameters + saved
     else:
-        trained = definition != "scaled"  # X-LoRA's adapters are frozen: neither x nor a weight gradient is touched
+        trained = definition != "scaled"  # X-LoRA's adapters are frozen: x is not read, no weight gradient is written
         moved = tokens * (outs + (2 if trained else 1) * ins) * size + (2 if trained else 1) * parameters + saved
         flops *= 2 if trained else 1
     delta = [(moved, flops)]

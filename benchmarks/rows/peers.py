@@ -10,8 +10,8 @@ from peft import LoraConfig, XLoraConfig, inject_adapter_in_model
 from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import Tensor, nn
 
-from benchmarks.baselines import Leaf, Step, _compile, leaf
-from benchmarks.shapes import SCALING, Inputs
+from benchmarks.rows.shapes import SCALING, Inputs
+from benchmarks.rows.steps import GradInput, Step, compile_fixed, grad_input
 
 
 def one(inputs: Inputs) -> Step:
@@ -26,8 +26,8 @@ def one_fp32(inputs: Inputs) -> Step:
 
 def one_compiled(inputs: Inputs) -> Step:
     """One LoRA, the adapters in the activations' dtype, through torch.compile."""
-    layer, leaves = _layer(inputs, 1, inputs.x.dtype)
-    return _call(_compile(layer), leaves, inputs)
+    layer, grad_inputs = _layer(inputs, 1, inputs.x.dtype)
+    return _call(compile_fixed(layer), grad_inputs, inputs)
 
 
 def all_active(inputs: Inputs) -> Step:
@@ -36,24 +36,24 @@ def all_active(inputs: Inputs) -> Step:
 
 
 def xlora(inputs: Inputs) -> Step:
-    """X-LoRA's layer around E adapters. It trains the gates, which come from outside, and not the adapters."""
+    """X-LoRA's layer around E adapters. Only the gates are trained, which come from outside; the adapters are frozen."""
     layer, _ = _layer(inputs, inputs.shape.num_experts, inputs.x.dtype)
     layer.requires_grad_(False)
     config = XLoraConfig(hidden_size=inputs.shape.in_features, adapters={})
-    model: Any = SimpleNamespace(disabled=False)  # all that the layer asks of its model
+    model: Any = SimpleNamespace(disabled=False)  # the only field of its model that the layer reads
     mixed = XLoraLinearLayer(model, layer, layer.forward, 0, config)
-    leaves = leaf(inputs, "x"), leaf(inputs, "gates")
-    x, gates = (tensor for tensor, *_ in leaves)
+    grad_inputs = grad_input(inputs, "x"), grad_input(inputs, "gates")
+    x, gates = (tensor for tensor, *_ in grad_inputs)
     # its shapes are (batch, sequence, features) and (batch, sequence, layers, experts)
-    return Step(lambda: mixed.forward(x[None], scalings=gates[None, :, None])[0], leaves)
+    return Step(lambda: mixed.forward(x[None], scalings=gates[None, :, None])[0], grad_inputs)
 
 
-def _call(layer: Callable[[Tensor], Tensor], leaves: tuple[Leaf, ...], inputs: Inputs) -> Step:
-    x = leaf(inputs, "x")
-    return Step(lambda: layer(x.tensor), (x, *leaves))
+def _call(layer: Callable[[Tensor], Tensor], adapters: tuple[GradInput, ...], inputs: Inputs) -> Step:
+    x = grad_input(inputs, "x")
+    return Step(lambda: layer(x.tensor), (x, *adapters))
 
 
-def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[Any, tuple[Leaf, ...]]:
+def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[Any, tuple[GradInput, ...]]:
     """PEFT's LoRA layer around the frozen weight, with the first experts of the inputs as its adapters."""
     shape = inputs.shape
     linear = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
@@ -61,15 +61,15 @@ def _layer(inputs: Inputs, adapters: int, dtype: torch.dtype) -> tuple[Any, tupl
     holder, names = nn.Sequential(linear), [f"expert_{e}" for e in range(adapters)]
     config = LoraConfig(r=shape.rank, lora_alpha=int(SCALING * shape.rank), target_modules=["0"], lora_dropout=0.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is a second adapter is meant
+        warnings.simplefilter("ignore")  # it warns of a second adapter, which is intended here
         for name in names:
             inject_adapter_in_model(config, holder, adapter_name=name)
     layer: Any = holder[0]
     layer.set_adapter(names)
-    leaves = []
+    grad_inputs = []
     for e, name in enumerate(names):
         a, b = layer.lora_A[name], layer.lora_B[name]
         a.weight = nn.Parameter(inputs.lora_a[e].to(dtype))
         b.weight = nn.Parameter(inputs.lora_b[e].t().contiguous().to(dtype))
-        leaves += [Leaf(a.weight, "lora_a", e), Leaf(b.weight, "lora_b", e, transposed=True)]
-    return layer, tuple(leaves)
+        grad_inputs += [GradInput(a.weight, "lora_a", e), GradInput(b.weight, "lora_b", e, transposed=True)]
+    return layer, tuple(grad_inputs)

@@ -1,8 +1,8 @@
 """How times are taken: rows interleaved in one process, in another order every round, over several copies of the inputs.
 
-What disturbs the machine for a second disturbs all rows alike: ratios are taken within a round, and medians over the rounds.
-What lasts longer, or hangs on where tensors happen to lie in memory, shows between the visits: a run walks through all its
-tables several times, on fresh inputs each time.
+A disturbance of a second slows all rows of a round alike: ratios are taken within a round, and medians over the rounds. One
+that lasts longer, or that comes from the addresses of the tensors, shows between visits: a run measures all its tables
+several times, on fresh inputs each time.
 """
 
 import random
@@ -22,11 +22,11 @@ class Effort:
     """How long the rows of a table are measured, and how much of them is checked."""
 
     visits: int  # of every table
-    seconds: float  # in a visit, after which no further round begins
-    min_rounds: int  # in a visit, likewise the next
-    max_rounds: int
+    seconds: float  # of a visit, after which no further round begins
+    min_rounds: int  # of a visit
+    max_rounds: int  # of a visit
     sample_seconds: float  # a sample repeats its call until it is about this long
-    cpu_products: int  # T I O up to which a CPU checks every token; of larger problems the first ones
+    cpu_products: int  # T I O up to which a CPU checks every token; of a larger problem it checks the first tokens
 
 
 QUICK = Effort(visits=5, seconds=0.6, min_rounds=2, max_rounds=5, sample_seconds=1e-3, cpu_products=2**27)
@@ -54,7 +54,7 @@ class HostClock:
     """Times on the host: for a CPU."""
 
     def sample(self, calls: Sequence[Call], first: int, count: int) -> float:
-        """Seconds a call, over `count` calls that walk round `calls` from place `first`."""
+        """Seconds a call, over `count` calls, taken from `calls` in turn, beginning with number `first`."""
         start = time.perf_counter()
         for i in range(first, first + count):
             calls[i % len(calls)]()
@@ -65,7 +65,7 @@ class DeviceClock:
     """Times by the GPU's own events, read after it is done."""
 
     def sample(self, calls: Sequence[Call], first: int, count: int) -> float:
-        """Seconds a call, over `count` calls that walk round `calls` from place `first`."""
+        """Seconds a call, over `count` calls, taken from `calls` in turn, beginning with number `first`."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         for i in range(first, first + count):
@@ -76,7 +76,7 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device) -> HostClock | DeviceClock:
-    """The clock that tells when work on a device is done."""
+    """The clock that includes the work of a device."""
     return DeviceClock() if device.type == "cuda" else HostClock()
 
 
@@ -86,14 +86,15 @@ def interleave(
     """Seconds a call of every row, one sample a round.
 
     Args:
-        rows: for each name the same work on several copies of its inputs, walked round so that caches stay cold.
+        rows: for each name the same work on several copies of its inputs, taken in turn so that caches stay cold.
+
     Returns:
-        for each name as many samples as there were rounds; sample i of all rows is of one round.
+        for each name as many samples as there were rounds; the samples number i of all rows are of one round.
     """
     counts = {}
     for name, calls in rows.items():
         warm = time.perf_counter() + effort.seconds / 10
-        for i in range(len(calls)):  # what is done on first use; slow rows are warm after a copy or two
+        for i in range(len(calls)):  # what happens on first use only; for slow rows a copy or two suffice
             clock.sample(calls, i, 1)
             if time.perf_counter() > warm:
                 break
@@ -111,10 +112,10 @@ def interleave(
 
 
 def capture(make: Callable[[], Call]) -> Call:
-    """A call as a CUDA graph's replay: what the GPU takes where the host does not hold it up.
+    """A call as a CUDA graph's replay: the time of the GPU alone, without that of the host.
 
-    `make` builds the call. It does so on the stream of the capture, because autograd runs a backward on the stream of its
-    forward, and another one than the capture's would break the capture off.
+    `make` builds the call, on the stream of the capture: autograd runs a backward on the stream of its forward, and work on
+    another stream than the capture's would end the capture with an error.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -127,7 +128,7 @@ def capture(make: Callable[[], Call]) -> Call:
     with torch.cuda.graph(graph, stream=stream):
         call()
 
-    def replay(_held: Call = call) -> None:  # a backward reads what its call has kept of the forward
+    def replay(_held: Call = call) -> None:  # keeps the call alive: a backward reads what the forward saved
         graph.replay()
 
     return replay

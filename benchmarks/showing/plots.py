@@ -4,20 +4,24 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import Results
+from benchmarks.rows.shapes import timed_backends
+from benchmarks.showing.report import Results
 
-# Okabe and Ito's palette: told apart with any colour vision. Ours are blue, green and black.
-COLOURS = {
-    "frozen": "#555555", "peft": "#E69F00", "loop": "#D55E00", "eager": "#CC79A7",
-    "torch": "#0072B2", "triton": "#009E73", "cuda": "#000000",
+# Okabe and Ito's palette, which can be distinguished with any colour vision.
+OTHERS = {
+    "frozen": ("frozen linear", "#555555"), "peft": ("PEFT, one LoRA", "#E69F00"),
+    "loop": ("loop over the experts", "#D55E00"), "eager": ("factored, eager", "#CC79A7"),
 }  # fmt: skip
-LABELS = {
-    "frozen": "frozen linear", "peft": "PEFT, one LoRA", "loop": "loop over the experts", "eager": "factored, eager",
-    "torch": "ours, torch", "triton": "ours, triton", "cuda": "ours, cuda",
-}  # fmt: skip
-OURS = ("torch", "triton", "cuda")
+OF_BACKEND = {"torch": "#0072B2", "triton": "#009E73", "cuda": "#000000"}
+FURTHER_BACKEND = "#56B4E9"
 PEER, LIMIT = "#A9B4BD", "#888888"
 Record = dict[str, Any]
+
+
+def drawn_rows() -> dict[str, tuple[str, str]]:
+    """The rows that have a line of their own, with name and colour; a backend that has no colour here gets a common one."""
+    ours = {name: (f"ours, {name}", OF_BACKEND.get(name, FURTHER_BACKEND)) for name in timed_backends()}
+    return OTHERS | ours
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -47,19 +51,19 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
 
 def _launch(results: Results) -> str:
-    """CUDA graphs where there are any: nothing is left out of them."""
+    """The replays of CUDA graphs where there are any: these include short calls, whose eager launches measure the host."""
     return "graph" if any(record["launch"] == "graph" for record in results["records"]) else "eager"
 
 
 def _tokens(records: list[Record], device: str) -> Any:
     """Time a token over T, with the roofline, and the same over the frozen linear's time."""
-    layer = [r for r in _layers(records) if r["row"] in COLOURS]
+    layer = [r for r in _layers(records) if r["row"] in drawn_rows()]
     phase = "forward+backward"
     series = _longest(layer, "tokens", phase)
     if series is None:
         return None
     figure, (left, right) = _axes(2, (11, 4.2))
-    limits = [r for r in series if r["row"] in OURS]
+    limits = [r for r in series if r["row"] in timed_backends()]
     floor = sorted({(r["shape"]["tokens"], 1e6 * r["floor_seconds"] / r["shape"]["tokens"]) for r in limits})
     if floor:
         left.plot(*zip(*floor, strict=True), color=LIMIT, linestyle="--", linewidth=1.2)
@@ -81,8 +85,8 @@ def _tokens(records: list[Record], device: str) -> Any:
 
 
 def _experts(records: list[Record], device: str) -> Any:
-    """The ratio to the frozen linear over E, with what the roofline allows."""
-    layer = [r for r in _layers(records) if r["row"] in COLOURS and r["row"] != "frozen"]
+    """The ratio to the frozen linear over E, and that of their rooflines."""
+    layer = [r for r in _layers(records) if r["row"] in drawn_rows() and r["row"] != "frozen"]
     series = _longest(layer, "num_experts", "forward+backward")
     if series is None:
         return None
@@ -90,7 +94,7 @@ def _experts(records: list[Record], device: str) -> Any:
         r for r in records if r["row"] == "frozen" and _fixed(r, "num_experts") == _fixed(series[0], "num_experts")
     )
     figure, (axis,) = _axes(1, (7, 4.2))
-    limits = [r for r in series if r["row"] in OURS]
+    limits = [r for r in series if r["row"] in timed_backends()]
     floor = sorted({(r["shape"]["num_experts"], r["floor_seconds"] / frozen["floor_seconds"]) for r in limits})
     if floor:
         axis.plot(*zip(*floor, strict=True), color=LIMIT, linestyle="--", linewidth=1.2)
@@ -124,7 +128,7 @@ def _peers(records: list[Record], device: str) -> Any:
     for axis, (title, group) in zip(axes, panels, strict=False):
         bars = sorted((r for r in group if r["row"] != "frozen"), key=lambda r: -r["over_frozen"]["median"])
         _bars(axis, bars, lambda r: r["over_frozen"], "{:.2f}")
-        axis.axvline(1, color=COLOURS["frozen"], linewidth=1)
+        axis.axvline(1, color=OTHERS["frozen"][1], linewidth=1)
         axis.set_title(title)
     figure.suptitle(
         f"Times the frozen linear's time (the line at 1), {_sizes(panels[0][1][0], 'tokens', 'dtype')} · {device}",
@@ -134,7 +138,7 @@ def _peers(records: list[Record], device: str) -> Any:
 
 
 def _memory(records: list[Record], device: str) -> Any:
-    """What a token keeps alive for the backward, and the peak of one forward and backward."""
+    """The bytes kept for the backward of a token, and the peak of one forward and backward."""
     group = _widest(records, "forward+backward", max)
     if not group:
         return None
@@ -152,12 +156,13 @@ def _memory(records: list[Record], device: str) -> Any:
 
 
 def _bars(axis: Any, records: list[Record], value: Callable[[Record], dict[str, float]], form: str) -> None:
-    """Horizontal bars with their numbers behind them. One bar that would dwarf the others is cut, and says so."""
+    """Horizontal bars, each followed by its number. A bar much longer than the others is cut, and marked as cut."""
     values = [value(r) for r in records]
     first, second = (*sorted((v["median"] for v in values), reverse=True), 0, 0)[:2]
     end = 1.5 * second if first > 3 * second > 0 else 1.1 * first
-    colours = [COLOURS[r["row"]] if r["row"] in OURS else PEER for r in records]
-    axis.barh([r["says"] for r in records], [min(v["median"], end) for v in values], color=colours, height=0.7)
+    known, ours = drawn_rows(), timed_backends()
+    colours = [known[r["row"]][1] if r["row"] in ours else PEER for r in records]
+    axis.barh([r["label"] for r in records], [min(v["median"], end) for v in values], color=colours, height=0.7)
     for place, v in enumerate(values):
         if v["high"] > v["low"] and v["median"] < end:
             axis.plot([v["low"], min(v["high"], end)], [place, place], color="#222222", linewidth=1)
@@ -165,28 +170,30 @@ def _bars(axis: Any, records: list[Record], value: Callable[[Record], dict[str, 
         at = min(max(v["high"], v["median"]), end)
         axis.annotate(text, (at, place), (5, 0), textcoords="offset points", va="center", fontsize=9)
     axis.set_xlim(0, 1.25 * end or 1)
-    axis.spines["bottom"].set_visible(False)  # every bar has its number
+    axis.spines["bottom"].set_visible(False)  # every bar has its number, so the axis needs none
     axis.tick_params(axis="both", length=0, labelbottom=False)
 
 
 def _lines(
     axis: Any, series: list[Record], over: str, value: Callable[[Record, str], float]
 ) -> list[tuple[str, str, tuple[float, float]]]:
-    """A line with its band of percentiles for each row; gives the ends, to be named."""
+    """A line with its band of percentiles for each row; returns name, colour and end of each line."""
     ends = []
-    for row in (name for name in COLOURS if any(r["row"] == name for r in series)):
+    for row, (name, colour) in drawn_rows().items():
+        if all(r["row"] != row for r in series):
+            continue
         records = sorted((r for r in series if r["row"] == row), key=lambda r: r["shape"][over])
         places = [r["shape"][over] for r in records]
         low, middle, high = ([value(r, key) for r in records] for key in ("low", "median", "high"))
-        width = 2.2 if row in OURS else 1.4
-        axis.plot(places, middle, color=COLOURS[row], linewidth=width, marker="o", markersize=3.5)
-        axis.fill_between(places, low, high, color=COLOURS[row], alpha=0.12, linewidth=0)
-        ends.append((LABELS[row], COLOURS[row], (places[-1], middle[-1])))
+        width = 2.2 if row in timed_backends() else 1.4
+        axis.plot(places, middle, color=colour, linewidth=width, marker="o", markersize=3.5)
+        axis.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+        ends.append((name, colour, (places[-1], middle[-1])))
     return ends
 
 
 def _name_ends(axis: Any, ends: Iterable[tuple[str, str, tuple[float, float]]]) -> None:
-    """Write each line's name behind its end, pushed apart where they would overlap."""
+    """Write each line's name next to its end, moved apart where the names would overlap."""
     axis.figure.canvas.draw()
     height, taken = 14.0, float("-inf")
     scale = 72 / axis.figure.dpi
@@ -217,18 +224,18 @@ def _axes(count: int, size: tuple[float, float], across: int | None = None) -> t
 
 
 def _layers(records: list[Record]) -> list[Record]:
-    """The whole layers that stand beside a frozen linear."""
+    """The records of whole layers that have a ratio to the frozen linear."""
     return [record for record in records if record["scope"] == "layer" and record["over_frozen"] is not None]
 
 
 def _fixed(record: Record, *but: str) -> tuple:
-    """Everything of a record's shape but what varies."""
+    """A record's shape, phase and scope without the sizes that vary."""
     sizes = ((key, value) for key, value in record["shape"].items() if key not in but)
     return (*sizes, record["phase"], record["scope"])
 
 
 def _longest(records: list[Record], over: str, phase: str) -> list[Record] | None:
-    """The records among which `over` takes the most values while all else is fixed; None where it takes but one."""
+    """The records among which `over` takes the most values while all else is fixed; None where it takes one value only."""
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         if record["phase"] == phase:
@@ -249,7 +256,7 @@ def _widest(records: list[Record], phase: str, which: Callable) -> list[Record]:
 
 
 def _sizes(record: Record, *but: str) -> str:
-    """The sizes that a picture holds fixed."""
+    """The sizes that are the same throughout a picture."""
     shape = record["shape"]
     parts = {
         "in_features": f"{shape['in_features']} → {shape['out_features']}", "tokens": f"T={shape['tokens']}",

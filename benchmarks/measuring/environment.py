@@ -1,4 +1,4 @@
-"""What a result is worth nothing without: device, versions, date, commit, and how busy the machine was."""
+"""What must accompany a result: device, versions, date, commit, and how busy the machine was."""
 
 import os
 import platform
@@ -27,7 +27,7 @@ def describe(device: torch.device) -> dict[str, object]:
 
 
 def provenance() -> str:
-    """Date, commit and versions, for results that no device has a part in."""
+    """Date, commit and versions, for results that do not depend on a device."""
     facts = describe(torch.device("cpu"))
     versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "triton"))
     return f"{facts['date']}, commit {facts['commit']}, {versions}"
@@ -48,7 +48,7 @@ def device_name(device: torch.device) -> str:
 
 def commit() -> str:
     """The commit of this checkout, marked where files differ from it; "unknown" outside git."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     try:
         head = _git("rev-parse", "--short", "HEAD", folder=folder)
         changed = _git("status", "--porcelain", "--", "../lmoe_kernels", "*.py", folder=folder)

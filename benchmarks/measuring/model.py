@@ -1,4 +1,4 @@
-"""A whole model: a Llama of random weights, frozen, with one LoRA on every linear, and with L-MoE on every linear."""
+"""A whole model: a Llama of random weights, frozen; with one LoRA on every linear; and with L-MoE on every linear."""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.baselines import why_not_timed
-from benchmarks.checks import compare
-from benchmarks.measure import ratio
-from benchmarks.memory import peak_bytes
-from benchmarks.timing import Call, Effort, Spread, clock_for, interleave
+from benchmarks.measuring.group import ratio
+from benchmarks.measuring.memory import peak_bytes
+from benchmarks.measuring.timing import Call, Effort, Spread, clock_for, interleave
+from benchmarks.rows.shapes import timed_backends
+from benchmarks.rows.table import why_not_timed
 from lmoe_kernels import apply_lmoe, lmoe_layers, use_backend
-from lmoe_kernels.dispatch import BACKENDS, Problem
+from lmoe_kernels.dispatch import BACKENDS
+from lmoe_kernels.options import Problem, Sizes
+from tools.error_rule import complaint, errors, worst
 
 TRAINING, DECODING = "training step", "greedy decoding"
 
@@ -24,7 +26,7 @@ class ModelRecord:
     """One row of the table of whole models."""
 
     row: str
-    says: str
+    label: str
     phase: str
     status: str = "ok"
     seconds: Spread | None = None
@@ -36,7 +38,7 @@ class ModelRecord:
 
 @dataclass(frozen=True)
 class Plan:
-    """The model's size and what it is given to do."""
+    """The model's size and its tasks."""
 
     config: dict[str, Any]
     dtype: torch.dtype
@@ -46,7 +48,7 @@ class Plan:
     new_tokens: int
 
     @property
-    def says(self) -> str:
+    def description(self) -> str:
         """One line for the report."""
         sizes = ", ".join(f"{name} {value}" for name, value in self.config.items())
         return (
@@ -69,14 +71,14 @@ def plan_for(device: torch.device, quick: bool) -> Plan:
 
 
 class Models:
-    """The variants of a model: `visit` times training and decoding side by side, `records` sums up all visits."""
+    """The variants of a model: `visit` times training and decoding interleaved, `records` sums up all visits."""
 
     def __init__(self, plan: Plan, device: torch.device, effort: Effort) -> None:
         self.plan, self.device, self.effort = plan, device, effort
         self.not_installed: str | None = None
-        self.found: dict[str, ModelRecord] = {}  # a variant's name, and what does not hang on time
-        self.samples: dict[str, list[dict[str, list[float]]]] = {}  # of a phase: for each visit
-        self.peaks: dict[tuple[str, str], int] = {}  # of a phase and a variant
+        self.found: dict[str, ModelRecord] = {}  # by variant: all that needs no clock
+        self.samples: dict[str, list[dict[str, list[float]]]] = {}  # by phase, one dict a visit
+        self.peaks: dict[tuple[str, str], int] = {}  # by phase and variant
 
     def __str__(self) -> str:
         return "a whole model"
@@ -90,12 +92,12 @@ class Models:
             self.not_installed = f"not installed: pip install transformers peft ({error})"
             return
         ids = torch.randint(0, plan.config["vocab_size"], (plan.batch, plan.sequence), device=device)
-        for name, (says, model) in variants.items():
+        for name, (label, model) in variants.items():
             if name not in self.found:
-                complaint = _complaint(name, model, ids[:1, :16])
-                status = "ok" if complaint is None else f"wrong result: {complaint}"
+                wrong = _complaint(name, model, ids[:1, :16])
+                status = "ok" if wrong is None else f"wrong result: {wrong}"
                 trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-                self.found[name] = ModelRecord(name, says, "", status, trained_parameters=trained)
+                self.found[name] = ModelRecord(name, label, "", status, trained_parameters=trained)
         for phase, make in PHASES.items():
             calls = {
                 name: _with_backend(name, make(model, plan, ids))
@@ -107,7 +109,8 @@ class Models:
                 if (phase, name) not in self.peaks:
                     self.peaks[phase, name] = peak_bytes(call, device)
             taken = interleave(rows, clock_for(device), self.effort)
-            self.samples[phase] = [*self.samples.get(phase, []), taken]  # only now: an interrupted visit leaves no trace
+            # at the end, so that an interrupted visit leaves no trace
+            self.samples[phase] = [*self.samples.get(phase, []), taken]
 
     def records(self) -> Iterator[ModelRecord]:
         """Every variant in every phase that was visited."""
@@ -127,14 +130,14 @@ class Models:
 
 
 def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
-    """The same weights three times: alone, with PEFT, and with L-MoE for each backend that can."""
+    """The same weights alone, with PEFT, and with L-MoE on each backend that is timed here."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     longest = max(plan.sequence, plan.prompt + plan.new_tokens)
     config = LlamaConfig(**plan.config, max_position_embeddings=longest, pad_token_id=0)
-    with device:  # a GPU draws the weights in a fraction of the time
+    with device:  # a GPU draws the weights faster
         frozen: Any = LlamaForCausalLM(config)
     frozen = frozen.to(dtype=plan.dtype).requires_grad_(False).eval()
     variants: dict[str, tuple[str, nn.Module]] = {"frozen": ("the frozen model", frozen)}
@@ -149,23 +152,28 @@ def _variants(plan: Plan, device: torch.device) -> dict[str, tuple[str, Any]]:
     apply_lmoe(mixture, "all-linear", num_experts=8, rank=16, alpha=32)
     for layer in lmoe_layers(mixture).values():
         nn.init.normal_(layer.lora_b, std=0.02)  # zero at the start: then a wrong delta would not show
-    sizes = plan.batch * plan.sequence, plan.config["hidden_size"], plan.config["hidden_size"], 8, 16
-    for backend in BACKENDS.values():
-        if backend.name != "reference" and why_not_timed(backend, Problem(device, plan.dtype, *sizes)) is None:
-            variants[backend.name] = (f"L-MoE, E=8, backend {backend.name}", deepcopy(mixture))
+    features = plan.config["hidden_size"]
+    problem = Problem(Sizes(plan.batch * plan.sequence, features, features, 8, 16, 8), plan.dtype, device)
+    for name in timed_backends():
+        if why_not_timed(name, problem) is None:
+            variants[name] = (f"L-MoE, E=8, backend {name}", deepcopy(mixture))
     return variants
 
 
 def _complaint(name: str, model: Any, ids: Tensor) -> str | None:
-    """Compare the logits with those of the same model in float64; L-MoE's by the literal reference."""
+    """Judge the logits by the same model in float64; in plain PyTorch, L-MoE's layers run the literal reference.
+
+    Batches of several sizes stand for several orders of the sums: their products are cut into other blocks.
+    """
     with torch.no_grad():
         ours = _with_backend(name, lambda: model(ids).logits)()
         with use_backend("reference"):
-            plain, true = model(ids).logits, deepcopy(model).double()(ids).logits
-    return compare(ours, plain, true, ours.dtype)
+            true = deepcopy(model).double()(ids).logits
+            of_plain = worst(errors(model(ids.repeat(copies, 1)).logits[: len(ids)], true) for copies in (1, 2, 4))
+    return complaint(ours, of_plain, true, ours.dtype)
 
 
-def _with_backend(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
+def _with_backend(name: Any, call: Callable[[], Any]) -> Callable[[], Any]:
     if name not in BACKENDS:
         return call
 
@@ -193,7 +201,7 @@ def _training_step(model: Any, plan: Plan, ids: Tensor) -> Call:
 
 
 def _decoding(model: Any, plan: Plan, ids: Tensor) -> Call:
-    """One sequence, its keys and values cached, the most likely token taken each time."""
+    """One sequence with cached keys and values; each step takes the most likely token."""
     prompt, count = ids[:1, : plan.prompt], plan.new_tokens
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
     return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
