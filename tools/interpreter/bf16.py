@@ -1,8 +1,8 @@
 """Triton's interpreter with bf16 arithmetic as on hardware.
 
 Triton 3.6 and 3.7 interpret bf16 numbers as their uint16 bit patterns: dots and sums silently return garbage, and fp32 is
-truncated to bf16 where hardware rounds to nearest even. `install` replaces these builders of the interpreter; it is for tests
-and must run before the first kernel.
+truncated to bf16 where hardware rounds to nearest even. `install` replaces these builders of the interpreter; it is for
+tests and must run before the first kernel.
 """
 
 import os
