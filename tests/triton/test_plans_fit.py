@@ -1,4 +1,4 @@
-"""Triton plans against the chips they are for: shared memory, long fp32 sums, who takes one pass, who takes groups."""
+"""Triton plans against the chips they are for: shared memory, long fp32 sums, when one pass or grouping is chosen."""
 
 from collections.abc import Iterator
 from itertools import product

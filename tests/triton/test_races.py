@@ -88,7 +88,7 @@ def test_threads_of_a_program_need_a_barrier(kernel: Any, complaint: str) -> Non
         _run(kernel, False, N)
 
 
-def test_a_tile_may_be_stored_as_it_was_loaded_but_not_beside() -> None:
+def test_a_tile_may_be_stored_to_the_addresses_it_was_loaded_from_but_to_no_others() -> None:
     _run(_in_place, N)
     with pytest.raises(triton.runtime.errors.InterpreterError, match="_shifted: stores where another thread may still load"):
         _run(_shifted, N)

@@ -1,8 +1,8 @@
-"""Triton's interpreter made fit to judge kernels by: bf16 as the hardware has it, in the place of arithmetic on its bits.
+"""Triton's interpreter with bf16 arithmetic as on hardware.
 
-Triton 3.6 and 3.7 interpret bf16 numbers as their uint16 bit patterns: dots and sums of them are garbage without a word, and
-fp32 is truncated to bf16 where hardware rounds to nearest even. `install` replaces those builders of the interpreter. For
-tests alone, before the first kernel runs.
+Triton 3.6 and 3.7 interpret bf16 numbers as their uint16 bit patterns: dots and sums silently return garbage, and fp32 is
+truncated to bf16 where hardware rounds to nearest even. `install` replaces these builders of the interpreter; it is for
+tests and must run before the first kernel.
 """
 
 import os
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def interpret() -> None:
-    """From here on `triton.jit` makes kernels that run on CPU tensors. Before Triton is imported for the first time."""
+    """Make `triton.jit` return kernels that run on CPU tensors. To be called before Triton is first imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     install()
 
@@ -55,13 +55,13 @@ def install() -> None:
     def _(replaced: Callable, self: Any, value: Any, to: Any) -> Any:
         if to.scalar == tl.bfloat16 and value.dtype.scalar == tl.float32:
             return handle(fp32_to_bf16(value.data), tl.bfloat16)
-        if tl.bfloat16 in (to.scalar, value.dtype.scalar) and value.dtype.scalar != to.scalar:  # by way of fp32
+        if tl.bfloat16 in (to.scalar, value.dtype.scalar) and value.dtype.scalar != to.scalar:  # through fp32
             return replaced(self, replaced(self, value, tl.float32), to) if to.scalar != tl.float32 else widened(value)
         return replaced(self, value, to)
 
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, value: handle(fp32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
-    # after a launch every storage is copied back to its device: here onto itself, all of it
+    # after a launch Triton copies every storage back to its device, which here would be onto itself
     executor._restore_args_dev = lambda self, *args: None
     _make_index(interpreter)
 

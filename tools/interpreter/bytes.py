@@ -13,7 +13,7 @@ import torch
 
 @dataclass
 class Bytes:
-    """What one argument of one kernel cost."""
+    """How many bytes were loaded and stored."""
 
     loaded: int = 0
     stored: int = 0
@@ -21,16 +21,16 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Access:
-    """Which kernel asked, for which of its arguments, and where that tensor began."""
+    """The kernel and its argument that bytes are counted for."""
 
     kernel: str
     argument: str
-    address: int
+    address: int  # of the argument's first element
 
 
 @contextmanager
 def counted_flops() -> Iterator[dict[str, int]]:
-    """Within this block the FLOPs of every dot are added up by kernel, those of padded and masked elements included."""
+    """Within this block the FLOPs of every dot are counted for each kernel, including those on padding."""
     from triton.runtime import interpreter
 
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -55,10 +55,10 @@ def counted_flops() -> Iterator[dict[str, int]]:
 
 @contextmanager
 def counted() -> Iterator[dict[Access, Bytes]]:
-    """Within this block every unmasked element that a kernel loads or stores is added up.
+    """Within this block all bytes that kernels load and store are counted, without masked elements.
 
-    Elements are counted as often as they are asked for: what a GPU's caches serve is in it. An access outside of the
-    kernel's arguments raises.
+    Repeated loads count each time, also those that a GPU's caches would serve. An access outside of the kernel's arguments
+    raises.
     """
     from triton.runtime import interpreter
 
@@ -80,7 +80,7 @@ def counted() -> Iterator[dict[Access, Bytes]]:
         inside = np.broadcast_to(mask.data, pointers.data.shape)
         if not inside.any():
             return load(self, pointers, mask, *rest)
-        count = counts[access(pointers.data, inside)]  # before the load: a wrong address would end the process
+        count = counts[access(pointers.data, inside)]  # before the load: a wrong address would crash the process
         result = load(self, pointers, mask, *rest)
         count.loaded += int(inside.sum()) * result.data.itemsize
         return result
@@ -108,7 +108,7 @@ def counted() -> Iterator[dict[Access, Bytes]]:
 
 
 def of_tensor(counts: dict[Access, Bytes], tensor: torch.Tensor) -> Bytes:
-    """What all kernels together asked of a tensor that was there before and after them."""
+    """The bytes that all kernels together loaded from and stored to a tensor, which must have lived throughout the block."""
     found = [count for access, count in counts.items() if access.address == tensor.data_ptr()]
     return Bytes(sum(count.loaded for count in found), sum(count.stored for count in found))
 
