@@ -12,11 +12,12 @@ class ForwardParams:
         options: Options,
         factors: Factors,
         x: Tensor | None,
+        base: Tensor | None,
         logits: Tensor | None,
         u: Tensor | None,
+        y: Tensor | None,
         /,
     ) -> None: ...
-    def set_output(self, base: Tensor | None, y: Tensor, /) -> None: ...
     def set_one_pass(self, smem: int, /) -> None: ...
     def set_workspaces(self, v: Tensor, scratch: Tensor, partial: Tensor, shrink_parts: int, /) -> None: ...
 
