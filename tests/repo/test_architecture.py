@@ -1,4 +1,4 @@
-"""Imports run one way, files and functions stay small, and the package says nothing of the machine it was made on."""
+"""Imports run one way, files and functions stay small, and the package works without its optional dependencies."""
 
 import ast
 import subprocess
@@ -72,7 +72,7 @@ def test_imports_run_one_way(path: Path) -> None:
     for name in _own_imports(path):
         there = name.split(".")[1]
         if there in LEVEL and there != here:
-            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on its own level or above"
+            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on the same level or above"
 
 
 def test_backends_import_neither_one_another_nor_anything_above() -> None:
@@ -104,7 +104,7 @@ def test_the_reference_imports_torch_and_the_tuples_alone() -> None:
 
 
 @pytest.mark.parametrize("absent", ["triton", "safetensors", "transformers", "peft"])
-def test_the_package_works_without(absent: str) -> None:
+def test_the_package_works_without_optional_packages(absent: str) -> None:
     program = f"""
 import sys
 sys.modules[{absent!r}] = None
