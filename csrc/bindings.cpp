@@ -79,13 +79,19 @@ Mixing to_mixing(py::handle name) {
     throw std::invalid_argument("lmoe: mixing must be one of factors, outputs, got " + py::repr(name).cast<std::string>());
 }
 
-// `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
-void set_problem(ForwardParams& p, int dtype, const py::tuple& sizes, const py::tuple& options, const py::tuple& factors,
-                 py::handle x, py::handle base, py::handle logits, py::handle u, py::handle y) {
+template <class Params>
+Params params_of(int dtype, const py::tuple& sizes) {
+    Params p = {};
     p.dtype = static_cast<Dtype>(dtype);
     const auto [T, I, O, E, R, experts_of_a] = fields<6>("Sizes", sizes);
     p.T = to_int(T), p.I = to_int(I), p.O = to_int(O), p.E = to_int(E), p.R = to_int(R);
     p.experts_of_a = to_int(experts_of_a);
+    return p;
+}
+
+// `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
+void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& factors, py::handle x, py::handle base,
+                 py::handle logits, py::handle u, py::handle y) {
     const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options);
     p.scaling = scaling.cast<float>(), p.mixing = to_mixing(mixing);
     p.top_k = top_k.is_none() ? p.E : std::min(to_int(top_k), p.E);
@@ -153,13 +159,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Hand-written CUDA kernels of lmoe_kernels; see csrc/.";
     // module_local: the tests load a second build of this module, for the emulator, in the same process
     py::class_<ForwardParams> forward_params(m, "ForwardParams", py::module_local());
-    forward_params.def(py::init([] { return ForwardParams{}; }));
-    forward_params.def("set_problem", &set_problem);
+    forward_params.def(py::init(&params_of<ForwardParams>)).def("set_problem", &set_problem);
     forward_params.def("set_one_pass", &set_one_pass).def("set_workspaces", &set_workspaces);
     py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams", py::module_local());
-    backward_params.def(py::init([] { return BackwardParams{}; })).def("set_backward", &set_backward);
+    backward_params.def(py::init(&params_of<BackwardParams>)).def("set_backward", &set_backward);
     py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams", py::module_local());
-    decode_params.def(py::init([] { return DecodeParams{}; })).def("set_plan", &set_plan);
+    decode_params.def(py::init(&params_of<DecodeParams>)).def("set_plan", &set_plan);
 
     auto def = [&m](const char* name, auto function) {
         m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));

@@ -5,10 +5,9 @@ from torch import Tensor
 from lmoe_kernels.options import Factors, Gradients, Options, Sizes
 
 class ForwardParams:
+    def __init__(self, dtype: int, sizes: Sizes, /) -> None: ...
     def set_problem(
         self,
-        dtype: int,
-        sizes: Sizes,
         options: Options,
         factors: Factors,
         x: Tensor | None,

@@ -24,7 +24,8 @@ constexpr int NARROW = 64;
 
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the narrow product takes more memory than the wide one");
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM,
+                  "the narrow product takes more memory than the wide one");
     return columns > NARROW ? Shrink<S, WIDE<S>>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 

@@ -20,8 +20,8 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
     sizes = factors.sizes(7)
 
     def set_problem(sizes: Any = sizes, options: Any = OPTIONS, factors: Any = factors) -> None:
-        params = emulated_cuda.ForwardParams()
-        params.set_problem(extension.DTYPES[torch.float32], sizes, options, factors, t["x"], None, None, None, None)
+        params = emulated_cuda.ForwardParams(extension.DTYPES[torch.float32], sizes)
+        params.set_problem(options, factors, t["x"], None, None, None, None)
 
     set_problem()
     with pytest.raises(TypeError, match="lmoe: Sizes must have 6 fields, got 7"):

@@ -100,6 +100,10 @@ struct Problem {
         parts = coin() ? 1 : draw(2, 4);
         base_stride = coin() ? 0 : O + draw(0, 8);
         x_stride = coin() ? I : I + 8;
+        draw_tensors();
+    }
+
+    void draw_tensors() {
         auto parameter = [&] { return coin() ? dtype : Dtype::fp32; };
         x = random_tensor((T - 1) * x_stride + I, dtype, 1);
         a = random_tensor(experts_of_a * R * I, parameter(), 1 / std::sqrt(I));

@@ -38,8 +38,8 @@ def backward(
     dlogits_in = None if dlogits_in is None else dlogits_in.float()
 
     library = extension.library()
-    params = library.BackwardParams()
-    params.set_problem(extension.DTYPES[dy.dtype], sizes, options, factors, x, None, saved.logits, saved.u, None)
+    params = library.BackwardParams(extension.DTYPES[dy.dtype], sizes)
+    params.set_problem(options, factors, x, None, saved.logits, saved.u, None)
     params.set_workspaces(v, scratch, partial, parts)
     params.set_backward(dy, dlogits_in, dv, du_dlogits, splits, grads)
     library.backward(params, device, stream)
