@@ -74,8 +74,9 @@ std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple) {
 }
 
 Mixing to_mixing(py::handle name) {
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), "factors") == 0) return Mixing::factors;
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), "outputs") == 0) return Mixing::outputs;
+    const bool text = PyUnicode_Check(name.ptr());
+    if (text && PyUnicode_CompareWithASCIIString(name.ptr(), "factors") == 0) return Mixing::factors;
+    if (text && PyUnicode_CompareWithASCIIString(name.ptr(), "outputs") == 0) return Mixing::outputs;
     throw std::invalid_argument("lmoe: mixing must be one of factors, outputs, got " + py::repr(name).cast<std::string>());
 }
 
