@@ -1,9 +1,10 @@
 // lmoe_kernels._cuda: takes the tuples of lmoe_kernels/options.py and their tensors apart, and calls the launchers. It knows
-// no torch: of a tensor it calls the methods data_ptr, element_size, dim and stride. The caller keeps all tensors alive until
-// the launcher has returned.
+// no torch: of a tensor it calls the methods data_ptr, element_size, dim and stride. The caller keeps all tensors alive
+// until the launcher has returned.
 //
-// The tuples arrive whole because that is the cheapest way: one call that reads nine tensors takes 1.7 us, with the addresses
-// taken in Python and passed one by one 2.0 us, with a setter for each tensor 4 us (torch 2.13, Xeon, 2026-11).
+// Tuples arrive whole because that is the fastest way: one call that reads nine tensors takes 2.0 us. It takes 2.3 us if
+// Python passes addresses one by one, and 4.3 us with a setter for each tensor (torch 2.13, pybind11 3, x86-64 CPU,
+// 2026-11).
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -46,13 +47,18 @@ Tensor to_tensor(py::handle tensor) {
     return {address(tensor), to_int(checked(PyObject_CallMethodNoArgs(tensor.ptr(), element_size))) == 4};
 }
 
-// A vector is a matrix whose rows all lie in the same place.
 Rows to_rows(py::handle tensor) {
-    static PyObject *const dim = PyUnicode_InternFromString("dim"), *const stride = PyUnicode_InternFromString("stride");
-    static PyObject* const zero = PyLong_FromLong(0);
+    static PyObject *const stride = PyUnicode_InternFromString("stride"), *const zero = PyLong_FromLong(0);
     if (tensor.is_none()) return {};
-    const bool vector = to_int(checked(PyObject_CallMethodNoArgs(tensor.ptr(), dim))) == 1;
-    return {address(tensor), vector ? 0 : to_int(checked(PyObject_CallMethodOneArg(tensor.ptr(), stride, zero)))};
+    return {address(tensor), to_int(checked(PyObject_CallMethodOneArg(tensor.ptr(), stride, zero)))};
+}
+
+// A vector is the same row for all tokens.
+Rows to_rows_or_vector(py::handle tensor) {
+    static PyObject* const dim = PyUnicode_InternFromString("dim");
+    Rows rows = to_rows(tensor);
+    if (!tensor.is_none() && to_int(checked(PyObject_CallMethodNoArgs(tensor.ptr(), dim))) == 1) rows.stride = 0;
+    return rows;
 }
 
 // The fields of a tuple of options.py, in their order. A field that is missing here or there is an error.
@@ -68,18 +74,25 @@ std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple) {
 }
 
 Mixing to_mixing(py::handle name) {
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), "factors") == 0) return Mixing::factors;
-    if (PyUnicode_CompareWithASCIIString(name.ptr(), "outputs") == 0) return Mixing::outputs;
+    const bool text = PyUnicode_Check(name.ptr());
+    if (text && PyUnicode_CompareWithASCIIString(name.ptr(), "factors") == 0) return Mixing::factors;
+    if (text && PyUnicode_CompareWithASCIIString(name.ptr(), "outputs") == 0) return Mixing::outputs;
     throw std::invalid_argument("lmoe: mixing must be one of factors, outputs, got " + py::repr(name).cast<std::string>());
 }
 
-// What forward and backward have in common; `logits` are the gate's, or an outside router's.
-void set_problem(ForwardParams& p, int dtype, const py::tuple& sizes, const py::tuple& options, const py::tuple& factors,
-                 py::handle x, py::handle logits, py::handle u) {
+template <class Params>
+Params params_of(int dtype, const py::tuple& sizes) {
+    Params p = {};
     p.dtype = static_cast<Dtype>(dtype);
     const auto [T, I, O, E, R, experts_of_a] = fields<6>("Sizes", sizes);
     p.T = to_int(T), p.I = to_int(I), p.O = to_int(O), p.E = to_int(E), p.R = to_int(R);
     p.experts_of_a = to_int(experts_of_a);
+    return p;
+}
+
+// `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
+void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& factors, py::handle x, py::handle base,
+                 py::handle logits, py::handle u, py::handle y) {
     const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options);
     p.scaling = scaling.cast<float>(), p.mixing = to_mixing(mixing);
     p.top_k = top_k.is_none() ? p.E : std::min(to_int(top_k), p.E);
@@ -87,11 +100,10 @@ void set_problem(ForwardParams& p, int dtype, const py::tuple& sizes, const py::
     const auto [lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<5>("Factors", factors);
     p.lora_a = to_tensor(lora_a), p.lora_b = to_tensor(lora_b);
     p.gate_weight = to_tensor(gate_weight), p.gate_bias = to_tensor(gate_bias);
-    p.x = to_rows(x), p.u = address(u);
+    p.x = to_rows(x), p.base = to_rows_or_vector(base);
     p.logits = to_tensor(gate_logits.is_none() ? logits : gate_logits);
+    p.u = address(u), p.y = address(y);
 }
-
-void set_output(ForwardParams& p, py::handle base, py::handle y) { p.base = to_rows(base), p.y = address(y); }
 
 void set_one_pass(ForwardParams& p, int64_t smem) { p.path = Path::one_pass, p.smem = smem; }
 
@@ -148,13 +160,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.doc() = "Hand-written CUDA kernels of lmoe_kernels; see csrc/.";
     // module_local: the tests load a second build of this module, for the emulator, in the same process
     py::class_<ForwardParams> forward_params(m, "ForwardParams", py::module_local());
-    forward_params.def(py::init([] { return ForwardParams{}; }));
-    forward_params.def("set_problem", &set_problem).def("set_output", &set_output);
+    forward_params.def(py::init(&params_of<ForwardParams>)).def("set_problem", &set_problem);
     forward_params.def("set_one_pass", &set_one_pass).def("set_workspaces", &set_workspaces);
     py::class_<BackwardParams, ForwardParams> backward_params(m, "BackwardParams", py::module_local());
-    backward_params.def(py::init([] { return BackwardParams{}; })).def("set_backward", &set_backward);
+    backward_params.def(py::init(&params_of<BackwardParams>)).def("set_backward", &set_backward);
     py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams", py::module_local());
-    decode_params.def(py::init([] { return DecodeParams{}; })).def("set_plan", &set_plan);
+    decode_params.def(py::init(&params_of<DecodeParams>)).def("set_plan", &set_plan);
 
     auto def = [&m](const char* name, auto function) {
         m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));

@@ -5,18 +5,18 @@ from torch import Tensor
 from lmoe_kernels.options import Factors, Gradients, Options, Sizes
 
 class ForwardParams:
+    def __init__(self, dtype: int, sizes: Sizes, /) -> None: ...
     def set_problem(
         self,
-        dtype: int,
-        sizes: Sizes,
         options: Options,
         factors: Factors,
         x: Tensor | None,
+        base: Tensor | None,
         logits: Tensor | None,
         u: Tensor | None,
+        y: Tensor | None,
         /,
     ) -> None: ...
-    def set_output(self, base: Tensor | None, y: Tensor, /) -> None: ...
     def set_one_pass(self, smem: int, /) -> None: ...
     def set_workspaces(self, v: Tensor, scratch: Tensor, partial: Tensor, shrink_parts: int, /) -> None: ...
 

@@ -1,13 +1,13 @@
-// Backward: shrink of dy and the backward of mix, in one kernel or as a split shrink and a mix kernel; then expand, for dx; and
-// the weight gradients.
+// Backward: shrink of dy and the backward of mix, in one kernel or as a split shrink and a mix kernel; then expand, for dx;
+// and the weight gradients.
 //
 //     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
 //     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix
 //     outputs: dgates = <dv, u>;  du = gates dv
-//     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in       dgates are 0 for experts dropped
-//     dx = [du, dlogits] [lora_a; gate_weight]                                                expand
-//     [dlora_a; dgate_weight] = [du, dlogits]^T x                                             wgrad
-//     dlora_b = scaling * v^T dy                                                              wgrad
+//     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in                           dgates of dropped experts: 0
+//     dx = [du, dlogits] [lora_a; gate_weight]                                                 expand
+//     [dlora_a; dgate_weight] = [du, dlogits]^T x                                              wgrad
+//     dlora_b = scaling * v^T dy                                                               wgrad
 #pragma once
 
 #include "stages.cuh"
@@ -76,8 +76,8 @@ __device__ __forceinline__ void gate_bwd(const BackwardParams& p, int64_t t, int
 }
 
 // The backward of one token's softmax, to du_dlogits or to an outside router's gradient. A softmax over all experts gives
-// dropped experts a gradient too. Their softmax is not in `gates`: it follows from the gate of the largest logit, whose expert
-// is always kept, and the difference of the logits.
+// dropped experts a gradient too. Their softmax is not in `gates`: it follows from the gate of the largest logit, whose
+// expert is always kept, and the difference of the logits.
 template <class S>
 __device__ __forceinline__ void softmax_bwd(const BackwardParams& p, int64_t t) {
     const Scratch s = Scratch::of(p, t);

@@ -1,9 +1,9 @@
-// Forward of few tokens in ONE cooperative launch, also for CUDA graphs: shrink, a barrier of the whole grid, mix and expand.
+// Forward of few tokens in ONE cooperative launch, made for CUDA graphs: shrink, a barrier of the grid, mix and expand.
 //
 // Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens;
-// these partial sums go to `partial` and are reduced in a fixed order after the barrier. Mix: it is little work, so every block
-// repeats it. Expand: a block computes `column_tile` columns of y; the copy of its part of lora_b to shared memory starts
-// before the barrier. Every weight is read from global memory once.
+// these partial sums go to `partial` and are reduced in a fixed order after the barrier. Mix: it is little work, so every
+// block repeats it. Expand: a block computes `column_tile` columns of y; the copy of its part of lora_b to shared memory
+// starts before the barrier. Every weight is read from global memory once.
 #pragma once
 
 #include "stages.cuh"
@@ -51,9 +51,10 @@ struct Features {
     }
 };
 
-// sum[i] += this lane's share of the dot product of the row `weights` with token i of x. I is a multiple of LANE_FEATURES and
-// all rows start on multiples of 16 bytes. All loads of a batch come before the first use of one, and none is in a branch, so
-// that they overlap: instead of features from `last` on, a lane loads the last ones before it, and does not add them.
+// sum[i] += this lane's share of the dot product of the row `weights` with token i of x. I is a multiple of LANE_FEATURES
+// and all rows start on multiples of 16 bytes. All loads of a batch come before the first use of one, and none is in a
+// branch, so that they overlap: instead of features from `last` on, a lane loads the last ones before it, and does not add
+// them.
 template <class S, class W, int TOKENS>
 __device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weights, const S* x, int64_t x_stride, int tokens,
                                             int first, int last) {
@@ -178,7 +179,8 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
         }
     }
     __syncthreads();
-    gate_softmax<S>(p, p.gate_weight.data != nullptr ? Tensor{logits, true} : p.logits, 0, gates, p.E, static_cast<int>(p.T));
+    const Tensor source = p.gate_weight.data != nullptr ? Tensor{logits, true} : p.logits;
+    gate_softmax<S>(p, source, 0, gates, p.E, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * u_columns, v + t * p.E * p.R, r);
@@ -186,7 +188,7 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     __syncthreads();
 }
 
-// Columns [o0, o0 + column_tile) of y: every warp sums over its share of v's columns, then the warps' sums are reduced in order.
+// Columns [o0, o0 + column_tile) of y: every warp sums over its share of v's columns, then their sums are reduced in order.
 template <class S>
 __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t o0) {
     const S* factors = reinterpret_cast<const S*>(smem + at.factors);

@@ -28,8 +28,8 @@ struct ForwardLayout {
     }
 };
 
-// A block computes BLOCK_T tokens from x to y. Everything in between stays in shared memory; u and the logits are also written
-// to global memory if they are saved for the backward.
+// A block computes BLOCK_T tokens from x to y. Everything in between stays in shared memory; u and the logits are also
+// written to global memory if they are saved for the backward.
 template <class S>
 __global__ void __launch_bounds__(THREADS) forward_kernel(ForwardParams p) {
     DYNAMIC_SMEM(smem);
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(ForwardParams p) {
     Expand<S>::sweep(smem, v, b_of<S>(p), [&](const float* tile, int64_t o0) { store_tile<S>(y, tile, t0, o0); });
 }
 
-// A block projects BLOCK_T tokens onto all experts and the gate, then mixes them. Three blocks on a multiprocessor leave too few
-// registers for fp32.
+// A block projects BLOCK_T tokens onto all experts and the gate, then mixes them. Three blocks on a multiprocessor leave too
+// few registers for fp32.
 template <class S>
 __global__ void __launch_bounds__(THREADS, sizeof(S) == 4 ? 2 : 3) shrink_fwd_kernel(ForwardParams p) {
     DYNAMIC_SMEM(smem);

@@ -1,4 +1,4 @@
-// The device code that the kernels of forward and backward share: shrink, softmax and mix, and the store of an expanded tile.
+// Device code that the kernels of forward and backward share: shrink, softmax and mix, and the store of an expanded tile.
 #pragma once
 
 #include "tiles.cuh"
@@ -15,16 +15,17 @@ using Shrink = Product<S, BLOCK_T, COLUMNS, 2, true, true>;
 template <class S>
 using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
-// Shrink computes 160 columns at a time, so that eight experts of rank 16 and their gate read the tokens once; a rest of up to
-// 64 columns takes a narrower product. Expected, not measured: the wide product is L2-bound, so padded columns are free. fp32
-// is bound by FMAs and needs two accumulators for each product: 96 columns at a time.
+// Shrink computes 160 columns at a time, so that eight experts of rank 16 and their gate read the tokens once; a rest of up
+// to 64 columns takes a narrower product. Expected, not measured: the wide product is L2-bound, so padded columns are free.
+// fp32 is bound by FMAs and needs two accumulators for each product: 96 columns at a time.
 template <class S>
 constexpr int WIDE = sizeof(S) == 4 ? 96 : 160;
 constexpr int NARROW = 64;
 
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the narrow product needs more shared memory than the wide one");
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM,
+                  "the narrow product takes more memory than the wide one");
     return columns > NARROW ? Shrink<S, WIDE<S>>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 
@@ -40,7 +41,7 @@ __device__ __forceinline__ int64_t shrink_columns(unsigned char* smem, const Mat
     return column + Tile::COLUMNS;
 }
 
-// store(t, column, value) for every token of the tile and every row of `factors`: their dot product over features [first, last).
+// store(t, column, value) for every token of the tile and row of `factors`: their dot product over features [first, last).
 template <class S, class Store>
 __device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& tokens, int64_t t0, const Matrix& factors,
                                        int64_t first, int64_t last, Store store) {
@@ -118,7 +119,7 @@ __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tenso
     int lanes = 1;  // for one token, a power of two
     while (lanes < E && lanes < 32) lanes *= 2;
     const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // no lane leaves early: all take part in shuffles
+    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // all lanes stay for the shuffles
         const bool inside = t0 + t < tokens;
         const int64_t row = first + (inside ? t0 + t : 0) * p.E;
         float* out = gates + (t0 + t) * gates_stride;
@@ -187,7 +188,8 @@ __host__ __device__ inline Output output(void* out, const void* base, int64_t ba
 // Stores a tile of products that starts at token t0 and feature f0. Every thread loads several vectors of the base at once.
 template <class S>
 __device__ __forceinline__ void store_tile(const Output& p, const float* tile, int64_t t0, int64_t f0) {
-    constexpr int VECTORS = BLOCK_F / VECTOR<S>, BATCH = 8;  // vectors in a row of the tile; vectors that a thread loads at once
+    constexpr int VECTORS = BLOCK_F / VECTOR<S>;  // in a row of the tile
+    constexpr int BATCH = 8;                      // vectors that a thread loads at once
     static_assert(BLOCK_T * VECTORS % (BATCH * THREADS) == 0, "the last batch is not full");
     for (int first = threadIdx.x; first < BLOCK_T * VECTORS; first += BATCH * THREADS) {
         alignas(16) S values[BATCH][VECTOR<S>];

@@ -62,8 +62,8 @@ __host__ __device__ inline Matrix stacked(const Tensor& first, int64_t split, co
     return m;
 }
 
-// A tile of ROWS x COLS elements in shared memory. The 16-byte chunks of a row are permuted (swizzled), so that the eight rows
-// which ldmatrix reads together lie in different banks.
+// A tile of ROWS x COLS elements in shared memory. The 16-byte chunks of a row are permuted (swizzled), so that the eight
+// rows which ldmatrix reads together lie in different banks.
 template <class S, int ROWS, int COLS>
 struct Tile {
     static constexpr int CHUNKS = COLS / VECTOR<S>;

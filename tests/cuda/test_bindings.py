@@ -20,8 +20,8 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
     sizes = factors.sizes(7)
 
     def set_problem(sizes: Any = sizes, options: Any = OPTIONS, factors: Any = factors) -> None:
-        params = emulated_cuda.ForwardParams()
-        params.set_problem(extension.DTYPES[torch.float32], sizes, options, factors, t["x"], None, None)
+        params = emulated_cuda.ForwardParams(extension.DTYPES[torch.float32], sizes)
+        params.set_problem(options, factors, t["x"], None, None, None, None)
 
     set_problem()
     with pytest.raises(TypeError, match="lmoe: Sizes must have 6 fields, got 7"):
@@ -30,7 +30,8 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
         set_problem(options=OPTIONS[:3])
     with pytest.raises(TypeError, match="lmoe: Factors must have 5 fields, got 6"):
         set_problem(factors=(*factors, None))
-    with pytest.raises(ValueError, match="lmoe: mixing must be one of factors, outputs, got 'mean'"):
-        set_problem(options=OPTIONS._replace(mixing="mean"))
+    for mixing in ("mean", None):
+        with pytest.raises(ValueError, match=f"lmoe: mixing must be one of factors, outputs, got {mixing!r}"):
+            set_problem(options=OPTIONS._replace(mixing=mixing))
     with pytest.raises(AttributeError, match="data_ptr"):
         set_problem(factors=factors._replace(lora_a=1.0))

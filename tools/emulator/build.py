@@ -1,4 +1,4 @@
-"""Compiles csrc/ with g++ against the emulator, once for each state of the sources."""
+"""Compiles csrc/ with g++ for the emulator; results are cached by the state of the sources."""
 
 import ctypes
 import hashlib
@@ -19,14 +19,14 @@ COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas")
 TARGETS = {
     "plain": ("-O1",),
-    # -O0: here the compiler takes longer than the program
+    # -O0: here compiling takes longer than running
     "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
 
 
 def build_extension(cache: Path, seed: int) -> ModuleType:
-    """`_cuda` as it is shipped, bindings and launchers included, on the emulator; the seed draws its first schedule."""
+    """The module `_cuda` with its own bindings and launchers, on the emulator; the seed selects the first schedule."""
     import pybind11
 
     include = (f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}", "-shared")
@@ -48,7 +48,7 @@ def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
 
 
 def has_sanitizer(target: str, folder: Path) -> bool:
-    """Whether the compiler has the sanitizer of a target, and what it makes runs here."""
+    """Whether the compiler has the sanitizer of a target, and its programs run on this machine."""
     program = folder / f"nothing_{target}"
     command = [str(COMPILER), *TARGETS[target], "-x", "c++", "-", "-o", str(program)]
     made = subprocess.run(command, input="int main() {}", text=True, capture_output=True)
@@ -56,7 +56,7 @@ def has_sanitizer(target: str, folder: Path) -> bool:
 
 
 def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedProcess[str]:
-    """Run problems first, first + 1, ... until a sanitizer speaks; the exit status is 0 where none did and none failed."""
+    """Run problems first, first + 1, ...; a sanitizer stops at its first finding. Exit status 0: no finding, no failure."""
     return subprocess.run(
         [str(driver), str(first), str(problems)],
         stdout=subprocess.PIPE,
@@ -68,7 +68,7 @@ def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedP
 
 
 def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...], csrc: Path) -> Path:
-    """The program or library of these sources and all launchers; compiled only where the cache does not hold it yet."""
+    """The program or library of these sources and all launchers, compiled unless it is in the cache."""
     assert COMPILER is not None
     sources = [*sources, *sorted(csrc.glob("cuda/*.cu"))]
     strict = ("-Werror",) if csrc == CSRC else ()
@@ -83,14 +83,14 @@ def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...]
 
 
 def _object(cache: Path, command: list[str], options: tuple[str, ...], source: Path) -> Path:
-    """One compiled source. Its state is what the preprocessor makes of it: a bug in one kernel has that compiled alone."""
+    """One compiled source, cached by the preprocessor's output: a change recompiles only the sources that include it."""
     text = _run([*command, "-x", "c++", "-E", "-P", str(source)])
     state = hashlib.sha256("\n".join((*options, text)).encode()).hexdigest()[:16]
     return _made(cache / f"{state}.o", [*command, "-x", "c++", "-c", str(source)])
 
 
 def _made(path: Path, command: list[str]) -> Path:
-    """The command's output at this path, made by the first process that asks; others wait for it."""
+    """The command's output at this path. One process runs the command, others wait for it."""
     with FileLock(f"{path}.lock"):
         if not path.exists():
             unfinished = path.with_suffix(".unfinished")

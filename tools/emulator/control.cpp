@@ -1,4 +1,4 @@
-// Lets Python choose the emulator's schedule, and whether a launch runs at all; tells it of the launches that ran.
+// Lets Python choose the emulator's schedule and whether launches run, and read which launches have run.
 #include "runtime.h"
 
 extern "C" __attribute__((visibility("default"))) void emu_set_schedule(uint64_t seed, int early_copies) {

@@ -1,4 +1,5 @@
-// What csrc/ptx.h and the CUDA headers give to kernels and launchers, for g++: test-only, nothing of it is shipped.
+// Replaces csrc/ptx.h and the CUDA headers where g++ compiles kernels and launchers. Only for tests, not part of the
+// package.
 #pragma once
 
 #include <cmath>
@@ -75,7 +76,7 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
     struct Argument {
         T value, out;
     };
-    emu::Quiet quiet;
+    emu::IgnoreAccesses guard;
     Argument argument{value, value};
     emu::collective("__shfl_xor_sync", mask, &argument, [flip](emu::Warp& warp) {
         for (int lane = 0; lane < 32; ++lane) {
@@ -89,7 +90,7 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
 
 inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
 
-// Of a launch that is not cooperative CUDA aborts, too.
+// An error in a launch that is not cooperative, as in CUDA.
 inline void grid_barrier() {
     if (!emu::grid->together) return emu::fail("a grid-wide barrier in a launch that is not cooperative");
     __syncthreads();
@@ -104,7 +105,7 @@ inline void grid_barrier() {
 
 inline void copy_async(void* shared, const void* global, int bytes) { emu::start_copy(shared, global, bytes); }
 inline void copy_async_commit() {
-    emu::Quiet quiet;
+    emu::IgnoreAccesses guard;
     ++emu::self->group;
 }
 template <int NEWEST>
@@ -112,8 +113,8 @@ void copy_async_wait() {
     emu::wait_for_copies(NEWEST);
 }
 
-// Row i of matrix m comes from lane 8 m + i; lane l receives elements 2 (l % 4) and the next of row l / 4, or of that
-// column.
+// Lane 8 m + i gives the address of row i of matrix m. Lane l receives two elements, 2 (l % 4) and the next, of row l / 4;
+// transposed, of column l / 4.
 template <bool TRANSPOSED>
 EMU_OUTLINE inline void emu_load_matrices(uint32_t* registers, const void* row) {
     struct Argument {
@@ -122,7 +123,7 @@ EMU_OUTLINE inline void emu_load_matrices(uint32_t* registers, const void* row) 
     };
     if (reinterpret_cast<uintptr_t>(row) % 16) return emu::fail("ldmatrix: a row does not lie on 16 bytes");
     emu::touch_read(row, 16);
-    emu::Quiet quiet;
+    emu::IgnoreAccesses guard;
     Argument argument{static_cast<const uint16_t*>(row), registers};
     emu::collective(TRANSPOSED ? "ldmatrix.trans" : "ldmatrix", ~0u, &argument, [](emu::Warp& warp) {
         auto at = [&](int m, int i, int j) { return static_cast<Argument*>(warp.arguments[8 * m + i])->row[j]; };
@@ -146,7 +147,7 @@ EMU_OUTLINE inline void mma(S, float (&d)[4], const uint32_t (&a)[4], uint32_t b
         const uint32_t* a;
         uint32_t b[2];
     };
-    emu::Quiet quiet;
+    emu::IgnoreAccesses guard;
     Argument argument{d, a, {b0, b1}};
     emu::collective("mma", ~0u, &argument, [](emu::Warp& warp) {
         float left[16][16], right[8][16];

@@ -1,7 +1,7 @@
-// Runs random small problems through the launchers, for the sanitizers and on many schedules. Every buffer has an allocation of
-// its own and exact size, so that AddressSanitizer sees each access outside. Results are compared with a plain computation in
-// double precision, and two schedules must give the same bits. The tolerance is wide, since a race or a wrong tile gives large
-// errors; the Python tests judge roundings.
+// Runs random small problems through the launchers, for the sanitizers and on many schedules. Every buffer has an allocation
+// of its own and exact size, so that AddressSanitizer sees each access outside. Results are compared with a plain
+// computation in double precision, and two schedules must give the same bits. The tolerance is wide, since a race or a wrong
+// tile gives large errors; the Python tests judge roundings.
 //
 //     driver FIRST_SEED PROBLEMS
 #include <cstdio>
@@ -100,6 +100,10 @@ struct Problem {
         parts = coin() ? 1 : draw(2, 4);
         base_stride = coin() ? 0 : O + draw(0, 8);
         x_stride = coin() ? I : I + 8;
+        draw_tensors();
+    }
+
+    void draw_tensors() {
         auto parameter = [&] { return coin() ? dtype : Dtype::fp32; };
         x = random_tensor((T - 1) * x_stride + I, dtype, 1);
         a = random_tensor(experts_of_a * R * I, parameter(), 1 / std::sqrt(I));
@@ -144,7 +148,8 @@ void run_one_pass(const Problem& problem, ForwardParams p) {
     p.v = {}, p.scratch = nullptr, p.partial = nullptr;
     forward(p, 0, nullptr);
     if (problem.saves) return;
-    memset(p.y, 0xff, p.T * p.O * size);  // the y to be checked comes from a second run, which does not save u and the logits
+    // y is checked after a second run, which does not save u and the logits
+    memset(p.y, 0xff, p.T * p.O * size);
     p.u = nullptr;
     if (!problem.outside) p.logits = {};
     forward(p, 0, nullptr);
@@ -194,7 +199,7 @@ struct Truth {
 };
 
 struct Gates {
-    std::vector<double> softmax, gate;  // of all experts; of those kept, the others 0
+    std::vector<double> logit, softmax, gate;  // `gate` is 0 for dropped experts
     std::vector<bool> kept;
 };
 
@@ -202,13 +207,11 @@ struct Gates {
 Gates gates_of(const Problem& q, int64_t t) {
     std::vector<double> logit(q.E), softmax(q.E), gate(q.E);
     std::vector<bool> kept(q.E);
-    const bool factors = q.mixing == Mixing::factors;
     for (int64_t e = 0; e < q.E; ++e) {
         if (q.outside) logit[e] = q.logits_in.get(t * q.E + e);
         if (q.gate_bias.count > 0) logit[e] = q.gate_bias.get(e);
         for (int64_t i = 0; i < q.I && !q.outside; ++i)
             logit[e] += q.x.get(t * q.x_stride + i) * q.gate_weight.get(e * q.I + i);
-        if (!q.outside) out.logits[t * q.E + e] = logit[e];
     }
     double sum = 0;
     for (int64_t e = 0; e < q.E; ++e) {
@@ -221,16 +224,17 @@ Gates gates_of(const Problem& q, int64_t t) {
         softmax[e] /= sum;
         gate[e] = kept[e] ? softmax[e] : 0;
     }
-    return {softmax, gate, kept};
+    return {logit, softmax, gate, kept};
 }
 
-// The backward of one token's gates, from the gradients of the gates.
+// The logits of one token, and the backward of its gates from their gradients.
 void add_gates(const Problem& q, int64_t t, const Gates& gates, const std::vector<double>& dg, Truth& out) {
     double mean = 0;
     for (int64_t e = 0; e < q.E; ++e) mean += gates.gate[e] * dg[e];
     for (int64_t e = 0; e < q.E; ++e) {
         const double dlogit = gates.softmax[e] * ((gates.kept[e] ? dg[e] : 0) - mean);
         if (q.outside) out.dgate[t * q.E + e] = dlogit;
+        if (!q.outside) out.logits[t * q.E + e] = gates.logit[e];
         for (int64_t i = 0; i < q.I && !q.outside; ++i) {
             out.dgate[e * q.I + i] += dlogit * q.x.get(t * q.x_stride + i);
             out.dx[t * q.I + i] += dlogit * q.gate_weight.get(e * q.I + i);
@@ -240,7 +244,7 @@ void add_gates(const Problem& q, int64_t t, const Gates& gates, const std::vecto
 
 // One token, in the factored form; see lmoe_kernels/reference.py.
 void add_token(const Problem& q, int64_t t, Truth& out) {
-    const bool shared = q.experts_of_a == 1;
+    const bool shared = q.experts_of_a == 1, factors = q.mixing == Mixing::factors;
     auto a_at = [&](int64_t e, int64_t r, int64_t i) { return ((shared ? 0 : e) * q.R + r) * q.I + i; };
     auto b_at = [&](int64_t e, int64_t r, int64_t o) { return (e * q.R + r) * q.O + o; };
     const Gates gates = gates_of(q, t);
@@ -298,8 +302,9 @@ bool check(uint64_t seed) {
     emu::options.seed = 2 * seed + 1;  // decode also draws other tiles
     emu::options.early_copies = true;
     const Results second = run(q);
-    Truth truth{std::vector<double>(q.T * q.O),     std::vector<double>(first.logits.count), std::vector<double>(q.T * q.I),
-                std::vector<double>(q.a.count),     std::vector<double>(q.b.count),          std::vector<double>(first.dgate.count)};
+    auto zeros = [](int64_t count) { return std::vector<double>(count); };
+    Truth truth{zeros(q.T * q.O), zeros(first.logits.count), zeros(q.T * q.I),
+                zeros(q.a.count), zeros(q.b.count),          zeros(first.dgate.count)};
     for (int64_t t = 0; t < q.T; ++t) add_token(q, t, truth);
     bool good = close("y", first.y, truth.y, q.dtype) & close("dx", first.dx, truth.dx, q.dtype);
     good = good & close("dlora_a", first.da, truth.da, q.dtype) & close("dlora_b", first.db, truth.db, q.dtype);

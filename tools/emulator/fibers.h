@@ -1,6 +1,6 @@
-// Fibers: what a CUDA thread becomes on the CPU. One stack each, switched by hand; ThreadSanitizer and AddressSanitizer are
-// told of every switch. ThreadSanitizer is told that a switch orders nothing, so that a missing barrier is a data race
-// whatever the order of the threads was.
+// A CUDA thread runs on the CPU as a fiber with a stack of its own. Every switch is announced to ThreadSanitizer and
+// AddressSanitizer; for ThreadSanitizer a switch does not synchronize, so a missing barrier is a data race in every order of
+// the threads.
 #pragma once
 
 #include <sys/mman.h>
@@ -20,7 +20,7 @@ void AnnotateIgnoreWritesBegin(const char*, int);
 void AnnotateIgnoreWritesEnd(const char*, int);
 }
 #define EMU_TSAN(...) __VA_ARGS__
-#define EMU_OUTLINE __attribute__((noinline))  // a frame of its own, so that `Quiet` covers it
+#define EMU_OUTLINE __attribute__((noinline))  // a stack frame of its own, so that `IgnoreAccesses` covers it
 #else
 #define EMU_TSAN(...)
 #define EMU_OUTLINE
@@ -40,10 +40,10 @@ void AnnotateIgnoreWritesEnd(const char*, int);
 
 namespace emu {
 
-// While one of these lives ThreadSanitizer does not look: the emulator's own memory is not the kernel's.
-struct Quiet {
-    Quiet() { EMU_TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);) }
-    ~Quiet() { EMU_TSAN(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);) }
+// For its lifetime ThreadSanitizer ignores all accesses: those of the emulator are not the kernel's.
+struct IgnoreAccesses {
+    IgnoreAccesses() { EMU_TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);) }
+    ~IgnoreAccesses() { EMU_TSAN(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);) }
 };
 
 struct Context {
@@ -83,13 +83,13 @@ emu_switch:
 )");
 #endif
 
-// Make `context` start in `entry` when it is first switched to.
+// Prepares `context` so that the first switch to it calls `entry`.
 inline void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
     context.stack = stack;
     context.stack_bytes = bytes;
     EMU_TSAN(context.tsan = __tsan_create_fiber(0);)
 #if defined(__x86_64__)
-    void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // 16-byte aligned at the entry, as after a call
+    void** top = reinterpret_cast<void**>(stack + bytes) - 2;  // the stack's alignment at `entry` is that after a call
     *top = reinterpret_cast<void*>(entry);
     context.stack_pointer = top - 6;  // the six registers that emu_switch restores
 #else
@@ -100,7 +100,7 @@ inline void prepare(Context& context, char* stack, size_t bytes, void (*entry)()
 #endif
 }
 
-// Leave `from`, continue `to`.
+// Leaves `from` and continues `to`.
 EMU_OUTLINE inline void switch_context(Context& from, Context& to) {
     EMU_ASAN(__sanitizer_start_switch_fiber(from.done ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);)
 #if defined(__x86_64__)
@@ -116,7 +116,7 @@ EMU_OUTLINE inline void switch_context(Context& from, Context& to) {
     EMU_ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
 }
 
-// Memory for stacks and shared memory, unmapped when it goes.
+// Memory for stacks and shared memory, unmapped by the destructor.
 class Mapping {
 public:
     explicit Mapping(size_t bytes) : bytes_(bytes) {

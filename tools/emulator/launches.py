@@ -20,7 +20,7 @@ class _Record(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch; a cooperative one is named so, it does not tell its kernel."""
+    """One launch. `kernel` is "cooperative" for a cooperative launch, which does not record its kernel's name."""
 
     kernel: str
     device: int
@@ -30,7 +30,7 @@ class Launch:
 
 @contextmanager
 def recorded(library: ModuleType) -> Iterator[list[Launch]]:
-    """The launches within this block, there when it ends."""
+    """The launches within this block; the list is filled when the block ends."""
     control, launches = ctypes.CDLL(str(library.__file__)), []
     control.emu_launches.restype = ctypes.c_size_t
     control.emu_forget_launches()

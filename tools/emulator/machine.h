@@ -1,5 +1,5 @@
-// The machine: blocks of fibers, a scheduler that draws the next thread at random, barriers, warp collectives, asynchronous
-// copies. What real hardware leaves undefined is an error here, or happens in the least convenient way.
+// The emulated GPU: blocks of fibers, a scheduler that picks the next thread at random, barriers, warp collectives and
+// asynchronous copies. Where hardware leaves the behaviour undefined, the emulator raises an error or does the worst case.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +21,13 @@ struct dim3 {
 
 namespace emu {
 
-// Odd seeds give warps random priorities, so that some run far ahead of others; even seeds draw every thread alike.
+// Odd seeds give warps random priorities, so that some run far ahead of others; even seeds pick all threads equally often.
 struct Options {
-    uint64_t seed = 1;          // of the next launch; each launch adds one
-    bool early_copies = false;  // some asynchronous copies land at once, the others as late as they may
+    uint64_t seed = 1;          // for the next launch; each launch adds one
+    bool early_copies = false;  // some asynchronous copies arrive at once, the others as late as allowed
     size_t stack_bytes = 64 << 10;
-    bool running = true;  // false: a launch returns at once, to time what is before it
-    int processors = 3;   // what the launchers see as the number of SMs
+    bool running = true;  // false: a launch returns at once, to time the code before it
+    int processors = 3;   // multiprocessors of the first device
 };
 inline Options options;
 
@@ -45,8 +45,8 @@ struct Fiber : Context {
     dim3 index;
     int id = 0, lane = 0, warp = 0;
     const char* waits_for = "";
-    std::vector<Copy> copies;  // not yet landed
-    int group = 0;             // of copies, that is open
+    std::vector<Copy> copies;  // those that have not arrived
+    int group = 0;             // the group that new copies join
     int spins = 0;             // reads of another block's flag since the last barrier
 };
 
@@ -65,8 +65,9 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<Fiber*> at_barrier;
-    int barriers = 0;  // passed
-    char met[2] = {};  // of even and odd ones, for ThreadSanitizer: a thread may be at the next before others left the last
+    int barriers = 0;  // passed so far
+    char met[2] = {};  // ThreadSanitizer's sync objects of even and odd barriers: some threads reach the next one before
+                       // others leave the last
     int live = 0;
 };
 
@@ -78,8 +79,8 @@ struct Grid {
     int live = 0;
     uint64_t random_state = 1;
     Fiber host;
-    bool together = false;  // all blocks at the same time
-    unsigned met = 0;       // blocks at the barriers of the grid, so far
+    bool together = false;  // all blocks are resident: a cooperative launch
+    unsigned met = 0;       // arrivals of blocks at the grid's barriers
     std::string error;
 
     uint64_t random() {
@@ -91,13 +92,13 @@ struct Grid {
 };
 inline Grid* grid = nullptr;
 inline Fiber* self = nullptr;
-inline std::string last_error;  // of the last launch
-inline bool error_is_told = true;  // cudaGetLastError has returned it: until then it is every later launch's, too
+inline std::string last_error;         // of the last launch
+inline bool error_is_reported = true;  // by cudaGetLastError; until then later launches report it, too
 
 EMU_OUTLINE inline void go_to(Fiber& next) {
     Fiber* me = self;
     self = &next;
-    if (me->done) {  // never comes back to end its Quiet
+    if (me->done) {  // it never continues, so its IgnoreAccesses is not destroyed
         EMU_TSAN(AnnotateIgnoreWritesEnd("", 0); AnnotateIgnoreReadsEnd("", 0);)
     }
     switch_context(*me, next);
@@ -105,7 +106,7 @@ EMU_OUTLINE inline void go_to(Fiber& next) {
 
 inline Warp& warp_of(const Fiber& fiber) { return fiber.block->warps[fiber.warp]; }
 
-// Continue a ready fiber. None is left when the grid is done, or when all wait for one another.
+// Continues a ready fiber. If there is none, the grid is done, or all fibers wait for one another.
 EMU_OUTLINE inline void run_next(bool prioritised) {
     auto& ready = grid->ready;
     if (ready.empty()) {
@@ -135,15 +136,15 @@ EMU_OUTLINE inline void run_next(bool prioritised) {
 }
 EMU_OUTLINE inline void run_next() { run_next(options.seed & 1); }
 
-// Stop the grid with an error.
+// Stops the grid with an error.
 EMU_OUTLINE inline void fail(const std::string& message) {
     grid->error = message + " (thread " + std::to_string(self->id) + ")";
     go_to(grid->host);
 }
 
-// Before a read of memory that another block will write: let others go first. No priority holds the reader above them.
+// Called before a read of memory that another block will write: lets others run first, whatever the reader's priority.
 EMU_OUTLINE inline void spin() {
-    Quiet quiet;
+    IgnoreAccesses guard;
     if (++self->spins > 1000000) return fail("a thread waits for ever for another block");
     grid->ready.push_back(self);
     run_next(false);
@@ -159,7 +160,7 @@ EMU_OUTLINE inline void block_barrier() {
     [[maybe_unused]] char* met = &block.met[block.barriers % 2];
     EMU_TSAN(__tsan_release(met);)
     {
-        Quiet quiet;
+        IgnoreAccesses guard;
         if (block.live < static_cast<int>(block.fibers.size())) return fail("__syncthreads after other threads have exited");
         block.at_barrier.push_back(self);
         self->waits_for = "__syncthreads";
@@ -173,10 +174,10 @@ EMU_OUTLINE inline void block_barrier() {
     self->spins = 0;
 }
 
-// All lanes of the mask meet; the last one in runs the operation for everybody.
+// Waits for all lanes of the mask; the last one to arrive runs the operation for all of them.
 template <class Run>
 EMU_OUTLINE inline void collective(const char* operation, unsigned mask, void* argument, Run run) {
-    Quiet quiet;
+    IgnoreAccesses guard;
     Warp& warp = warp_of(*self);
     if (!(mask >> self->lane & 1)) return fail(std::string(operation) + ": the calling lane is not in its mask");
     if (warp.arrived > 0 && (warp.operation != operation || warp.mask != mask)) {
@@ -201,7 +202,7 @@ inline void touch_read([[maybe_unused]] const void* p, [[maybe_unused]] int byte
 }
 inline void touch_write([[maybe_unused]] void* p, [[maybe_unused]] int bytes) { EMU_TSAN(__tsan_write_range(p, bytes);) }
 
-EMU_OUTLINE inline void land(const Copy& copy) {
+EMU_OUTLINE inline void arrive(const Copy& copy) {
     if (copy.bytes > 0) memcpy(copy.to, copy.from, copy.bytes);
     memset(static_cast<char*>(copy.to) + copy.bytes, 0, 16 - copy.bytes);
 }
@@ -209,11 +210,11 @@ EMU_OUTLINE inline void land(const Copy& copy) {
 EMU_OUTLINE inline void start_copy(void* to, const void* from, int bytes) {
     if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) return fail("cp.async: misaligned");
     if (bytes < 0 || bytes > 16) return fail("cp.async: not 0 .. 16 bytes");
-    touch_write(to, 16);  // it may land at any time from here on
-    Quiet quiet;
+    touch_write(to, 16);  // from here on it may arrive at any time
+    IgnoreAccesses guard;
     const Copy copy{to, from, bytes, self->group};
     if (options.early_copies && grid->random() % 2) {
-        land(copy);
+        arrive(copy);
     } else {
         self->copies.push_back(copy);
     }
@@ -226,11 +227,11 @@ EMU_OUTLINE inline void wait_for_copies(int newest) {
         touch_read(copy.from, copy.bytes);
         touch_write(copy.to, 16);
     }
-    Quiet quiet;
+    IgnoreAccesses guard;
     std::vector<Copy> later;
     for (auto& copy : self->copies) {
         if (copy.group < last) {
-            land(copy);
+            arrive(copy);
         } else {
             later.push_back(copy);
         }
@@ -238,21 +239,21 @@ EMU_OUTLINE inline void wait_for_copies(int newest) {
     self->copies.swap(later);
 }
 
-inline char all_done;  // where fibers and the host meet for ThreadSanitizer
+inline char all_done;  // ThreadSanitizer's sync object of the fibers' ends and the host
 
 EMU_OUTLINE inline void fiber_main() {
     EMU_ASAN(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);)
     EMU_TSAN(__tsan_acquire(&options);)
     grid->body();
     EMU_TSAN(__tsan_release(&all_done);)
-    Quiet quiet;
+    IgnoreAccesses guard;
     self->done = true;
     --grid->live;
     --self->block->live;
     if (!self->block->at_barrier.empty() && grid->error.empty()) {
         grid->error = "thread " + std::to_string(self->id) + " exits while others wait in __syncthreads";
     }
-    if (!self->copies.empty() && grid->error.empty()) grid->error = "a thread exits before its cp.async has landed";
+    if (!self->copies.empty() && grid->error.empty()) grid->error = "a thread exits before its cp.async has arrived";
     if (!grid->error.empty()) go_to(grid->host);
     run_next();
     abort();
@@ -280,13 +281,13 @@ EMU_OUTLINE inline void add_block(Grid& g, unsigned number, char* stacks, unsign
     block.live = threads;
 }
 
-// Run a grid: its blocks in random order, all at the same time (a cooperative launch) or one after the other.
+// Runs a grid: its blocks in random order, all of them at the same time in a cooperative launch, otherwise one by one.
 EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_bytes, bool together,
                                std::function<void()> body) {
     if (!options.running) return;
     EMU_TSAN(__tsan_release(&options);)
-    Quiet quiet;
-    const auto owner = std::make_unique<Grid>();  // fibers read it: on the host's stack its place would be used again
+    IgnoreAccesses guard;
+    const auto owner = std::make_unique<Grid>();  // not on the host's stack, whose memory is reused
     Grid& g = *owner;
     grid = &g;
     g.grid = grid_size;
@@ -303,7 +304,7 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
     const size_t threads = block_size.x * block_size.y * block_size.z, at_once = together ? order.size() : 1;
     const size_t shared_room = (shared_bytes + 4095) / 4096 * 4096, room = options.stack_bytes * threads + shared_room;
     for (size_t first = 0; first < order.size() && last_error.empty(); first += at_once) {
-        const Mapping memory(room * at_once);  // not the last block's: what sanitizers know of its stacks goes with it
+        const Mapping memory(room * at_once);  // new for each block, so that sanitizers forget the last one's stacks
         g.resident.clear();
         g.ready.clear();
         g.live = 0;
@@ -311,7 +312,7 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
             char* base = memory.data() + room * i;
             char* end = base + room - shared_bytes;  // at the mapping's end, aligned down
             auto* shared = reinterpret_cast<unsigned char*>(end - reinterpret_cast<uintptr_t>(end) % 128);
-            memset(shared, 0xff, shared_bytes);  // a NaN in every dtype: what nobody wrote shows
+            memset(shared, 0xff, shared_bytes);  // NaN in every dtype, so that reads of unwritten memory show
             add_block(g, order[first + i], base, shared);
         }
         self = &g.host;
@@ -319,7 +320,7 @@ EMU_OUTLINE inline void launch(dim3 grid_size, dim3 block_size, size_t shared_by
         EMU_TSAN(for (auto& block : g.resident) for (auto& f : block.fibers) __tsan_destroy_fiber(f.tsan);)
         if (g.error.empty()) continue;
         last_error = "block " + std::to_string(order[first]) + ": " + g.error;
-        error_is_told = false;
+        error_is_reported = false;
     }
     grid = nullptr;
     ++options.seed;

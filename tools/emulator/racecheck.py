@@ -1,7 +1,7 @@
 """`make racecheck`: the kernels under ThreadSanitizer and AddressSanitizer on many schedules, then every seeded bug.
 
-Without a GPU this is what compute-sanitizer's memcheck, racecheck and synccheck are on one. It exits with an error where a
-kernel is not clean, or where a bug is not caught: by ThreadSanitizer where the bug is a race, else as bugs.py says.
+It replaces compute-sanitizer's memcheck, racecheck and synccheck, which need a GPU. It fails if a kernel is
+not clean or a bug is not caught: by ThreadSanitizer if the bug is a race, otherwise with the message of bugs.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from tools.emulator.bugs import BUGS, PROBLEMS, Bug
 
 
 def clean(cache: Path, target: str, first: int, problems: int) -> bool:
-    """Run the kernels as they are; tell and return whether nothing was found."""
+    """Run the kernels as they are; print and return whether nothing was found."""
     done = build.run_driver(build.build_driver(cache, target), first, problems)
     verdict = "clean" if done.returncode == 0 else "NOT CLEAN"
     print(f"{target:<8} {problems:>4} problems, 2 schedules each: {verdict}", flush=True)
@@ -24,13 +24,13 @@ def clean(cache: Path, target: str, first: int, problems: int) -> bool:
 
 
 def caught(cache: Path, bug: Bug) -> bool:
-    """Plant a bug; tell and return whether it was caught."""
-    target, said = ("thread", "ThreadSanitizer: data race") if bug.is_race else (bug.target, bug.caught_as)
+    """Plant a bug; print and return whether it was caught."""
+    target, message = ("thread", "ThreadSanitizer: data race") if bug.is_race else (bug.target, bug.caught_as)
     with tempfile.TemporaryDirectory() as folder:
         driver = build.build_driver(cache, target, bug.plant(Path(folder)))
         done = build.run_driver(driver, bug.first_problem, PROBLEMS)
-    found = done.returncode != 0 and said in done.stdout
-    print(f"{bug.name:<55} {'caught: ' + said if found else 'NOT CAUGHT'}", flush=True)
+    found = done.returncode != 0 and message in done.stdout
+    print(f"{bug.name:<55} {'caught: ' + message if found else 'NOT CAUGHT'}", flush=True)
     return found
 
 

@@ -1,5 +1,5 @@
-// The CUDA runtime, as far as the launchers use it: two devices, the attributes of kernels, launches. Each launch is written
-// down with the device and the stream that it went to; what CUDA refuses is refused here.
+// The parts of the CUDA runtime that the launchers use: two devices, attributes of kernels, launches. Every launch is
+// recorded with its device and stream. Calls that CUDA refuses fail here, too.
 #pragma once
 
 #include <map>
@@ -13,23 +13,23 @@ constexpr cudaError_t cudaSuccess = 0;
 
 namespace emu {
 
-constexpr int DEVICES = 2, SHARED_BYTES = 48 << 10, MOST_SHARED_BYTES = 163 << 10;  // without and with an attribute, sm_80
+constexpr int DEVICES = 2, SHARED_BYTES = 48 << 10, MOST_SHARED_BYTES = 163 << 10;  // by default, and at most: sm_80
 
 struct Launch {
-    const char* kernel;  // as the launcher names it; null: a cooperative launch names none
+    const char* kernel;  // as in the launcher's source; null for a cooperative launch
     cudaStream_t stream;
     uint64_t shared_bytes;
     int device;
 };
 inline std::vector<Launch> launches;
 inline int current_device = 0;
-inline std::map<std::pair<int, const void*>, size_t> allowed_bytes;  // of a kernel on a device
+inline std::map<std::pair<int, const void*>, size_t> allowed_bytes;  // of shared memory, of a kernel on a device
 
 inline int processors_of(int device) { return options.processors + device; }
 
 inline cudaError_t refuse(const char* reason) {
     last_error = reason;
-    error_is_told = false;
+    error_is_reported = false;
     return 1;
 }
 
@@ -46,7 +46,7 @@ cudaError_t start(const char* name, void (*kernel)(Params), dim3 grid, dim3 bloc
     }
     launches.push_back({name, stream, shared_bytes, current_device});
     launch(grid, block, shared_bytes, together, [=] { kernel(params); });
-    return error_is_told ? cudaSuccess : 1;
+    return error_is_reported ? cudaSuccess : 1;
 }
 
 }  // namespace emu
@@ -59,7 +59,7 @@ cudaError_t launch_cooperative(void (*kernel)(Params), dim3 grid, dim3 block, in
     return emu::start(nullptr, kernel, grid, block, smem, stream, true, params);
 }
 
-inline cudaError_t cudaGetLastError() { return std::exchange(emu::error_is_told, true) ? cudaSuccess : 1; }
+inline cudaError_t cudaGetLastError() { return std::exchange(emu::error_is_reported, true) ? cudaSuccess : 1; }
 inline const char* cudaGetErrorString(cudaError_t) { return emu::last_error.c_str(); }
 
 inline cudaError_t cudaGetDevice(int* device) {

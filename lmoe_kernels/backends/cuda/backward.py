@@ -38,8 +38,8 @@ def backward(
     dlogits_in = None if dlogits_in is None else dlogits_in.float()
 
     library = extension.library()
-    params = library.BackwardParams()
-    params.set_problem(extension.DTYPES[dy.dtype], sizes, options, factors, x, saved.logits, saved.u)
+    params = library.BackwardParams(extension.DTYPES[dy.dtype], sizes)
+    params.set_problem(options, factors, x, None, saved.logits, saved.u, None)
     params.set_workspaces(v, scratch, partial, parts)
     params.set_backward(dy, dlogits_in, dv, du_dlogits, splits, grads)
     library.backward(params, device, stream)
@@ -53,11 +53,9 @@ def _allocate(dy: Tensor, in_features: int, factors: Factors, wanted: Wanted) ->
     """Memory for the gradients that are wanted: zeros where there are no tokens, since no kernel runs then."""
     tokens = dy.shape[0]
     new = torch.zeros_like if tokens == 0 else torch.empty_like
-    of_factors = (
-        new(factor) if asked and factor is not None else None
-        for factor, asked in zip(factors, wanted[1:], strict=True)
-    )  # fmt: skip
-    return Gradients(dy.new_empty(tokens, in_features) if wanted.x else None, *of_factors)
+    dx = dy.new_empty(tokens, in_features) if wanted.x else None
+    pairs = zip(factors, wanted[1:], strict=True)
+    return Gradients(dx, *[new(factor) if asked and factor is not None else None for factor, asked in pairs])
 
 
 def _partial_sums(sizes: Sizes, parts: int, splits: int, columns: int) -> int:

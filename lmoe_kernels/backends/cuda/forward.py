@@ -35,9 +35,8 @@ def forward(
         u = x.new_empty(T, experts_of_a, R)
         logits = x.new_empty(T, E, dtype=torch.float32) if has_gate else None
 
-    params = library.ForwardParams() if plan is None else library.DecodeParams()
-    params.set_problem(extension.DTYPES[x.dtype], sizes, options, factors, x, logits, u)
-    params.set_output(base, y)
+    params = (library.ForwardParams if plan is None else library.DecodeParams)(extension.DTYPES[x.dtype], sizes)
+    params.set_problem(options, factors, x, base, logits, u, y)
     columns = experts_of_a * R + (E if has_gate else 0)
     if plan is not None:
         partial = x.new_empty(plan.chunks, T, columns, dtype=torch.float32)
