@@ -160,10 +160,10 @@ def test_the_loss_counts_once_on_two_processes(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_step_of_one_process, (tmp_path, port), nprocs=2)
 
 
-def test_replicas_of_data_parallel_keep_their_losses() -> None:
+def test_replicas_of_data_parallel_keep_their_losses(tmp_path: Path) -> None:
     """DataParallel runs copies of the modules, which are deleted before compute_loss returns; the test makes such copies."""
     model = with_experts(llama(), output_router_logits=True).train()
-    trainer = Trainer(model, arguments(Path("unused")), train_dataset=rows(2))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(2))
     alone = trainer.compute_loss
     batches = [{name: torch.stack([row[name] for row in rows(2)]) for name in ("input_ids", "attention_mask", "labels")}]
     batches.append({name: tensor[:, :5] for name, tensor in batches[0].items()})
