@@ -1,4 +1,4 @@
-# Every target works on a machine with nothing but Python: the first one that needs it makes the environment in .venv.
+# The targets need nothing but Python: the first one that uses the environment creates it in .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -11,7 +11,7 @@ CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -
 .PHONY: help demo test lint format types docs pictures build bench gpu static racecheck check clean
 .DEFAULT_GOAL := help
 
-help: ## Say what there is to make
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
@@ -20,12 +20,12 @@ demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OU
 test: $(TESTS) ## Run every test that needs no GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-lint: $(READY) ## Look for errors of style
+lint: $(READY) ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: $(READY) ## Bring the sources into form
+format: $(READY) ## Format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CSRC)
@@ -36,14 +36,14 @@ types: $(READY) ## Check the types
 docs: $(DOCS) ## Build the documentation into site/; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
-pictures: $(READY) ## Draw the documentation's pictures anew
+pictures: $(READY) ## Redraw the documentation's pictures
 	$(BIN)/python -m docs.pictures.draw
 
 build: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 bench: $(READY) ## Measure what the layer costs on this machine
-	$(BIN)/python -m pytest benchmarks/bench_forward.py benchmarks/bench_backward.py benchmarks/bench_layer.py --benchmark-only
+	$(BIN)/python -m pytest benchmarks/test_rows.py --benchmark-only
 	$(BIN)/python -m benchmarks
 
 gpu: ## Build, test, tune and measure on this machine's GPU, without a network; PARTS="tests rows" MINUTES=9
@@ -51,14 +51,14 @@ gpu: ## Build, test, tune and measure on this machine's GPU, without a network; 
 	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
-	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.inspect.static
 
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
 	$(BIN)/python -m tools.emulator.racecheck
 
-check: lint types test ## All that must be green before a change lands
+check: lint types test ## Run all checks that a change must pass
 
-clean: ## Remove what was built, the environment too
+clean: ## Remove build outputs and the environment
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f lmoe_kernels/_cuda*.so lmoe_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

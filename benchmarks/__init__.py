@@ -1,4 +1,6 @@
-"""What the operation costs: beside the frozen layer, beside what people use today, and beside the machine's limits.
+"""What the operation costs, compared with the frozen layer, with what people use today, and with the machine's limits.
 
-`python -m benchmarks --help` for users, the `bench_*.py` files (pytest-benchmark) for developers. Nothing here is installed.
+`rows` defines what is measured and what each row must compute, `measuring` takes times and counts bytes, `showing` writes
+tables and pictures; each imports from those before it only. `inspect` reads machine code, counts the bytes that Triton
+kernels move, and times the host. Start with `python -m benchmarks --help`. None of this is installed.
 """

@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from benchmarks import model, plots, report
-from benchmarks.baselines import Row, rows
-from benchmarks.environment import describe
-from benchmarks.limits import measure_limits
-from benchmarks.measure import Group
-from benchmarks.progress import Progress
-from benchmarks.shapes import DTYPES, PHASES, SCOPES, Grid, cross, grids
-from benchmarks.timing import FULL, QUICK
+from benchmarks.measuring import model
+from benchmarks.measuring.environment import describe
+from benchmarks.measuring.group import Group
+from benchmarks.measuring.limits import measure_limits
+from benchmarks.measuring.timing import FULL, QUICK
+from benchmarks.rows.shapes import DTYPES, PHASES, SCOPES, Grid, cross, grids
+from benchmarks.rows.steps import Row
+from benchmarks.rows.table import rows
+from benchmarks.showing import plots, report
 
 EXAMPLES = """\
 examples:
-  python -m benchmarks --quick                      all faces within two minutes on two CPU cores
+  python -m benchmarks --quick                      every kind of table within two minutes on two CPU cores
   python -m benchmarks                              this device's full set of rows
   python -m benchmarks --shapes 2048x2048,4096x14336 --tokens 1,1024 --dtype float32,bfloat16
   python -m benchmarks --rows frozen,peft,torch --experts 1,8,64 --rank 16 --out results
-  python -m benchmarks.compare before/results.json after/results.json
+  python -m benchmarks.showing.compare before/results.json after/results.json
 
 Where none of --shapes, --tokens, --experts, --rank and --dtype is given, the sizes are chosen for the device: on a CPU
 2048 x 2048 at T = 1 and 1024 in float32 and bfloat16, E and T varied around it, and a whole model."""
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device must be one that torch sees, got 'cuda' without a GPU")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)  # now, before anything is measured for it
+        options.out.mkdir(parents=True, exist_ok=True)  # before anything is measured
     except OSError as error:
         parser.error(f"--out must be a folder that can be written, got {str(options.out)!r}: {error.strerror}")
     torch.set_num_threads(options.threads)
@@ -49,10 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     known = rows()
     effort = QUICK if options.quick else FULL
 
-    progress = Progress(1 + effort.visits * (sum(len(list(grid.groups())) for grid in chosen) + (not named)))
+    tables = sum(len(list(grid.groups())) for grid in chosen) + (not named)
+    progress = tqdm(total=1 + effort.visits * tables, dynamic_ncols=True, desc="the machine's limits")
     environment = describe(device)
-    progress.step("the machine's limits")
     limits = measure_limits(device, sorted({shape.dtype for grid in chosen for shape in grid.shapes}), options.quick)
+    progress.update()
     groups = [
         Group(shape, scope, grid.phases, _pick(known, options.rows, grid, options.quick), device, limits, effort)
         for grid in chosen
@@ -64,25 +67,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for visit, job in product(range(effort.visits), (*whole, *groups)):
             if options.minutes is not None and time.monotonic() - begun > 60 * options.minutes:
-                environment["stopped"] = f"after step {progress.done} of {progress.total}, its minutes were over"
+                environment["stopped"] = f"after step {progress.n} of {progress.total}, its minutes were over"
                 break
-            progress.step(f"visit {visit + 1} of {effort.visits}, {job}")
+            progress.set_description(f"visit {visit + 1} of {effort.visits}, {job}")
             try:
                 job.visit()
-            except Exception:  # what breaks one table must not take the others' results along
+            except Exception:  # a table that breaks must not end the measurement of the others
                 print(f"\n{job}:\n{traceback.format_exc()}", file=sys.stderr)
                 broken += 1
+            progress.update()
     except KeyboardInterrupt:
-        environment["stopped"] = f"at step {progress.done} of {progress.total}, by the user"
-    progress.end()
+        environment["stopped"] = f"at step {progress.n + 1} of {progress.total}, by the user"
+    progress.close()
     records = [record for group in groups for record in group.records()]
     models = [record for job in whole for record in job.records()]
 
     method = (
         f"{effort.visits} visits of {effort.min_rounds} to {effort.max_rounds} rounds, rows in another order each, "
-        "inputs rotated past the last cache"
+        "copies of the inputs in turn, larger than the last cache together"
     )
-    results = report.make_results(environment, limits, method, records, models, plan.says)
+    results = report.make_results(environment, limits, method, records, models, plan.description)
     print(report.terminal(results))
     _write(results, options.out)
     bad = [r for r in (*records, *models) if r.status.startswith(("wrong", "failed"))]
@@ -103,7 +107,7 @@ def _write(results: report.Results, folder: Path) -> None:
 
 
 def _grids(options: argparse.Namespace, device: torch.device) -> tuple[list[Grid], bool]:
-    """The grids to walk, and whether the user named sizes."""
+    """The grids to measure, and whether the user named sizes."""
     named = {key: getattr(options, key) for key in ("shapes", "tokens", "experts", "rank", "dtype")}
     if not any(named.values()):
         return grids(device, options.quick), False
@@ -114,10 +118,10 @@ def _grids(options: argparse.Namespace, device: torch.device) -> tuple[list[Grid
     return [Grid(shapes, scopes=SCOPES, phases=PHASES)], True
 
 
-def _pick(known: Any, asked: list[str] | None, grid: Grid, quick: bool) -> list[Row]:
-    """The rows of a grid: those asked for; else the grid's own, without torch.compile where time is short."""
-    if asked is not None:
-        return [known[name] for name in asked]
+def _pick(known: Any, named: list[str] | None, grid: Grid, quick: bool) -> list[Row]:
+    """The rows of a grid: those that the user names; else the grid's own, with --quick without torch.compile."""
+    if named is not None:
+        return [known[name] for name in named]
     names = grid.rows or tuple(known)
     return [known[name] for name in names if name in known and not (quick and known[name].compiled)]
 
@@ -125,7 +129,7 @@ def _pick(known: Any, asked: list[str] | None, grid: Grid, quick: bool) -> list[
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="What L-MoE costs on top of a frozen layer, beside what is used today, and beside the machine's limits.",
+        description="The cost of L-MoE on a frozen layer, compared with what is used today and with the machine's limits.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -141,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=_names(rows()), metavar="NAME,...", help=", ".join(rows()))
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default_device, help=f"default here: {default_device}")
     parser.add_argument("--threads", type=_count, default=2, help="threads of the CPU's operations (default 2)")
-    parser.add_argument("--minutes", type=_count, metavar="N", help="begin no further table after N minutes")
+    parser.add_argument("--minutes", type=_count, metavar="N", help="start no further table after N minutes")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks"), metavar="DIR", help="default build/benchmarks")
     return parser
 

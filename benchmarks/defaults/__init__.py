@@ -1,4 +1,4 @@
-"""The study behind the layer's defaults: which scaling, which gate at the start, and what fp32 experts are for.
+"""The study behind the layer's defaults: the scaling, the gate at the start, and why experts are in fp32.
 
-`python -m benchmarks.defaults --help` for the command, docs/defaults.md for what came out.
+`python -m benchmarks.defaults --help` for the command, docs/defaults.md for the results.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.defaults`: run the study trial by trial, and write results.json, results.md and defaults.png."""
+"""`python -m benchmarks.defaults`: run the study trial by trial; write results.json, results.md and defaults.png."""
 
 import argparse
 import sys
@@ -6,22 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.defaults.picture import draw
-from benchmarks.defaults.plan import FULL, MIXINGS, QUICK, Plan, default_scaling, point
+from benchmarks.defaults.plan import FULL, MIXINGS, QUICK, Method, Plan, default_scaling, point
 from benchmarks.defaults.probes import RANDOM_TOKEN_RATE, random_tokens, unchanged
 from benchmarks.defaults.report import markdown
 from benchmarks.defaults.results import Results, read, write
 from benchmarks.defaults.trials import Lab, Settings, Trial
-from benchmarks.environment import describe
-from benchmarks.progress import Progress
+from benchmarks.measuring.environment import describe
 
 DTYPES = {"bf16": torch.bfloat16, "fp32 (the default)": None}
 BRIEF = Settings(base_steps=2, steps=2, windows=3, judged=2, random_token_steps=2, small_steps=2)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what is not yet known."""
+    """Run the trials that have no result yet."""
     parser = _parser()
     options = parser.parse_args(arguments)
     settings, plan = (BRIEF, QUICK) if options.quick else (Settings(), FULL)
@@ -45,38 +45,36 @@ def main(arguments: list[str] | None = None) -> int:
 def run(lab: Lab, plan: Plan, results: Results, path: Path) -> None:
     """Every trial of the plan that is not in the results, then the two short measurements; the file is kept up to date."""
     for stage, trials in plan.stages(results.outcomes):
-        todo = results.missing(trials)
-        progress = Progress(len(todo))
-        for trial in todo:
-            progress.step(f"{stage}: {said(trial)}")
+        progress = tqdm(results.missing(trials), dynamic_ncols=True)
+        for trial in progress:
+            progress.set_description(f"{stage}: {description(trial)}")
             results.outcomes.append(lab.run(trial))
             write(results, path)
-        progress.end()
-    fits = {f"{method}, scaling {scaling:g}": (method, scaling) for method, scaling in remembered()}
-    progress = Progress(len(fits) + len(DTYPES))
-    for name, (method, scaling) in fits.items():
-        progress.step(f"random tokens: {name}")
+    progress = tqdm(list(random_token_runs()), dynamic_ncols=True)
+    for method, scaling in progress:
+        name = f"{method}, scaling {scaling:g}"
+        progress.set_description(f"random tokens: {name}")
         if name not in results.random_tokens:
             trials = [point(method, scaling, RANDOM_TOKEN_RATE, seed) for seed in plan.seeds]
             results.random_tokens[name] = [random_tokens(lab, trial) for trial in trials]
             write(results, path)
-    for name, dtype in DTYPES.items():
-        progress.step(f"small steps in {name}")
+    progress = tqdm(DTYPES.items(), dynamic_ncols=True)
+    for name, dtype in progress:
+        progress.set_description(f"small steps in {name}")
         if name not in results.unchanged:
             results.unchanged[name] = unchanged(lab, dtype, plan.seeds)
             write(results, path)
-    progress.end()
 
 
-def remembered() -> Iterator[tuple[str, float]]:
-    """Methods and scalings that learn random tokens: a LoRA of the usual scaling, and mixtures under 1 and the default."""
+def random_token_runs() -> Iterator[tuple[Method, float]]:
+    """Methods and scalings that learn random tokens: LoRA at its usual scaling, mixtures at 1 and at the default."""
     yield "LoRA", 2.0
     for method in MIXINGS:
         yield method, 1.0
         yield method, default_scaling(method)
 
 
-def said(trial: Trial) -> str:
+def description(trial: Trial) -> str:
     """A trial in a few words."""
     more = "".join(
         f", {name} {value}" for name, value in (("top_k", trial.top_k), ("gate_init_std", trial.gate_init_std)) if value
@@ -89,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.defaults",
         description="Which scaling and which gate at the start should be the defaults, and what fp32 experts are for. "
-        "A run that was stopped goes on where it was; the full study takes about 40 minutes of one CPU core.",
+        "A run that was stopped continues where it was; the full study takes about 40 minutes of one CPU core.",
     )
     parser.add_argument("--quick", action="store_true", help="a few steps of a few trials, to see that everything runs")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU's operations (default 1)")

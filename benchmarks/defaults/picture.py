@@ -10,7 +10,7 @@ from benchmarks.defaults.results import Results
 
 COLOURS = {"LoRA": "#555555", "factors": "#0072B2", "outputs": "#D55E00"}  # Okabe and Ito's
 LABELS = {"LoRA": "one LoRA", "factors": "factors", "outputs": "outputs"}
-HEIGHT = 0.45  # bits per byte that are drawn above the best point; what learns worse is only counted
+HEIGHT = 0.45  # bits per byte that are drawn above the best point; points above that are only counted
 STYLES = {1e-3: ":", 3e-3: "-", 1e-2: "--"}
 
 
@@ -59,8 +59,8 @@ def _over_scaling(axes: Any, tables: Tables) -> None:
         axes.plot([], [], style, color="#999999", label=f"learning rate {rate:g}")
     top = min(drawn) + HEIGHT
     above = sum(bits > top for bits in drawn)
-    told = f"; {above} points lie above" if above else ""
-    axes.set(xscale="log", xlabel=f"scaling (ring: the default{told})", title="one LoRA and eight experts")
+    cut = f"; {above} points lie above" if above else ""
+    axes.set(xscale="log", xlabel=f"scaling (ring: the default{cut})", title="one LoRA and eight experts")
     axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()
     if above:

@@ -1,4 +1,4 @@
-"""Two short measurements: how fast a mixture learns random tokens by heart, and what part of bf16 parameters never moves."""
+"""Two short measurements: how fast a mixture learns random tokens, and which share of bf16 parameters never changes."""
 
 from statistics import mean
 
@@ -29,7 +29,7 @@ def random_tokens(lab: Lab, trial: Trial) -> float:
 
 
 def unchanged(lab: Lab, dtype: torch.dtype | None, seeds: tuple[int, ...]) -> dict[str, float]:
-    """The share of entries that small steps leave bitwise as they were, over a bf16 base; mean over the seeds.
+    """The share of entries that small steps do not change in a single bit, over a bf16 base; mean over the seeds.
 
     Args:
         dtype: of experts and gate; None for the layer's own choice.

@@ -1,4 +1,4 @@
-"""The study as Markdown: every table with the losses as they are."""
+"""The study as Markdown: every table, with the losses as measured."""
 
 from collections.abc import Iterable
 from statistics import mean
@@ -19,7 +19,7 @@ class Tables:
         self.known: dict[Trial, Outcome] = {outcome.trial: outcome for outcome in results.outcomes}
 
     def reported(self, trials: Iterable[Trial]) -> list[float | None]:
-        """Bits on the windows that no choice has seen, of the trials that were run."""
+        """Bits on the windows that are not used for choosing, of the trials that were run."""
         return [self.known[trial].reported for trial in trials if trial in self.known]
 
     def tuned(self) -> list[list[str]]:
@@ -80,13 +80,13 @@ class Tables:
         return table
 
     def random_tokens(self) -> list[list[str]]:
-        """Losses in nats on random tokens learned by heart."""
+        """Losses in nats on random tokens that were learned by heart."""
         seeds = [f"seed {seed}" for seed in self.plan.seeds]
         rows = [[name, *map(_bits, losses), _mean(losses)] for name, losses in self.results.random_tokens.items()]
         return [["", *seeds, "mean"], *rows]
 
     def unchanged(self) -> list[list[str]]:
-        """Shares of entries that no step has moved."""
+        """Shares of entries that no step has changed."""
         rows = [
             [dtype, *(f"{100 * share:.1f} %" if share < 0.9995 else "100 %" for share in shares.values())]
             for dtype, shares in self.results.unchanged.items()
@@ -102,7 +102,7 @@ class Tables:
 
 
 def markdown(results: Results, plan: Plan) -> str:
-    """All tables, and what they were measured on."""
+    """All tables, with machine, versions and settings."""
     tables, settings, facts = Tables(results, plan), results.settings, results.environment
     packages = ", ".join(f"{name} {version}" for name, version in dict(facts["packages"]).items())  # type: ignore[call-overload]
     usual = f"learning rate {USUAL:g}"
@@ -138,7 +138,7 @@ def markdown(results: Results, plan: Plan) -> str:
 
 
 def _mean(values: Iterable[float | None], form: str = ".3f") -> str:
-    """The mean; "diverged" where one of the values did, nothing where there are none."""
+    """The mean; "diverged" where one of the trials did; empty where there are no values."""
     values = list(values)
     numbers = [value for value in values if value is not None]
     if len(numbers) < len(values):

@@ -1,4 +1,4 @@
-"""The study's results, and their file, which is complete after every trial: a run that was stopped goes on from it."""
+"""The study's results and their file, which is written after every trial: a run that was stopped continues from it."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -11,22 +11,22 @@ SCHEMA = 1
 
 @dataclass
 class Results:
-    """What is known so far."""
+    """The results so far."""
 
     settings: Settings
     environment: dict[str, object]
     outcomes: list[Outcome] = field(default_factory=list)
-    random_tokens: dict[str, list[float]] = field(default_factory=dict)  # losses of the seeds, by what was tried
+    random_tokens: dict[str, list[float]] = field(default_factory=dict)  # by method and scaling, the loss of each seed
     unchanged: dict[str, dict[str, float]] = field(default_factory=dict)  # shares of A, B, gate, by their dtype
 
     def missing(self, wanted: list[Trial]) -> list[Trial]:
-        """What is wanted and not yet known, each once."""
+        """The wanted trials that have no outcome yet, each once."""
         known = {outcome.trial for outcome in self.outcomes}
         return [trial for trial in dict.fromkeys(wanted) if trial not in known]
 
 
 def write(results: Results, path: Path) -> None:
-    """Write the file, which is never seen half written."""
+    """Write to another name and rename, so that a reader never sees a partial file."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"schema": SCHEMA, **asdict(results)}, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
@@ -36,7 +36,7 @@ def read(path: Path, settings: Settings, environment: dict[str, object]) -> Resu
     """The results of earlier runs under the same settings; none where there is no file.
 
     Raises:
-        ValueError: the file is not one of this study, or of other settings.
+        ValueError: the file is not of this study, or has other settings.
     """
     if not path.exists():
         return Results(settings, environment)

@@ -1,4 +1,4 @@
-"""One trial: the demo's frozen model gets one LoRA or a mixture, is trained for some steps, and is judged on two sets."""
+"""One trial: the demo's frozen model gets one LoRA or a mixture, is trained for some steps, and is evaluated on two sets."""
 
 import copy
 import importlib
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 import lmoe_kernels as lk
+from lmoe_kernels.options import Mixing
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What is varied. One LoRA is the layer with one expert."""
+    """One combination of settings. One LoRA is the layer with one expert."""
 
-    mixing: str
+    mixing: Mixing
     num_experts: int
     rank: int
     scaling: float
@@ -35,7 +36,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Settings:
-    """What all trials share."""
+    """The settings of all trials."""
 
     base_steps: int = 300
     steps: int = 100
@@ -50,8 +51,8 @@ class Outcome:
     """Validation bits per byte, mean over the domains; None where the training diverged."""
 
     trial: Trial
-    chosen_by: float | None  # on the windows by which settings are chosen
-    reported: float | None  # on windows that no choice has seen
+    chosen_by: float | None  # on the windows for choosing settings
+    reported: float | None  # on windows that are not used for choosing
     likeness: float | None  # mean cosine between two experts' B; None where there is one expert
 
 
@@ -81,7 +82,7 @@ class Lab:
         self.choosing, self.reporting = ([w[part::2] for w in windows] for part in (0, 1))
 
     def run(self, trial: Trial) -> Outcome:
-        """Train and judge."""
+        """Train and evaluate."""
         model = self.adapted(trial)
         mixture = trial.num_experts > 1
         options = {"rate": trial.learning_rate, "windows": self.settings.windows}
@@ -97,7 +98,7 @@ class Lab:
         return copy.deepcopy(self.base)
 
     def adapted(self, trial: Trial) -> nn.Module:
-        """A copy of the frozen model with what the trial puts on it."""
+        """A copy of the frozen model with the trial's adapter."""
         model = self.copy()
         torch.manual_seed(trial.seed)
         options = {

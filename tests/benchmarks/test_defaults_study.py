@@ -1,4 +1,4 @@
-"""The study behind the defaults: its plan, what it chooses by, what it refuses, and a tiny run."""
+"""The study behind the defaults: its plan, its choices, the files that it refuses, and a tiny run."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.baselines import rows
 from benchmarks.defaults import __main__ as cli
 from benchmarks.defaults import plan, report
 from benchmarks.defaults.plan import FULL, QUICK, default_scaling, method_of, point
 from benchmarks.defaults.probes import unchanged
 from benchmarks.defaults.results import Results
 from benchmarks.defaults.trials import Lab, Outcome, Settings, likeness
-from benchmarks.shapes import Shape, make_inputs
+from benchmarks.rows.shapes import Shape, make_inputs
+from benchmarks.rows.table import rows
 from lmoe_kernels import LMoELinear, lmoe_layers
 
 CPU = torch.device("cpu")
@@ -26,11 +26,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 
 
 def outcomes() -> list[Outcome]:
-    """The whole grid, the better the larger the scaling, but on the windows that are reported the other way round."""
+    """The whole grid: a larger scaling is better on the windows for choosing, and worse on those that are reported."""
     return [Outcome(trial, -trial.scaling, trial.scaling, None) for trial in FULL.tuning()]
 
 
-def test_a_tiny_run_writes_its_files_and_a_second_one_has_nothing_left_to_train(
+def test_a_tiny_run_writes_its_files_and_a_second_run_trains_nothing(
     tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--quick", "--out", str(tmp_path)]
@@ -87,14 +87,14 @@ def test_what_tuning_chose_is_repeated_on_every_other_seed() -> None:
         assert {replace(trial, seed=seed) for seed in FULL.seeds[1:]} <= set(repeated)
 
 
-def test_a_trial_is_asked_for_once() -> None:
+def test_a_trial_runs_once() -> None:
     trial = point("LoRA", 1.0, 1e-3)
     results = Results(Settings(), {}, [Outcome(trial, 1.0, 1.0, None)])
     other = replace(trial, seed=5)
     assert results.missing([trial, other, other]) == [other]
 
 
-def test_a_diverged_trial_is_told_and_spoils_its_mean() -> None:
+def test_a_diverged_trial_is_shown_and_its_mean_too() -> None:
     known = [replace(o, reported=None) if o.trial == point("LoRA", 16.0, 1e-2) else o for o in outcomes()]
     table = report.Tables(Results(Settings(), {}, known), FULL).scalings()
     header, *body = table
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written(capsys) -> None:
 def test_the_row_of_fp32_experts_keeps_its_activations_in_bf16() -> None:
     inputs = make_inputs(Shape(tokens=5, in_features=16, out_features=24, num_experts=2, rank=2, dtype="bfloat16"), CPU)
     step = rows()["torch-fp32"].build(inputs, "layer")
-    dtypes = {leaf.name: leaf.tensor.dtype for leaf in step.leaves}
+    dtypes = {grad_input.name: grad_input.tensor.dtype for grad_input in step.grad_inputs}
     assert dtypes.pop("x") == step.forward().dtype == torch.bfloat16
     assert dtypes == dict.fromkeys(("lora_a", "lora_b", "gate_weight"), torch.float32)
     in_float32 = rows()["torch-fp32"].why_not(replace(inputs.shape, dtype="float32"), CPU)

@@ -1,33 +1,25 @@
-"""How the benchmarks sample and sum up, and what they do of a GPU's part. No test looks at a time."""
+"""How the benchmarks sample and summarise, and CUDA graphs on a CPU. No test looks at a time."""
 
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import report
-from benchmarks.baselines import rows
-from benchmarks.limits import Limits
-from benchmarks.measure import LAUNCHES, Group
-from benchmarks.shapes import DTYPES, PHASES, Shape, grids
-from benchmarks.timing import QUICK, Call, Effort, Spread, interleave
-from tools.emulator import build
-
-BRIEF = Effort(visits=1, seconds=0.0, min_rounds=2, max_rounds=2, sample_seconds=0.0, cpu_products=2**33)
-LIMITS = Limits(1e9, dict.fromkeys(DTYPES, 1e12), dict.fromkeys(DTYPES, 1e11), cache_bytes=1)
-SMALL = Shape(tokens=5, in_features=24, out_features=40, num_experts=3, rank=4)
+from benchmarks.measuring.group import LAUNCHES, Group
+from benchmarks.measuring.timing import QUICK, Call, Spread, interleave
+from benchmarks.rows.shapes import PHASES, Shape, grids
+from benchmarks.rows.table import rows
+from benchmarks.showing import report
+from tests.benchmarks.small import BRIEF, CPU, LIMITS, SMALL
 
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
-    """CUDA graphs on a CPU: a call stands for its replay. The list holds what is being captured."""
+    """CUDA graphs on a CPU: a replay is the call itself. The list is not empty during a capture."""
     running: list[Callable] = []
 
     def capture(make: Callable[[], Call]) -> Call:
@@ -40,7 +32,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> list[Callable]:
         return call
 
     monkeypatch.setitem(LAUNCHES, "cpu", LAUNCHES["cuda"])
-    monkeypatch.setattr("benchmarks.measure.capture", capture)
+    monkeypatch.setattr("benchmarks.measuring.group.capture", capture)
     return running
 
 
@@ -69,9 +61,9 @@ def test_spread() -> None:
 
 
 def test_a_graph_holds_the_backward_of_a_forward_on_its_own_stream(capturing: list[Callable]) -> None:
-    """Autograd runs a backward on its forward's stream, and another one than the capture's would break it off.
+    """Autograd runs a backward on its forward's stream, and work on another stream than the capture's ends the capture.
 
-    So would a graph of an earlier forward that lives on: it holds the leaves' nodes, and these its stream.
+    So does a graph of an earlier forward that is still alive: it keeps the inputs' nodes, and these its stream.
     """
     forwards: list[bool] = []
     earlier: list[weakref.ref] = []
@@ -91,19 +83,19 @@ def test_a_graph_holds_the_backward_of_a_forward_on_its_own_stream(capturing: li
 
         return step._replace(forward=forward)
 
-    group = Group(SMALL, "layer", ["backward"], [replace(eager, build=build)], torch.device("cpu"), LIMITS, BRIEF)
+    group = Group(SMALL, "layer", ["backward"], [replace(eager, build=build)], CPU, LIMITS, BRIEF)
     group.visit()
     assert [(record.launch, record.status) for record in group.records()] == [("eager", "ok"), ("graph", "ok")]
     assert forwards[-1], "the forward ran before the capture"
 
 
-def test_a_row_that_no_graph_holds_leaves_the_others_alone(capturing: list[Callable]) -> None:
+def test_a_row_that_cannot_be_captured_leaves_the_others_alone(capturing: list[Callable]) -> None:
     def build(inputs, scope):
         step = rows()["eager"].build(inputs, scope)
         return step._replace(forward=lambda: 1 / 0 if capturing else step.forward())
 
     table = [rows()["frozen"], replace(rows()["eager"], build=build)]
-    group = Group(SMALL, "layer", PHASES, table, torch.device("cpu"), LIMITS, BRIEF)
+    group = Group(SMALL, "layer", PHASES, table, CPU, LIMITS, BRIEF)
     group.visit()
     group.visit()
     found = {(record.row, record.launch): record for record in group.records()}
@@ -114,25 +106,20 @@ def test_a_row_that_no_graph_holds_leaves_the_others_alone(capturing: list[Calla
     assert found["eager", "graph"].seconds is None
 
 
-def test_a_run_whose_minutes_are_over_writes_what_it_has(capturing, tmp_path, capsys, monkeypatch) -> None:
+def test_a_run_whose_minutes_are_over_writes_its_results(capturing, quickly, tmp_path, capsys, monkeypatch) -> None:
     clock = iter([0.0, 50.0, 70.0])  # at the start, and before each step
-    threads = torch.get_num_threads()
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(cli, "measure_limits", lambda device, dtypes, quick: LIMITS)
-    monkeypatch.setattr(cli, "QUICK", BRIEF)
-    monkeypatch.setattr(cli, "Progress", lambda total: Steps())
     sizes = ["--shapes", "24x40", "--tokens", "5,6", "--quick", "--rows", "frozen,torch", "--device", "cpu"]
     assert cli.main([*sizes, "--minutes", "1", "--out", str(tmp_path)]) == 0
-    torch.set_num_threads(threads)
-    assert "its minutes were over" in capsys.readouterr().out
+    assert "stopped after step 2 of 9, its minutes were over" in capsys.readouterr().out
     written = report.load(tmp_path / "results.json")["records"]
     assert {(record["shape"]["tokens"], record["scope"]) for record in written} == {(5, "layer")}
     assert {record["launch"] for record in written} == {"eager", "graph"}
     assert "CUDA graph" in (tmp_path / "results.md").read_text()
 
 
-def test_a_table_that_breaks_leaves_the_others_alone(tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    visit, threads = Group.visit, torch.get_num_threads()
+def test_a_table_that_breaks_leaves_the_others_alone(quickly, tmp_path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    visit = Group.visit
 
     def breaks(group: Group) -> None:
         if group.shape.tokens == 5:
@@ -140,36 +127,10 @@ def test_a_table_that_breaks_leaves_the_others_alone(tmp_path, capsys, monkeypat
         visit(group)
 
     monkeypatch.setattr(Group, "visit", breaks)
-    monkeypatch.setattr(cli, "measure_limits", lambda device, dtypes, quick: LIMITS)
-    monkeypatch.setattr(cli, "QUICK", BRIEF)
     sizes = ["--shapes", "24x40", "--tokens", "5,6", "--quick", "--rows", "frozen", "--device", "cpu"]
     assert cli.main([*sizes, "--out", str(tmp_path)]) == 1
-    torch.set_num_threads(threads)
     assert "an illegal memory access" in capsys.readouterr().err
     assert {record["shape"]["tokens"] for record in report.load(tmp_path / "results.json")["records"]} == {6}
-
-
-def test_the_cost_of_the_host_is_counted_where_nothing_is_launched(request: pytest.FixtureRequest) -> None:
-    """In a process of its own: the emulator launches nothing from then on."""
-    if build.COMPILER is None:
-        pytest.skip("no g++ to compile the launchers")
-    program = "from benchmarks import bench_host as b; b.CALLS = b.ROUNDS = 2; b.main()"
-    command = [sys.executable, "-c", program, "--cache", str(request.config.cache.mkdir("cuda_emu"))]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[1:]] == ["T=1", "T=16", "T=512"]
-
-
-class Steps:
-    """A progress bar that shows nothing."""
-
-    done = total = 4
-
-    def step(self, name: str) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
 
 
 def test_on_a_gpu_the_shapes_of_the_goals_come_first_and_each_group_once() -> None:

@@ -1,7 +1,6 @@
-"""What `make gpu` times, on CPU tensors and without a clock: that it is what its rows name."""
+"""What `make gpu` times, on CPU tensors and without a clock: the calls are those that its lines name."""
 
 import json
-from importlib import import_module
 
 import pytest
 import torch
@@ -9,9 +8,18 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import gpu
-from lmoe_kernels.backends.triton import configs
+from benchmarks.measuring.timing import Call
+from benchmarks.rows.shapes import Shape
+from lmoe_kernels import dispatch
+from lmoe_kernels.backends.triton import configs, host
+from tests import plans
 
 CHIP = configs.Chip("sm_90", 8, 227 << 10)
+
+
+def only_backends(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in set(dispatch.BACKENDS) - set(names):
+        monkeypatch.delitem(dispatch.BACKENDS, name)
 
 
 @pytest.mark.parametrize("tokens, stages", [(5, {"shrink"}), (900, {"one_pass"})], ids=["two kernels", "one pass"])
@@ -20,7 +28,7 @@ def test_every_tile_is_launched_in_the_place_of_the_chosen_one(
 ) -> None:
     launched: list[configs.Tile] = []
 
-    def once(call: gpu.Call) -> float:
+    def once(call: Call) -> float:
         launched.clear()
         call()
         return 1.0
@@ -29,33 +37,30 @@ def test_every_tile_is_launched_in_the_place_of_the_chosen_one(
         launched.append(tile)
 
     monkeypatch.setattr(gpu, "median_us", once)
-    for name in ("forward", "backward"):
-        module = import_module(f"lmoe_kernels.backends.triton.{name}")
-        monkeypatch.setattr(module, "launch", no_launch)
-        monkeypatch.setattr(module, "chip_of", lambda device: CHIP)
-    monkeypatch.setattr(gpu, "chip_of", lambda device: CHIP)
+    monkeypatch.setattr(host, "launch", no_launch)
+    plans.set_chip(CHIP, monkeypatch)
     seen: dict[str, list[bool]] = {}
-    for row in gpu.tune(gpu.Shape(tokens, 24, 40), torch.device("cpu")):
-        assert configs.Tile(**row["tile"]) in launched, row
-        if row["what"].endswith(".splits"):
+    for line in gpu.tune(Shape(tokens, 24, 40, dtype="bfloat16"), torch.device("cpu")):
+        assert configs.Tile(**line["tile"]) in launched, line
+        if line["what"].endswith(".splits"):
             # one pass; or shrink and mix in one kernel, or in two, and in a forward expand
-            kernels = 1 if row["one_pass"] else (1 if row["splits"] == 1 else 2) + 1
+            kernels = 1 if line["one_pass"] else (1 if line["splits"] == 1 else 2) + 1
             assert len(launched) == kernels
-        seen.setdefault(row["what"], []).append(row["chosen"])
+        seen.setdefault(line["what"], []).append(line["chosen"])
     backward = {"backward_plan.shrink", "backward_plan.expand", "backward_plan.splits", "wgrad_plan"}
     assert set(seen) >= backward | {"forward_plan.splits"} | {f"forward_plan.{s}" for s in stages}
     assert all(chosen[0] and not any(chosen[1:]) for chosen in seen.values())
 
 
 def test_a_tile_that_cannot_run_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def cannot(call: gpu.Call) -> float:
+    def cannot(call: Call) -> float:
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(gpu, "median_us", cannot)
-    monkeypatch.setattr(gpu, "BACKENDS", {"torch": gpu.BACKENDS["torch"]})
-    rows = list(gpu.many_experts(3, 8, torch.device("cpu")))
-    assert [row["us"] for row in rows] == [None] * 10
-    assert {row["why"] for row in rows} == {"RuntimeError: out of resource: shared memory"}
+    only_backends(monkeypatch, "torch")
+    lines = list(gpu.many_experts(3, 8, torch.device("cpu")))
+    assert [line["us"] for line in lines] == [None] * 10
+    assert {line["why"] for line in lines} == {"RuntimeError: out of resource: shared memory"}
 
 
 @pytest.mark.parametrize(
@@ -84,16 +89,16 @@ def test_parts(
     assert done == ran
 
 
-def test_rows_end_with_the_time_and_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_end_with_the_time_and_are_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[dict] = []
 
-    def rows():
+    def lines():
         for i in range(5):
             written.append({"us": i})
             yield written[-1]
 
     monkeypatch.setattr(gpu.time, "monotonic", lambda: float(len(written)))
-    gpu._write(tmp_path / "tiles.jsonl", rows(), torch.device("cpu"), 1.5)
+    gpu._write(tmp_path / "tiles.jsonl", lines(), torch.device("cpu"), 1.5)
     machine, *kept = map(json.loads, (tmp_path / "tiles.jsonl").read_text().splitlines())
     assert "packages" in machine
     assert kept == [{"us": 0}, {"us": 1}]
@@ -101,8 +106,10 @@ def test_rows_end_with_the_time_and_are_kept(tmp_path, monkeypatch: pytest.Monke
 
 def test_many_experts_are_timed_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "median_us", lambda call: float(len(call())))
-    monkeypatch.setattr(gpu, "BACKENDS", {name: gpu.BACKENDS[name] for name in ("cuda", "torch", "reference")})
-    rows = list(gpu.many_experts(3, 8, torch.device("cpu")))
-    assert {row["backend"] for row in rows} == {"torch"}  # cuda cannot take CPU tensors, the reference is not timed
-    assert [(row["E"], row["top_k"]) for row in rows] == [(e, k) for e in (8, 16, 32, 64, 128) for k in (2, None)]
-    assert all(row["us"] == 4 for row in rows)  # gradients of x, A, B and the gate
+    only_backends(monkeypatch, "cuda", "torch", "reference")
+    lines = list(gpu.many_experts(3, 8, torch.device("cpu")))
+    assert {line["backend"] for line in lines} == {"torch"}  # cuda cannot take CPU tensors, the reference is not timed
+    assert [(line["num_experts"], line["top_k"]) for line in lines] == [
+        (e, k) for e in (8, 16, 32, 64, 128) for k in (2, None)
+    ]
+    assert all(line["us"] == 4 for line in lines)  # gradients of x, A, B and the gate

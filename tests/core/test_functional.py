@@ -1,4 +1,4 @@
-"""The functions' front: errors word for word, autocast, router logits, what is saved, which backend is taken."""
+"""The public functions: error messages, autocast, router logits, what is saved, which backend is taken."""
 
 from collections.abc import Callable
 
@@ -109,7 +109,7 @@ def test_bad_linear_layer(changes: dict, text: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense(made: Callable, got: str, name: str) -> None:
-    """Under autocast too, which would cast them first."""
+    """The error is the same under autocast, which must not cast such tensors first."""
     function, arguments = lmoe, good_arguments()
     if name in ("weight", "bias"):
         function, arguments = lmoe_linear, arguments | {"weight": torch.zeros(12, 16), "bias": torch.zeros(12)}
@@ -136,7 +136,7 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
     expected, expected_logits = problem.call(backend, **half)
     assert torch.equal(y, expected)
     assert torch.equal(logits, expected_logits)
-    with torch.autocast("cpu", dtype=dtype):  # a backward within the region must not be cast a second time
+    with torch.autocast("cpu", dtype=dtype):  # inside the region, backward must not be cast again
         inside = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
     outside = torch.autograd.grad(y.sum(), list(leaves.values()))
     assert all(g.dtype == torch.float32 for g in outside)
@@ -144,8 +144,8 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("halves", [["gate_logits"], ["base"], ["x"], ["lora_a", "lora_b"]], ids=" ".join)
-def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
-    """Under autocast a router or a layer beside gives half precision while x is still fp32, or the other way round."""
+def test_autocast_accepts_inputs_of_mixed_precision(halves: list[str]) -> None:
+    """Under autocast an outside router or another layer may return half precision while x is still fp32, or the reverse."""
     arguments = good_arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
     arguments |= {name: arguments[name].bfloat16() for name in halves}
     cast = arguments | {name: arguments[name].bfloat16() for name in ("x", "base")}
@@ -161,7 +161,7 @@ def test_autocast_casts_no_integers() -> None:
         lmoe_linear(**arguments)
 
 
-def test_the_meta_device_tells_shapes() -> None:
+def test_the_meta_device_gives_shapes() -> None:
     arguments = {name: t.to("meta") for name, t in good_arguments().items()}
     y, logits = lmoe(**arguments, return_router_logits=True)
     assert (y.shape, y.device.type, logits.shape) == ((2, 12), "meta", (2, 8))
@@ -177,14 +177,14 @@ def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives_are_refused(backend: str) -> None:
-    """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
+    """The kernels compute no tangents: without this error they would be lost without notice."""
     arguments = good_arguments()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         lmoe(**arguments | {"x": forward_ad.make_dual(arguments["x"], arguments["x"])}, backend=backend)
 
 
 def test_saved_bytes(backend: str) -> None:
-    """E=8, R=16 in bf16: at most 330 bytes a token beyond x, and the parameters themselves."""
+    """With E=8 and R=16 in bf16, at most 330 bytes a token are saved in addition to x and the parameters."""
     tokens, features = 64, 256
     x = torch.randn(tokens, features).bfloat16()
     weight, lora_a, lora_b = torch.randn(features, features), torch.randn(8, 16, features), torch.randn(8, 16, features)
@@ -201,7 +201,7 @@ def test_saved_bytes(backend: str) -> None:
 
 
 def test_only_what_a_gradient_needs_is_saved(backend: str) -> None:
-    """Where only the experts' B is trained and nothing below, neither x nor the frozen weight is kept."""
+    """If lora_b alone needs a gradient, neither x nor the frozen weight is saved."""
     problem = make_problem(Case(linear=True), torch.float32)
     t = problem.tensors
     saved: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Imports run one way, files and functions stay small, and the package says nothing of the machine it was made on."""
+"""Imports run one way, files and functions stay small, and the package works without its optional dependencies."""
 
 import ast
 import subprocess
@@ -31,6 +31,16 @@ LEVELS = [
     {"distributed", "naming", "options", "quantised", "version"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+# The same for the benchmarks, which import the package and tools in addition.
+BENCHMARK_LEVELS = [
+    {"gpu", "test_rows"},
+    {"__main__"},
+    {"defaults", "inspect", "showing"},
+    {"measuring"},
+    {"rows"},
+    {"__init__"},
+]
+BENCHMARK_LEVEL = {module: level for level, modules in enumerate(BENCHMARK_LEVELS) for module in modules}
 # What a backend may import in addition to its own modules.
 COMMON = ("lmoe_kernels.options",)
 
@@ -39,9 +49,9 @@ def _sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def _module(path: Path) -> str:
+def _module(path: Path, package: Path = PACKAGE) -> str:
     """The module or folder right under the package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(package).parts[0].removesuffix(".py")
 
 
 def _imports(path: Path) -> set[str]:
@@ -72,7 +82,19 @@ def test_imports_run_one_way(path: Path) -> None:
     for name in _own_imports(path):
         there = name.split(".")[1]
         if there in LEVEL and there != here:
-            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on its own level or above"
+            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on the same level or above"
+
+
+@pytest.mark.parametrize("path", _sources("benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_of_the_benchmarks_run_one_way(path: Path) -> None:
+    here = _module(path, ROOT / "benchmarks")
+    for name in _imports(path):
+        root, _, inner = name.partition(".")
+        there = inner.partition(".")[0]
+        assert root not in ("tests", "examples"), f"{path.name} imports {name}"
+        if root == "benchmarks" and there in BENCHMARK_LEVEL and there != here:
+            assert BENCHMARK_LEVEL[here] < BENCHMARK_LEVEL[there], f"{path.name} imports {name}"
+    assert here in BENCHMARK_LEVEL
 
 
 def test_backends_import_neither_one_another_nor_anything_above() -> None:
@@ -104,7 +126,7 @@ def test_the_reference_imports_torch_and_the_tuples_alone() -> None:
 
 
 @pytest.mark.parametrize("absent", ["triton", "safetensors", "transformers", "peft"])
-def test_the_package_works_without(absent: str) -> None:
+def test_the_package_works_without_optional_packages(absent: str) -> None:
     program = f"""
 import sys
 sys.modules[{absent!r}] = None

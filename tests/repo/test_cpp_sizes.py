@@ -19,7 +19,7 @@ KERNEL = re.compile(r"__global__\s+void(?:\s+__launch_bounds__\([^{;]*?\))?\s+(\
 
 
 def violations(name: str, text: str) -> list[str]:
-    """What is too large in a source text; a kernel that lizard does not find is one too."""
+    """Everything in a source text that is too large, and every kernel that lizard does not find."""
     found = []
     if len(text.splitlines()) > FILE_LINES:
         found.append(f"{name} has {len(text.splitlines())} lines, at most {FILE_LINES}")
@@ -76,10 +76,10 @@ __global__ void __launch_bounds__(THREADS, sizeof(S) == 4 ? 2 : 3) long_kernel(P
         ("__global__ static void odd_kernel(Params p) {}\n", "but the kernels read are []"),
     ],
 )
-def test_what_is_too_large_is_found(text: str, message: str) -> None:
+def test_sources_that_are_too_large_are_found(text: str, message: str) -> None:
     [found] = violations("seeded.cu", text)
     assert message in found
 
 
-def test_what_fits_is_not_found() -> None:
+def test_sources_within_the_bounds_pass() -> None:
     assert not violations("kernel.cu", KERNEL_TEXT.format(body="    g();\n" * 100))

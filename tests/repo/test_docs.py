@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-
-import lmoe_kernels
 from benchmarks.baselines import rows
 from benchmarks.limits import Limits
 from benchmarks.memory import OpCounter
 from benchmarks.shapes import Shape, make_inputs
+
+import lmoe_kernels
 from docs.pictures import draw
 
 ROOT = Path(__file__).parents[2]
@@ -109,7 +109,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
+def test_links_lead_to_files_and_headings(page: str) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(PAGES[page])):
         assert "://" not in link, f"{link}: pages are read without a network too"
         file, _, anchor = link.partition("#")
@@ -128,15 +128,15 @@ def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
         assert path.read_bytes() == (DOCS / "pictures" / path.name).read_bytes(), f"{path.name}: run `make pictures`"
 
 
-@pytest.mark.parametrize("way", ["frozen", "peft", "literal", "loop", "eager", "torch"])
-def test_formulas_of_bytes_are_those_of_the_operations(way: str) -> None:
-    """What the operations of 32 more tokens read and write: the weights, which all tokens share, drop out."""
+@pytest.mark.parametrize("row", ["frozen", "peft", "literal", "loop", "eager", "torch"])
+def test_formulas_of_bytes_are_those_of_the_operations(row: str) -> None:
+    """The difference between 64 and 32 tokens is compared: it does not contain the weights, which all tokens share."""
     sizes = draw.Sizes(I=48, O=80, E=5, R=3)
     limits = Limits(1.0, {"float32": 1.0}, {"float32": 1.0}, 1)
 
     def count(tokens: int) -> tuple[int, int]:
         inputs = make_inputs(Shape(tokens, *sizes, dtype="float32"), torch.device("cpu"))
-        step = rows()[way].build(inputs, "layer")
+        step = rows()[row].build(inputs, "layer")
         with OpCounter(limits, "float32") as forward, torch.no_grad():
             step.forward()
         y = step.forward()
@@ -146,16 +146,16 @@ def test_formulas_of_bytes_are_those_of_the_operations(way: str) -> None:
 
     few, many = count(32), count(64)
     numbers = tuple((b - a) / 32 / 4 for a, b in zip(few, many, strict=True))
-    assert numbers == draw.numbers_moved(way, sizes)
+    assert numbers == draw.numbers_moved(row, sizes)
     label = {"frozen": "frozen layer", "peft": "one LoRA (PEFT)", "literal": "definition", "loop": "loop over LoRAs",
-             "eager": "factored, eager", "torch": "backend `torch`, fp32"}[way]  # fmt: skip
+             "eager": "factored, eager", "torch": "backend `torch`, fp32"}[row]  # fmt: skip
     for formula, number in zip(cells("| way | forward")[label], numbers, strict=True):
         python = re.sub(r"(?<=[\w)]) (?=[\w(])", " * ", formula.strip("`"))
         assert eval(python, {"__builtins__": {}}, sizes._asdict()) == number, formula
 
 
 def cells(header: str) -> dict[str, list[str]]:
-    """The rows of the table of performance.md that begins so, by their first cell."""
+    """The rows of the table of performance.md with this header, by their first cell."""
     lines = PAGES["performance.md"].splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
     table = lines[start : start + lines[start:].index("")]

@@ -1,27 +1,20 @@
 """What only the Triton backend has: several plans for one call, tiles that do not fit, the policy of tf32."""
 
-from importlib import import_module
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from lmoe_kernels import dispatch, explain, lmoe
-from lmoe_kernels.backends.triton import configs, launch
-from lmoe_kernels.backends.triton.configs import Chip, Sizes
-from lmoe_kernels.backends.triton.launch import dot_constants
+from lmoe_kernels.backends.triton import availability, configs
+from lmoe_kernels.backends.triton.configs import Chip
+from lmoe_kernels.backends.triton.host import dot_constants
+from lmoe_kernels.options import Problem, Sizes
+from tests import plans
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
+from tests.triton.chips import CHIPS, H200
 from tools.interpreter.races import race_checked
 
-FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
-CHIPS = [
-    Chip("sm_80", 108, 163 << 10),
-    Chip("sm_90", 132, 227 << 10),
-    Chip("sm_100", 148, 227 << 10),
-    Chip("sm_120", 170, 99 << 10),
-    Chip("gfx942", 304, 64 << 10),
-]
 CASES = [
     Case(T=70, I=300, O=290, E=4, R=6, top_k=2),
     Case(T=70, I=260, O=257, E=12, R=7),  # more columns than a tile of the interpreter holds
@@ -32,16 +25,17 @@ CASES = [
     Case(T=110, I=40, O=50, E=12, R=6, top_k=2, renormalize=False),
     Case(T=110, I=40, O=50, E=12, R=6, top_k=1, renormalize=False, mixing="outputs", outside_logits=True),
     Case(T=40, I=150, O=140, E=5, R=3, top_k=3, renormalize=False, shared_a=True),
+    Case(T=70, I=300, O=290, E=4, R=6, top_k=2, gate_bias=True),  # I is split over many processors
+    Case(T=110, I=40, O=50, E=12, R=6, top_k=2, gate_bias=True),  # tokens are grouped by expert
+    Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, gate_bias=True),  # two kernels: a shared A
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
-def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, watch) -> None:
-    chip = Chip("interpreter", processors, 1 << 16)
-    for module in (FORWARD, BACKWARD):
-        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+@pytest.mark.parametrize("plan", ["few processors", "many processors"])
+def test_every_plan(plan: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, watch) -> None:
+    plans.force("triton", plan, monkeypatch)
     problem = make_problem(case, dtype)
     leaves = leaves_of(problem.tensors)
     with race_checked():
@@ -49,20 +43,19 @@ def test_every_plan(processors: int, case: Case, dtype: torch.dtype, monkeypatch
     assert_all_no_worse(problem, ours)
 
 
-@pytest.mark.parametrize("processors", [1, 64], ids=["few processors", "many processors"])
+@pytest.mark.parametrize("plan", ["few processors", "many processors"])
 @pytest.mark.parametrize(
     "case",
     [
         Case(T=3, I=4, O=5, E=3, R=2, top_k=2),
         Case(T=3, I=4, O=5, E=3, R=2, top_k=2, renormalize=False),
         Case(T=3, I=4, O=5, E=3, R=2, mixing="outputs"),
+        Case(T=3, I=4, O=5, E=3, R=2, gate_bias=True),
     ],
     ids=str,
 )
-def test_gradcheck(processors: int, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    chip = Chip("interpreter", processors, 1 << 16)
-    for module in (FORWARD, BACKWARD):
-        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+def test_gradcheck(plan: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans.force("triton", plan, monkeypatch)
     leaves = leaves_of(make_problem(case, torch.float64).tensors)
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,7 +80,7 @@ def test_fp32_is_rounded_to_tf32_only_where_the_user_lets_pytorch_do_so() -> Non
 
 @pytest.mark.parametrize("arch, precision", [("sm_90", "tf32"), ("gfx942", "tf32"), ("gfx90a", "ieee"), ("gfx950", "ieee")])
 def test_no_tf32_where_triton_has_none(arch: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "chip_of", lambda device: Chip(arch, 104, 64 << 10))
+    plans.set_chip(Chip(arch, 104, 64 << 10), monkeypatch)
     products = torch.backends.cuda.matmul
     try:
         products.allow_tf32 = True
@@ -101,7 +94,7 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
         for dtype in (torch.bfloat16, torch.float32):
             for E, R in ((1, 1), (5, 3), (8, 16), (8, 32), (64, 16), (256, 4), (2, 300)):
                 for T in (0, 1, 16, 300, 8192, 200_000):
-                    sizes = Sizes(T, 4096, 1000, E, E, R)
+                    sizes = Sizes(T, 4096, 1000, E, R, E)
                     forward, backward = (plan(sizes, dtype, chip) for plan in (configs.forward_plan, configs.backward_plan))
                     assert forward == configs.forward_plan.__wrapped__(sizes, dtype, chip)
                     wgrad = configs.wgrad_plan(T, 4096, (E * R, E), dtype, chip)
@@ -109,7 +102,7 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
                     assert (wgrad.splits - 1) * wgrad.tokens < max(T, 1), "a part without tokens"
                     assert dtype != torch.float32 or wgrad.tokens <= 2048, "a long sum in fp32"
                     for splits, features in ((forward.splits, 4096), (backward.splits, 1000)):
-                        assert 1 <= splits <= -(-features // forward.shrink.F)
+                        assert 1 <= splits <= configs.ceil_div(features, forward.shrink.F)
                         assert dtype != torch.float32 or features <= 1024 * splits, "a long sum in fp32"
                     for tile in (forward.shrink, forward.expand, backward.shrink, backward.expand, wgrad.tile):
                         assert tile.stages >= 2
@@ -121,9 +114,9 @@ def test_lengths_that_vary_meet_few_kernels(features: int) -> None:
     """What a plan fixes of the kernels' constants; each kind is compiled on its first call."""
     kinds = set()
     for T in range(1, 16385, 16):
-        sizes = Sizes(T, features, features, 8, 8, 16)
+        sizes = Sizes(T, features, features, 8, 16, 8)
         forward, backward = (
-            plan(sizes, torch.bfloat16, CHIPS[1])
+            plan(sizes, torch.bfloat16, H200)
             for plan in (configs.forward_plan.__wrapped__, configs.backward_plan.__wrapped__)
         )
         kinds.add((forward, backward))
@@ -131,10 +124,8 @@ def test_lengths_that_vary_meet_few_kernels(features: int) -> None:
 
 
 def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
-    h200 = CHIPS[1]
-
     def one_pass(T: int, E: int, R: int) -> bool:
-        return configs.forward_plan(Sizes(T, 4096, 4096, E, E, R), torch.bfloat16, h200).one_pass is not None
+        return configs.forward_plan(Sizes(T, 4096, 4096, E, R, E), torch.bfloat16, H200).one_pass is not None
 
     assert one_pass(8192, 8, 16)
     assert one_pass(65536, 8, 32)
@@ -152,20 +143,20 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("compiler, include, reason", [(None, None, "C compiler"), ("/bin/gcc", "nowhere", "Python.h")])
-def test_where_triton_cannot_build_a_launcher_it_is_not_taken_unasked(
+def test_where_triton_cannot_build_a_launcher_it_is_not_taken_by_default(
     compiler: str | None, include: str | None, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_a_gpu = dispatch.Problem(torch.device("cuda", 0), torch.bfloat16, 512, 64, 64, 8, 16)
-    taken = dispatch.BACKENDS["triton"].why_not_unasked
-    monkeypatch.setattr(dispatch.shutil, "which", lambda name: compiler)
+    on_a_gpu = Problem(Sizes(512, 64, 64, 8, 16, 8), torch.bfloat16, torch.device("cuda", 0))
+    why_not_by_default = dispatch.BACKENDS["triton"].why_not_by_default
+    monkeypatch.setattr(availability.shutil, "which", lambda name: compiler)
     monkeypatch.delenv("CC", raising=False)
     if include is not None:
-        monkeypatch.setattr(dispatch.sysconfig, "get_paths", lambda scheme: {"include": include})
-    dispatch._why_no_launchers.cache_clear()
+        monkeypatch.setattr(availability.sysconfig, "get_paths", lambda scheme: {"include": include})
+    availability._why_no_launchers.cache_clear()
     try:
-        assert reason in (taken(on_a_gpu) or "")
+        assert reason in (why_not_by_default(on_a_gpu) or "")
     finally:
-        dispatch._why_no_launchers.cache_clear()
+        availability._why_no_launchers.cache_clear()
 
 
 def test_a_call_that_no_kernel_takes_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

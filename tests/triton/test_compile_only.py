@@ -1,7 +1,7 @@
 """The Triton kernels compiled ahead of time for GPUs that need not be here: no spills, no stack, tensor cores in use.
 
 In a process of its own, since here Triton interprets. `make test` takes three calls on Hopper and one on the other chips;
-all configurations of `benchmarks.static` are for `make static`.
+all configurations of `benchmarks.inspect.static` are for `make static`.
 """
 
 import json
@@ -22,9 +22,9 @@ KERNELS = {
 
 
 def compiled(*arguments: str) -> tuple[list[dict], str]:
-    """The rows of `python -m benchmarks.static`, and its complaints."""
+    """The rows of `python -m benchmarks.inspect.static`, and its complaints."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.static", *arguments]
+    command = [sys.executable, "-m", "benchmarks.inspect.static", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr

@@ -5,7 +5,6 @@ mapped, not committed, and kernels are started on the last tiles alone.
 """
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -14,14 +13,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton import configs, grouped
-from lmoe_kernels.backends.triton.configs import Chip, Sizes, Tile, WgradPlan
+from lmoe_kernels.backends.triton import configs, host, route
+from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
+from lmoe_kernels.options import Sizes
+from tests import plans
 from tests.problems import Case, Problem, make_problem
+from tools import calls
 from tools.far import untouched
 from tools.interpreter.bytes import counted
 
-FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
-BEFORE = 2**30  # tokens: what is there twice for each of them, a slot's third part too, lies past 2^31 elements
+BEFORE = 2**30  # tokens: a tensor with two elements for each, and the third slot of a route, reach past 2^31 elements
 CASES = {
     "_one_pass_fwd_kernel": (1, Case(T=20, I=40, O=37, E=16, R=4)),
     "_shrink_mix_fwd_kernel": (1, Case(T=20, I=40, O=37, E=3, R=16, shared_a=True)),
@@ -34,8 +35,7 @@ CASES = {
 def test_the_last_tokens_of_many(first_kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     processors, case = CASES[first_kernel]
     chip = Chip("interpreter", processors, 1 << 16)
-    for module in (FORWARD, BACKWARD):
-        monkeypatch.setattr(module, "chip_of", lambda device: chip)
+    plans.set_chip(chip, monkeypatch)
     _plans_of_few_tokens(case, chip, monkeypatch)
     problem, base = make_problem(case, torch.bfloat16), torch.randn(case.T, case.O).bfloat16()
     expected = _forward_and_backward(problem, base, lambda rows: rows)
@@ -49,13 +49,12 @@ def test_the_last_tokens_of_many(first_kernel: str, monkeypatch: pytest.MonkeyPa
 
 
 def _forward_and_backward(problem: Problem, base: Tensor, place: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    case, t = problem.case, problem.tensors
-    x, options = place(t["x"]), case.options
-    factors = t["lora_a"], t["lora_b"]
-    y, logits, u = FORWARD.forward(x, *factors, t["gate_weight"], None, place(base), *options, True)
+    x, factors, options = place(problem.tensors["x"]), calls.factors_of(problem.tensors), problem.case.options
+    y, saved = calls.forward_saved("triton", x, factors, options, base=place(base))
     dy, dlogits = place(problem.dy), place(problem.dlogits)
-    grads = BACKWARD.backward(dy, dlogits, x, *factors, t["gate_weight"], logits, u, *options, (True,) * 4)
-    return dict(zip(("y", "logits", "dx", "dlora_a", "dlora_b", "dgate"), (y, logits, *grads), strict=True))
+    grads = calls.backward("triton", dy, x, factors, saved, options, dlogits=dlogits)
+    results = {"y": y, "logits": saved.logits} | {f"d{name}": grad for name, grad in grads._asdict().items()}
+    return {name: result for name, result in results.items() if result is not None}
 
 
 def _behind_many_others(rows: Tensor) -> Tensor:
@@ -73,14 +72,14 @@ def _plans_of_few_tokens(case: Case, chip: Chip, monkeypatch: pytest.MonkeyPatch
         return WgradPlan(tile, 1, case.T) if tokens == case.T else WgradPlan(tile, 3, BEFORE // 2)
 
     experts_of_a = 1 if case.shared_a else case.E
-    few, many = (Sizes(T, case.I, case.O, case.E, experts_of_a, case.R) for T in (case.T, BEFORE))
+    few, many = (Sizes(T, case.I, case.O, case.E, case.R, experts_of_a) for T in (case.T, BEFORE))
     dtype = torch.bfloat16
-    plans = {
+    chosen = {
         "forward_plan": configs.forward_plan(few, dtype, chip),
         "backward_plan": configs.backward_plan(few, dtype, chip),
         "grouped_plan": configs.grouped_plan(many, case.top_k, dtype, chip),
     }
-    for name, plan in plans.items():
+    for name, plan in chosen.items():
         monkeypatch.setattr(configs, name, lambda *_, plan=plan: plan)
     monkeypatch.setattr(configs, "wgrad_plan", wgrad_plan)
 
@@ -88,8 +87,8 @@ def _plans_of_few_tokens(case: Case, chip: Chip, monkeypatch: pytest.MonkeyPatch
 def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime import interpreter
 
-    launch, builder = grouped.launch, interpreter.InterpreterBuilder
-    program_id, by_expert = builder.create_get_program_id, grouped.by_expert
+    launch, builder = host.launch, interpreter.InterpreterBuilder
+    program_id, by_expert = builder.create_get_program_id, route.by_expert
 
     def launch_last(kernel, grid: tuple[int, ...], *args, tile: Tile, **constants) -> None:
         tiles, splits = BEFORE // tile.T, (grid[2] if kernel.fn.__name__ == "_wgrad_bwd_kernel" else 1)
@@ -115,8 +114,7 @@ def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     def new_empty(self: Tensor, *size, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
         return untouched(torch.Size(size if isinstance(size[0], int) else size[0]), dtype or self.dtype)
 
-    for module in (FORWARD, BACKWARD, grouped):
-        monkeypatch.setattr(module, "launch", launch_last)
-    monkeypatch.setattr(grouped, "by_expert", by_expert_of_the_last)
+    monkeypatch.setattr(host, "launch", launch_last)
+    monkeypatch.setattr(route, "by_expert", by_expert_of_the_last)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda like: untouched(tuple(like.shape), like.dtype))

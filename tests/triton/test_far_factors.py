@@ -6,7 +6,6 @@ or, where a gradient is added up from its splits, on the last. Of the memory onl
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -15,12 +14,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton import configs, grouped
+from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
+from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
+from lmoe_kernels.backends.triton.route import Route, by_expert
+from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
+from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from tools.far import untouched
 from tools.interpreter.bytes import counted
 
-FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 F = 2**30 + 64  # features: from the third row on elements lie past 2^31
 NEAR = 64  # features that are looked at
 T, E, R = 20, 3, 2
@@ -47,15 +49,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """start(programs): a launch has the grid, and the first program in it, that programs(kernel's name, grid) gives."""
 
     def start(programs: Callable[[str, tuple[int, ...]], tuple[tuple[int, ...], int]]) -> None:
-        launch = grouped.launch
+        launch = host.launch
 
         def few(kernel: Any, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: Any) -> None:
             grid, first = programs(kernel.fn.__name__, grid)
             with _programs_from(first):
                 launch(kernel, grid, *args, tile=tile, **constants)
 
-        for module in (FORWARD, BACKWARD, grouped):
-            monkeypatch.setattr(module, "launch", few)
+        monkeypatch.setattr(host, "launch", few)
 
     return start
 
@@ -93,7 +94,7 @@ def test_expand(start: Callable) -> None:
     start(lambda kernel, grid: ((grid[0], 1), 0))
     v, factor, out = torch.randn(T, E, R), _factor(E, R), untouched((T, F), torch.float32)
     dlogits, gate = torch.randn(T, 5), _factor(5)
-    FORWARD.expand(v, factor, dlogits, gate, None, 0.5, out, TILE)
+    expand_fwd(v, factor, out, TILE, dlogits=dlogits, gate_weight=gate, scaling=0.5)
     near = factor[..., :NEAR].reshape(E * R, NEAR).double()
     _same(out[:, :NEAR], 0.5 * (v.view(T, E * R).double() @ near + dlogits.double() @ gate[:, :NEAR].double()))
 
@@ -102,7 +103,7 @@ def test_shrink(start: Callable) -> None:
     """The features are cut into so many parts that the first is the near ones."""
     start(lambda kernel, grid: ((*grid[:2], 1), 0))
     rows, factor, gate = _factor(T), _factor(E, R), _factor(5)
-    parts, gate_parts = FORWARD.shrink(rows, factor, gate, F // NEAR, TILE)
+    parts, gate_parts = shrink_fwd(rows, factor, gate, F // NEAR, TILE)
     near = rows[:, :NEAR].double()
     _same(parts[0], near @ factor[..., :NEAR].reshape(E * R, NEAR).t().double())
     _same(gate_parts[0], near @ gate[:, :NEAR].t().double())
@@ -111,7 +112,7 @@ def test_shrink(start: Callable) -> None:
 def test_weight_gradients(start: Callable) -> None:
     start(lambda kernel, grid: ((1, *grid[1:]), 0))
     rows, pairs = _factor(T), [(torch.randn(T, E, R), untouched((E, R, F), torch.float32)), (torch.randn(T, 5), _factor(5))]
-    grads = BACKWARD.wgrad(rows, pairs, 0.5, CHIP)
+    grads = wgrad_bwd(rows, pairs, CHIP, scaling=0.5)
     for (coefficients, _), grad in zip(pairs, grads, strict=True):
         true = 0.5 * coefficients.view(T, -1).t().double() @ rows[:, :NEAR].double()
         _same(grad[..., :NEAR].reshape(true.shape), true)
@@ -120,28 +121,28 @@ def test_weight_gradients(start: Callable) -> None:
 @pytest.mark.parametrize(("experts", "splits"), [(6, 2), (1, 3)], ids=["a large gradient", "large only with its splits"])
 def test_weight_gradients_from_splits(experts: int, splits: int, start: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last features of the last row, from the last program of the sum."""
-    last = (experts * F - 1) // configs.REDUCE.F
+    last = (experts * F - 1) // configs.REDUCE_TILE.F
     start(lambda kernel, grid: ((1,), last) if kernel == "_reduce_bwd_kernel" else ((1, *grid[1:]), grid[0] - 1))
-    monkeypatch.setattr(configs, "wgrad_plan", lambda *sizes: WgradPlan(TILE, splits, -(-T // splits)))
+    monkeypatch.setattr(configs, "wgrad_plan", lambda *sizes: WgradPlan(TILE, splits, configs.ceil_div(T, splits)))
     rows, coefficients = untouched((T, F), torch.float32), torch.randn(T, experts)
     rows[:, -NEAR:] = torch.randn(T, NEAR)
-    (grad,) = BACKWARD.wgrad(rows, [(coefficients, untouched((experts, F), torch.float32))], 0.5, CHIP)
+    (grad,) = wgrad_bwd(rows, [(coefficients, untouched((experts, F), torch.float32))], CHIP, scaling=0.5)
     _same(grad[-1, -NEAR:], 0.5 * coefficients[:, -1].double() @ rows[:, -NEAR:].double())
 
 
-def _route(experts: int) -> grouped.Route:
+def _route(experts: int) -> Route:
     """All tokens to the last expert."""
     kept = torch.full((1, T), experts - 1, dtype=torch.int32)
-    return grouped.Route(torch.ones(1, T), kept, *grouped.by_expert(kept, experts))
+    return Route(torch.ones(1, T), kept, *by_expert(kept, experts))
 
 
 def test_grouped_expand_and_weight_gradients(start: Callable) -> None:
     start(lambda kernel, grid: ((grid[0], 1) if "expand" in kernel else (1, *grid[1:]), 0))
     route, factor, rows = _route(E), _factor(E, R), _factor(T)
     v, out = torch.randn(T, 1, R), untouched((T, F), torch.float32)
-    grouped.expand(v, factor, route, None, 0.5, out, TILE)
+    grouped_expand_fwd(v, factor, route, out, TILE, scaling=0.5)
     _same(out[:, :NEAR], 0.5 * v[:, 0].double() @ factor[-1, :, :NEAR].double())
-    grad = grouped.wgrad(rows, v, untouched((E, R, F), torch.float32), route, 0.5, TILE)
+    grad = grouped_wgrad_bwd(rows, v, untouched((E, R, F), torch.float32), route, TILE, scaling=0.5)
     _same(grad[-1, :, :NEAR], 0.5 * v[:, 0].t().double() @ rows[:, :NEAR].double())
 
 
@@ -154,5 +155,5 @@ def test_grouped_shrink(start: Callable) -> None:
     factor[-1] = torch.randn(ranks, features) * features**-0.5
     out = untouched((T, 1, ranks), torch.float32)
     tile = Tile(T=16, F=8192, ER=ranks, E=experts, R=ranks)
-    grouped.shrink(rows, factor, _route(experts), 0.5, out, False, tile)
+    grouped_shrink_fwd(rows, factor, _route(experts), out, tile, by_expert=False, scaling=0.5)
     _same(out[:, 0], 0.5 * rows.double() @ factor[-1].t().double())

@@ -1,8 +1,7 @@
-"""How the Triton kernels are launched: on the tensors' device, and with no result written for nobody."""
+"""How the Triton kernels are launched: on the tensors' device, and without writing results that are not needed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lmoe_kernels import lmoe
-from lmoe_kernels.backends.triton import grouped
-from lmoe_kernels.backends.triton.launch import on_device_of
+from lmoe_kernels.backends.triton import host
 from tests import plans
 from tests.problems import Case, Problem, gradients, leaves_of, make_problem
 from tools.interpreter.bytes import counted, stored_to
 
-FORWARD, BACKWARD = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("forward", "backward"))
 PLANS = [plan for backend, plan in plans.PLANS if backend == "triton"]
 
 
@@ -43,10 +40,10 @@ def test_the_current_device_is_the_tensors(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(torch.cuda, "device", device)
     rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
-    with on_device_of(rows):
+    with host.on_device_of(rows):
         assert current[-1] == rows.device
     assert current == [torch.device("cuda", 0)]
-    with on_device_of(torch.empty(1)):
+    with host.on_device_of(torch.empty(1)):
         assert current == [torch.device("cuda", 0)], "no tensor on a GPU, no change"
 
 
@@ -59,23 +56,19 @@ def test_every_kernel_is_launched_on_the_device_of_the_rows(plan: str, monkeypat
         yield
         within.pop()
 
-    for module in (FORWARD, BACKWARD, grouped):
-        launch = module.launch
+    def checked(kernel, *args, launch=host.launch, **constants) -> None:
+        assert within, f"{kernel.fn.__name__} is launched on whatever device is current"
+        launched.append((kernel.fn.__name__, within[-1]))
+        launch(kernel, *args, **constants)
 
-        def checked(kernel, *args, launch=launch, **constants) -> None:
-            assert within, f"{kernel.fn.__name__} is launched on whatever device is current"
-            launched.append((kernel.fn.__name__, within[-1]))
-            launch(kernel, *args, **constants)
-
-        monkeypatch.setattr(module, "launch", checked)
-    for module in (FORWARD, BACKWARD):
-        monkeypatch.setattr(module, "on_device_of", device_of)
+    monkeypatch.setattr(host, "launch", checked)
+    monkeypatch.setattr(host, "on_device_of", device_of)
     leaves = leaves_of(problem.tensors)
     gradients(problem, problem.call("triton", **leaves), leaves)
     assert {shape for _, shape in launched} == {(35, 136), (35, 130)}, "x in the forward, dy in the backward"
 
 
-def test_logits_are_written_for_those_who_want_them_alone(plan: str) -> None:
+def test_logits_are_written_only_where_they_are_returned_or_saved(plan: str) -> None:
     t = _problem().tensors
     factors, options = (t["x"], t["lora_a"], t["lora_b"]), {"gate_weight": t["gate_weight"], "top_k": 2, "backend": "triton"}
     with counted() as counts:

@@ -1,7 +1,6 @@
 """Triton plans against the chips they are for: shared memory, long fp32 sums, who takes one pass, who takes groups."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,19 +9,13 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs
-from lmoe_kernels.backends.triton.configs import Chip, Sizes, Tile
+from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.options import Sizes
+from tests.triton.chips import CHIPS
 
-CHIPS = [  # with what one program can have of each one's shared memory
-    Chip("sm_80", 108, 163 << 10),
-    Chip("sm_86", 84, 99 << 10),
-    Chip("sm_90", 132, 227 << 10),
-    Chip("sm_100", 148, 227 << 10),
-    Chip("sm_120", 170, 99 << 10),
-    Chip("gfx942", 304, 64 << 10),
-]
 DTYPES = [torch.bfloat16, torch.float32]
 ALL = [
-    Sizes(T, features, features, E, E, R)
+    Sizes(T, features, features, E, R, E)
     for T, features, E, R in product(
         (16, 300, 8192, 200_000), (512, 4096), (1, 2, 8, 16, 32, 64, 128, 256), (1, 4, 8, 16, 32, 64, 128, 300)
     )
@@ -79,18 +72,18 @@ def test_one_pass_is_taken_where_it_fits_and_fills_three_quarters_of_the_chip(ch
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 def test_the_least_tokens_of_one_pass(chip: Chip) -> None:
-    tiles = -(-3 * chip.processors // 4)
-    sizes = Sizes(64 * tiles, 4096, 4096, 8, 8, 16)
+    tiles = configs.ceil_div(3 * chip.processors, 4)
+    sizes = Sizes(64 * tiles, 4096, 4096, 8, 16, 8)
     assert configs.forward_plan(sizes, torch.bfloat16, chip).one_pass is not None
-    assert configs.forward_plan(replace(sizes, T=sizes.T - 64), torch.bfloat16, chip).one_pass is None
+    assert configs.forward_plan(sizes._replace(T=sizes.T - 64), torch.bfloat16, chip).one_pass is None
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 def test_no_groups_where_all_experts_share_one_a(chip: Chip) -> None:
     """Their u is one for all of them, so that there is nothing to spare."""
-    sizes = Sizes(8192, 4096, 4096, 64, 64, 16)
+    sizes = Sizes(8192, 4096, 4096, 64, 16, 64)
     assert configs.grouped_plan(sizes, 2, torch.bfloat16, chip) is not None
-    assert configs.grouped_plan(replace(sizes, E_of_a=1), 2, torch.bfloat16, chip) is None
+    assert configs.grouped_plan(sizes._replace(experts_of_a=1), 2, torch.bfloat16, chip) is None
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)

@@ -1,0 +1,284 @@
+"""Compile the Triton kernels for GPUs that this machine does not have; read registers and spills from the machine code.
+
+    python -m benchmarks.inspect.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
+
+One JSON line for each kernel and configuration that `configs.py` chooses for `CASES`, then a table of the kernels; `--out`
+writes them to kernels.jsonl and kernels.txt. The launches are those of the backend itself: it is called on meta tensors, and
+its launcher is replaced by a recorder. Exits with 1 where a kernel spills, has a stack, needs more shared memory than the
+chip has, or uses no tensor cores where it could.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from benchmarks.measuring.environment import provenance
+from benchmarks.rows.shapes import DTYPES, Shape
+from lmoe_kernels.backends.triton import host
+from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.options import Factors, Options
+from tools import calls
+
+DEFAULT = Options(scaling=0.5)
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip("sm_80", 108, 163 << 10),
+        Chip("sm_90", 132, 227 << 10),
+        Chip("sm_100", 148, 227 << 10),
+        Chip("gfx942", 304, 64 << 10),
+    )
+}
+TYPES = {torch.int32: "i32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+SPILLED, TENSOR_CORES = r"\b(?:STL|LDL)\b", r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call whose kernels are compiled, forward and backward."""
+
+    shape: Shape
+    options: Options = DEFAULT
+    factors_dtype: str | None = None  # None: that of the shape
+    shared_a: bool = False
+    gate_bias: bool = False
+    outside_logits: bool = False
+
+
+def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **more: Any) -> Case:
+    """A case on 4096 features."""
+    return Case(Shape(T, 4096, 4096, E, R, dtype), **more)
+
+
+TOP_2, OUTPUTS = DEFAULT._replace(top_k=2), DEFAULT._replace(mixing="outputs")
+TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
+QUICK = [case(), case(T=16), case(T=8192, E=64, options=TOP_2)]
+CASES = [
+    *QUICK,
+    *(case(T=t, E=e, R=r) for t in (16, 4096, 65536) for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))),
+    case(T=8192, E=128, options=OUTPUTS._replace(top_k=2)),
+    *(case(T=t, E=e, options=TOP_2_OF_ALL) for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, options=TOP_2_OF_ALL, shared_a=True) for t in (16, 65536)),
+    *(Case(Shape(t, 2051, 1025, 5, 3, "bfloat16")) for t in (16, 65536)),
+    *(case(E=4, R=64, options=options) for options in (DEFAULT, OUTPUTS)),
+    case(options=OUTPUTS),
+    case(options=OUTPUTS._replace(top_k=2), outside_logits=True),
+    *(case(T=t, shared_a=True, factors_dtype="float32") for t in (16, 65536)),
+    *(case(T=t, dtype="float16") for t in (16, 65536)),
+    *(case(T=t, E=e, dtype="float32") for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, gate_bias=True) for t in (16, 65536)),
+    case(T=8192, E=64, options=TOP_2, gate_bias=True),
+]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it would be launched: all that its machine code depends on."""
+
+    module: str
+    kernel: str
+    arguments: tuple[str, ...]  # "*bf16", "i32", "i32 16" where divisible by 16, "1", "fp32", "None"
+    constants: tuple[tuple[str, object], ...]
+    tile: Tile
+
+
+def launches(case: Case, chip: Chip) -> list[Launch]:
+    """What a forward and a backward would launch on a chip, each once."""
+    T, I, O, E, R, _ = case.shape.sizes  # noqa: E741
+    own, of_factors = DTYPES[case.shape.dtype], DTYPES[case.factors_dtype or case.shape.dtype]
+    found: list[Launch] = []
+
+    def make(*shape: int, dtype: torch.dtype = own) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def record(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
+        kinds = tuple(_kind(arg, p.do_not_specialize) for arg, p in zip(args, kernel.params, strict=False))
+        found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile))
+
+    factors = Factors(
+        make(1 if case.shared_a else E, R, I, dtype=of_factors),
+        make(E, R, O, dtype=of_factors),
+        gate_weight=None if case.outside_logits else make(E, I, dtype=of_factors),
+        gate_bias=make(E, dtype=of_factors) if case.gate_bias else None,
+        gate_logits=make(T, E) if case.outside_logits else None,
+    )
+    x, dy = make(T, I), make(T, O)
+    with mock.patch.object(host, "launch", record), mock.patch.object(host, "chip_of", return_value=chip):
+        _, saved = calls.forward_saved("triton", x, factors, case.options)
+        dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
+        calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
+    return list(dict.fromkeys(found))
+
+
+def _kind(arg: object, do_not_specialize: bool) -> str:
+    if isinstance(arg, Tensor):
+        return "*" + TYPES[arg.dtype]
+    if isinstance(arg, int):
+        return "i32" if do_not_specialize else "1" if arg == 1 else "i32 16" if arg % 16 == 0 else "i32"
+    return "None" if arg is None else "fp32"
+
+
+def compile_for(launch: Launch, arch: str) -> CompiledKernel:
+    """The machine code of a launch; needs neither GPU nor driver."""
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    named = dict(launch.constants) | launch.tile.blocks()
+    for i, name in enumerate(kernel.arg_names):
+        kind = launch.arguments[i] if i < len(launch.arguments) else "constant"
+        if kind in ("constant", "None", "1"):
+            signature[name] = "constexpr"
+            constants[(i,)] = named[name] if kind == "constant" else {"None": None, "1": 1}[kind]
+            continue
+        signature[name] = kind.split()[0]
+        if kind.startswith("*") or kind.endswith(" 16"):  # PyTorch's allocations are aligned
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages})
+
+
+def machine_code(launch: Launch, arch: str) -> dict[str, object]:
+    """One line: what can be read from the machine code of a launch."""
+    compiled = compile_for(launch, arch)
+    line: dict[str, object] = {
+        "kernel": launch.kernel,
+        "config": {name: value for name, value in launch.constants if isinstance(value, int)}
+        | {"types": " ".join(launch.arguments)}
+        | launch.tile.blocks()
+        | {"warps": launch.tile.warps, "stages": launch.tile.stages},
+        "arch": arch,
+    }
+    read = _read_amd if arch.startswith("gfx") else _read_nvidia
+    return line | read(compiled) | {"shared": compiled.metadata.shared}
+
+
+def _read_nvidia(compiled: CompiledKernel) -> dict[str, int]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
+        )
+    used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    counts = {
+        "spills": SPILLED,
+        "mma": TENSOR_CORES,
+        "wgmma": r"\bHGMMA\b",
+        "cp_async": r"\bLDGSTS\b",
+        "tma": r"\bUTMALDG\b",
+    }
+    return {"regs": int(used["REG"]), "stack": int(used["STACK"])} | {n: len(re.findall(p, code)) for n, p in counts.items()}
+
+
+def _read_amd(compiled: CompiledKernel) -> dict[str, int]:
+    code = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return max(map(int, re.findall(rf"\.{key}:\s*(\d+)", code)), default=0)
+
+    return {
+        "regs": number("vgpr_count"), "stack": number("private_segment_fixed_size"),
+        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+        "mma": len(re.findall(r"\bv_mfma_", code)), "wgmma": 0, "cp_async": 0, "tma": 0,
+    }  # fmt: skip
+
+
+def complaints(line: dict) -> list[str]:
+    """What is wrong with a launch."""
+    wants_tensor_cores = has_half_dots(line)
+    rules = {
+        "spills": line["spills"] > 0,
+        "stack": line["stack"] > 0,
+        "too much shared memory": line["shared"] > CHIPS[line["arch"]].shared_memory,
+        "no tensor cores": wants_tensor_cores and line["mma"] == 0,
+        "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
+    }
+    return [complaint for complaint, broken in rules.items() if broken]
+
+
+def has_half_dots(line: dict) -> bool:
+    """Whether a kernel multiplies bf16 or fp16."""
+    has_dots = any(stage in line["kernel"] for stage in ("_one_pass_", "_shrink_", "_expand_", "_wgrad_"))
+    return has_dots and any(half in line["config"]["types"] for half in ("*bf16", "*fp16"))
+
+
+def lines_of(cases: list[Case], archs: list[str], processes: int) -> Iterator[dict]:
+    """A line for each distinct launch of the cases on each chip."""
+    jobs = dict.fromkeys((launch, arch) for arch, one in product(archs, cases) for launch in launches(one, CHIPS[arch]))
+    with ProcessPoolExecutor(processes) as pool:
+        yield from pool.map(machine_code, *zip(*jobs, strict=True))
+
+
+def table(found: list[dict]) -> str:
+    """The ranges over the configurations of each kernel on each chip; tensor-core instructions of bf16 and fp16 alone."""
+    of_kernel: dict[tuple[str, str], list[dict]] = {}
+    for line in found:
+        of_kernel.setdefault((line["kernel"], line["arch"]), []).append(line)
+    lines = [f"{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma"]
+    for (kernel, arch), of_one in sorted(of_kernel.items()):
+        half = [line for line in of_one if has_half_dots(line)]
+        regs, shared = _range([line["regs"] for line in of_one]), _range([line["shared"] >> 10 for line in of_one])
+        mma, wgmma = (_range([line[key] for line in half]) for key in ("mma", "wgmma"))
+        spills, stack = (max(line[key] for line in of_one) for key in ("spills", "stack"))
+        lines.append(
+            f"{kernel:<27} {arch:<7} {len(of_one):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}"
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _range(numbers: list[int]) -> str:
+    return f"{min(numbers)}-{max(numbers)}" if numbers else ""
+
+
+def main() -> int:
+    """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.inspect.static",
+        description="Compile the Triton kernels for GPUs that this machine does not have.",
+    )
+    parser.add_argument("--quick", action="store_true", help="three cases, not all")
+    parser.add_argument("--one", action="store_true", help="one case, not all")
+    parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the lines and the table")
+    args = parser.parse_args()
+    cases = QUICK[:1] if args.one else QUICK if args.quick else CASES
+    found, wrong = [], 0
+    for line in lines_of(cases, args.arch, args.processes):
+        print(json.dumps(line), flush=True)
+        found.append(line)
+        if complaint := complaints(line):
+            wrong += 1
+            print(f"{line['kernel']} on {line['arch']}: {', '.join(complaint)}", file=sys.stderr)
+    summary = f"compiled {provenance()}; {len(found)} configurations, {wrong} with complaints\n\n{table(found)}"
+    print(f"\n{summary}")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "kernels.txt").write_text(summary + "\n")
+        (args.out / "kernels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    return min(wrong, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

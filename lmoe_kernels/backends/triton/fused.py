@@ -1,0 +1,206 @@
+"""Kernels that fuse stages: one pass from x to y; shrink with mix, forward and backward."""
+
+# pyright: reportGeneralTypeIssues=false
+# A jit function that calls another sees it typed as never returning.
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lmoe_kernels.backends.triton import host
+from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.gates import gate_and_mix_bwd_tile, gates_of, mix_fwd_tile, router_logits
+from lmoe_kernels.backends.triton.mix import Constants, MixTensors
+from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, shrink_tile, store_rows, write_tile
+from lmoe_kernels.options import Factors
+
+
+def one_pass_fwd(
+    x: Tensor,  # (T, I)
+    factors: Factors,
+    base: Tensor | None,  # (O) or (T, O)
+    logits: Tensor | None,  # (T, E), written
+    u: Tensor,  # (T, E, R), written
+    v: Tensor,  # (T, E, R), written
+    y: Tensor,  # (T, O), written
+    scaling: float,
+    constants: Constants,
+    tile: Tile,
+) -> None:
+    """All of the forward: logits, u, v, and y = base + scaling * v B."""
+    (T, I), O = x.shape, y.shape[1]  # noqa: E741
+    a, gate, b = (None if t is None else t.to(x.dtype) for t in (factors.lora_a, factors.gate_weight, factors.lora_b))
+    host.launch(
+        _one_pass_fwd_kernel, (tile.tiles_of(T),),
+        x, x.stride(0), a, gate, factors.gate_bias, b, factors.gate_logits, base, host.row_stride(base), logits, u, v, y,
+        scaling, T, I, O, **constants, **host.dot_constants(x), tile=tile,
+    )  # fmt: skip
+
+
+def shrink_mix_fwd(
+    x: Tensor,  # (T, I)
+    factors: Factors,
+    logits: Tensor | None,  # (T, E), written
+    u: Tensor,  # (T, E, R) or (T, 1, R), written
+    v: Tensor,  # (T, E, R), written
+    constants: Constants,
+    tile: Tile,
+) -> None:
+    """u = x A^T and the logits, then v by the mix."""
+    T, I = x.shape  # noqa: E741
+    gate = None if factors.gate_weight is None else factors.gate_weight.to(x.dtype)
+    host.launch(
+        _shrink_mix_fwd_kernel, (tile.tiles_of(T),),
+        x, x.stride(0), factors.lora_a.to(x.dtype), gate, factors.gate_bias, factors.gate_logits, logits, u, v, T, I,
+        **constants, **host.dot_constants(x), tile=tile,
+    )  # fmt: skip
+
+
+def shrink_mix_bwd(
+    dy: Tensor,  # (T, O)
+    lora_b: Tensor,  # (E, R, O)
+    tensors: MixTensors,
+    scaling: float,
+    constants: Constants,
+    tile: Tile,
+) -> None:
+    """dv = scaling * dy B^T, then du, dlogits and v by the mix's backward."""
+    T, O = dy.shape  # noqa: E741
+    logits, dlogits_in, u, du, dlogits, v = tensors
+    dv = dy.new_empty(T, *lora_b.shape[:2])
+    host.launch(
+        _shrink_mix_bwd_kernel, (tile.tiles_of(T),),
+        dy, dy.stride(0), lora_b.to(dy.dtype), logits, dlogits_in, u, dv, du, dlogits, v, scaling, T, O,
+        **constants, **host.dot_constants(dy), tile=tile,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["T"])
+def _one_pass_fwd_kernel(
+    x_ptr, x_stride_t,  # (T, I)
+    a_ptr,  # (E, R, I)
+    gate_ptr,  # (E, I) or None
+    gate_bias_ptr,  # (E) or None
+    b_ptr,  # (E, R, O)
+    gate_logits_ptr,  # (T, E), where gate is None
+    base_ptr, base_stride_t,  # (T, O), (O), or None
+    logits_ptr,  # (T, E), written; or None
+    u_ptr,  # (T, E, R), written
+    v_ptr,  # (T, E, R), written
+    y_ptr,  # (T, O), written
+    scaling,
+    T,
+    I,  # noqa: E741
+    O,  # noqa: E741
+    E: tl.constexpr,
+    EXPERTS_OF_A: tl.constexpr,
+    R: tl.constexpr,
+    MIXING: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_ER: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens from x to y: x is read once, y is written once."""
+    ER: tl.constexpr = E * R
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
+    u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
+    store_rows(u, u_ptr, t, er, T, ER)
+    logits = router_logits(logits, gate_bias_ptr, gate_logits_ptr, logits_ptr, t, e, T, E)
+    gates = gates_of(logits, e, E, TOP_K, RENORMALIZE)
+    tl.debug_barrier()  # every thread sees u
+    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
+    tl.debug_barrier()  # and v
+    v = load_rows(v_ptr, t, er, T, ER)
+    for start in range(0, O, BLOCK_F):
+        o = start + tl.arange(0, BLOCK_F)
+        delta = expand_tile(v, b_ptr, tl.zeros((BLOCK_T, BLOCK_F), ACC), er, o, O, ER, PRECISION)
+        write_tile(delta * scaling, base_ptr, base_stride_t, y_ptr, t, o, T, O)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _shrink_mix_fwd_kernel(
+    x_ptr, x_stride_t,  # (T, I)
+    a_ptr,  # (E, R, I) or (1, R, I)
+    gate_ptr,  # (E, I) or None
+    gate_bias_ptr,  # (E) or None
+    gate_logits_ptr,  # (T, E), where gate is None
+    logits_ptr,  # (T, E), written; or None
+    u_ptr,  # (T, E, R) or (T, 1, R), written
+    v_ptr,  # (T, E, R), written
+    T,
+    I,  # noqa: E741
+    E: tl.constexpr,
+    EXPERTS_OF_A: tl.constexpr,
+    R: tl.constexpr,
+    MIXING: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_ER: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens from x to v. Where E R exceeds a tile's columns, x is read again for each further tile of them."""
+    ER: tl.constexpr = EXPERTS_OF_A * R
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
+    u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
+    store_rows(u, u_ptr, t, er, T, ER)
+    logits = router_logits(logits, gate_bias_ptr, gate_logits_ptr, logits_ptr, t, e, T, E)
+    gates = gates_of(logits, e, E, TOP_K, RENORMALIZE)
+    for start in range(BLOCK_ER, ER, BLOCK_ER):
+        more, _ = shrink_tile(x_ptr, x_stride_t, a_ptr, None, t, start + er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
+        store_rows(more, u_ptr, t, start + er, T, ER)
+    tl.debug_barrier()  # every thread sees u
+    mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _shrink_mix_bwd_kernel(
+    dy_ptr, stride_t,  # (T, O)
+    b_ptr,  # (E, R, O)
+    logits_ptr,  # (T, E)
+    dlogits_in_ptr,  # (T, E) or None
+    u_ptr,  # (T, E, R) or (T, 1, R)
+    dv_ptr,  # (T, E, R), scratch
+    du_ptr,  # shaped as u, written; or None
+    dlogits_ptr,  # (T, E), written
+    v_ptr,  # (T, E, R), written; or None
+    scaling,
+    T,
+    O,  # noqa: E741
+    E: tl.constexpr,
+    EXPERTS_OF_A: tl.constexpr,
+    R: tl.constexpr,
+    MIXING: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_ER: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens from dy to du, dlogits and v. Where E R exceeds a tile's columns, dy is read again for each tile."""
+    t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    for start in range(0, E * R, BLOCK_ER):
+        er = start + tl.arange(0, BLOCK_ER)
+        dv, _ = shrink_tile(dy_ptr, stride_t, b_ptr, None, t, er, e, 0, O, T, O, E * R, E, ACC, PRECISION, BLOCK_F)
+        store_rows(dv * scaling, dv_ptr, t, er, T, E * R)
+    tl.debug_barrier()  # every thread sees dv
+    gate_and_mix_bwd_tile(
+        logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr,
+        t, e, T, E, EXPERTS_OF_A, R, MIXING, TOP_K, RENORMALIZE, ACC, BLOCK_R,
+    )  # fmt: skip
