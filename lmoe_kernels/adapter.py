@@ -141,7 +141,7 @@ def _parsed(op: str, path: Path, text: str) -> dict[str, Any]:
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         fail(op, f"{path}", "list the names of modules_to_save", _shortened(saved))
     if not isinstance(base, str):
-        fail(op, f"{path}", "have a base that is a digest", _shortened(base))
+        fail(op, f"{path}", "have the digest of the base model as 'base'", _shortened(base))
     return config
 
 

@@ -77,16 +77,16 @@ def load_lmoe(
     adapter = run_on_all_processes("load_lmoe", model, lambda: _merged(model, directories))
     check_gatherable("load_lmoe", model)
     present = lmoe_layers_by_every_name(model)
-    named = {id(present[name]) for name in adapter.layers if name in present}
+    filled = {id(present[name]) for name in adapter.layers if name in present}
     for name, layer in present.items():
-        if id(layer) not in named:
+        if id(layer) not in filled:
             got = f"{len(adapter.layers)} other layers (several directories may be given)"
             _fail("directory", f"hold the model's L-MoE layer {name!r}", got)
-    linears, trained_whole = wrappable_layers(model), saved_modules(model)
-    made = [name for name in adapter.layers if name not in present]
-    unprepared = made or [name for name in adapter.modules_to_save if name not in trained_whole]
-    if unprepared and (how := how_distributed(model)) is not None:
-        _fail("model", f"be prepared for {unprepared[0]!r} (load_lmoe, apply_lmoe) before it is distributed", f"one {how}")
+    linears, already_saved = wrappable_layers(model), saved_modules(model)
+    new_names = [name for name in adapter.layers if name not in present]
+    to_prepare = new_names or [name for name in adapter.modules_to_save if name not in already_saved]
+    if to_prepare and (how := how_distributed(model)) is not None:
+        _fail("model", f"be prepared for {to_prepare[0]!r} (load_lmoe, apply_lmoe) before it is distributed", f"one {how}")
     configs = {
         name: _config(name, options)._replace(backend=backend, output_router_logits=output_router_logits)
         for name, options in adapter.layers.items()
@@ -94,17 +94,17 @@ def load_lmoe(
     for name, config in configs.items():
         _check_layer(name, config, present.get(name), linears, adapter)
     saved, keys = _check_modules(model, adapter)
-    of_layers = {name: list(config.shapes(0, 0)) for name, config in configs.items()}
-    _check_keys(adapter, keys | {f"{name}.{key}" for name, own in of_layers.items() for key in own})
-    _check_shared(adapter, of_layers, present | linears)
+    keys_of_layers = {name: list(config.shapes(0, 0)) for name, config in configs.items()}
+    _check_keys(adapter, keys | {f"{name}.{key}" for name, layer_keys in keys_of_layers.items() for key in layer_keys})
+    _check_shared(adapter, keys_of_layers, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
     layers |= wrap_linears(
-        {name: linears[name] for name in made},
+        {name: linears[name] for name in new_names},
         lambda name: (configs[name], _dtype(adapter.tensors[f"{name}.lora_a"], linears[name])),
     )
     fill(model, {**layers, **parts_of(saved)}, adapter.tensors)
-    new = {id(linears[name]): layers[name] for name in made}
+    new = {id(linears[name]): layers[name] for name in new_names}
     aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
     replace_modules(model, aliases, adapter.modules_to_save)
     return list(adapter.layers)
@@ -130,8 +130,8 @@ def _merged(model: nn.Module, directories: list[Path]) -> Adapter:
         # The digest covers all linear layers of the model; the later checks cover only those in the checkpoint.
         if adapter.base is not None and adapter.base != digest_of_base(model):
             known = plain_modules(model)
-            foreign = next((name for name in adapter.layers if name not in known), None)
-            got = "a model of other linear layers" if foreign is None else f"a model without its layer {foreign!r}"
+            unknown = next((name for name in adapter.layers if name not in known), None)
+            got = "a model of other linear layers" if unknown is None else f"a model without its layer {unknown!r}"
             _fail("model", f"have the linear layers of the one that was saved to {directory}", got)
         for name in [*adapter.layers, *adapter.modules_to_save]:
             if name in merged.layers or name in merged.modules_to_save:

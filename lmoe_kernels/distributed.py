@@ -35,14 +35,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def lacks_fsdp1_wrapper(model: nn.Module) -> bool:
-    """Whether the model is a module inside an FSDP1 unit, without that unit, which alone can gather the parameters."""
+    """Whether the model is the inside of an FSDP1 unit without the unit. Only the unit can gather the parameters."""
     inside = {id(module) for unit in _fsdp1_units(model) for module in unit.modules()}
     outside = [module for module in model.modules() if id(module) not in inside]
     return any(hasattr(p, "_fsdp_flattened") for module in outside for p in module._parameters.values())
 
 
 def gathered(model: nn.Module, parts: Parts) -> dict[str, Tensor]:
-    """Copy the tensors of these modules, whole, on every process. If the model is sharded, all processes must call this."""
+    """Whole copies of the tensors of these modules, on every process. All processes must call this for a sharded model."""
     whole: dict[str, Tensor] = {}
 
     def copy_out(key: str, tensor: Any) -> None:

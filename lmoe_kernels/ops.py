@@ -131,12 +131,13 @@ def _backward_fake(
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
     likes = (dx, lora_a, lora_b, gate_weight, gate_bias, gate_logits, dweight)
     return tuple(
-        like.new_empty(like.shape) if asked and like is not None else None for like, asked in zip(likes, wanted, strict=True)
+        like.new_empty(like.shape) if is_wanted and like is not None else None
+        for like, is_wanted in zip(likes, wanted, strict=True)
     )
 
 
 def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
-    """Copy the tensor unless the last dim is contiguous and no two rows overlap in memory."""
+    """The tensor itself if its last dim is contiguous and no two rows overlap in memory, else a contiguous copy."""
     if t is None or t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
         return t
     return t.contiguous()

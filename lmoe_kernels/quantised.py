@@ -1,4 +1,4 @@
-"""Recognises models that transformers has quantised, and makes Trainer accept them when they have L-MoE layers."""
+"""Recognises models that transformers has quantised, and makes Trainer accept them if they have L-MoE layers."""
 
 import math
 from typing import Any

@@ -71,6 +71,21 @@ DAMAGES = {
         ValueError,
         "must map the names of layers to their options, got []",
     ),
+    "modules_to_save that are no list": (
+        _edit_config(lambda c: c.update(modules_to_save="lm_head")),
+        ValueError,
+        "must list the names of modules_to_save, got 'lm_head'",
+    ),
+    "no digest": (
+        _edit_config(lambda c: c.update(base=1)),
+        ValueError,
+        "must have the digest of the base model as 'base', got 1",
+    ),
+    "unknown module to save": (
+        _edit_config(lambda c: c.update(modules_to_save=["foo"])),
+        ValueError,
+        "module 'foo' must be a module of the model, got none of that name",
+    ),
     "unknown layer": (
         _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
         ValueError,
