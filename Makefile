@@ -1,15 +1,17 @@
-# Every target works on a machine with nothing but Python: the first one that needs it makes the environment in .venv.
+# The targets need nothing but Python: the first one that uses the environment creates it in .venv.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 TESTS  := $(VENV)/ready-for-tests
+DOCS   := $(VENV)/ready-for-docs
 OUT    ?= demo
+CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: help demo test lint format types build bench gpu static racecheck check clean
+.PHONY: help demo test lint format types docs pictures build bench gpu static racecheck check clean
 .DEFAULT_GOAL := help
 
-help: ## Say what there is to make
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
@@ -18,16 +20,24 @@ demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OU
 test: $(TESTS) ## Run every test that needs no GPU
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
-lint: $(READY) ## Look for errors of style
+lint: $(READY) ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
-format: $(READY) ## Bring the sources into form
+format: $(READY) ## Format the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
 
 types: $(READY) ## Check the types
 	$(BIN)/basedpyright
+
+docs: $(DOCS) ## Build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+pictures: $(READY) ## Redraw the documentation's pictures
+	$(BIN)/python -m docs.pictures.draw
 
 build: $(READY) ## Build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -46,10 +56,10 @@ static: $(READY) ## Compile every Triton kernel for every chip and read the mach
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
 	$(BIN)/python -m tools.emulator.racecheck
 
-check: lint types test ## All that must be green before a change lands
+check: lint types test ## Run all checks that a change must pass
 
-clean: ## Remove what was built, the environment too
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+clean: ## Remove build outputs and the environment
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .benchmarks
 	rm -f lmoe_kernels/_cuda*.so lmoe_kernels/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,4 +71,8 @@ $(READY): requirements-dev.txt pyproject.toml
 
 $(TESTS): requirements-test.txt $(READY)
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(READY)
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
 	@touch $@

@@ -1,11 +1,11 @@
 """Builds the extension `lmoe_kernels._cuda` where nvcc is found; metadata is in pyproject.toml. No torch is needed here.
 
-LMOE_BUILD_CUDA   auto (default): build it where possible, else leave it out; 1: an error where it cannot be built; 0: never
+LMOE_BUILD_CUDA   auto (default): build it if possible, else leave it out; 1: an error if it cannot be built; 0: never
 LMOE_CUDA_ARCHS   for example "80;90+PTX"; default: those of 80, 90, 100 and 120 that nvcc knows, with PTX of the last
 CUDA_HOME, CUDA_PATH, CXX, MAX_JOBS   as usual
 
-pip hides what a build prints, so what became of the extension is recorded in lmoe_kernels/_build_info.json, which
-`python -m lmoe_kernels.info` shows.
+pip hides the output of a build. The result is therefore recorded in lmoe_kernels/_build_info.json, and
+`python -m lmoe_kernels.info` shows it.
 """
 
 import json
@@ -24,12 +24,12 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 ARCHS = ("80", "90", "100", "120")
-WISH = os.environ.get("LMOE_BUILD_CUDA") or "auto"
+BUILD_CUDA = os.environ.get("LMOE_BUILD_CUDA") or "auto"
 
 
 @dataclass(frozen=True)
 class Compiler:
-    """nvcc and what it is to compile for."""
+    """nvcc and the architectures that it compiles for."""
 
     path: str
     version: str
@@ -49,17 +49,17 @@ class Compiler:
 
 def find_compiler() -> Compiler | str:
     """nvcc, or why there is none."""
-    if WISH not in ("auto", "0", "1"):
-        raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA must be auto, 0 or 1, got {WISH!r}")
-    if WISH == "0":
-        return "LMOE_BUILD_CUDA=0 asked to leave it out"
+    if BUILD_CUDA not in ("auto", "0", "1"):
+        raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA must be auto, 0 or 1, got {BUILD_CUDA!r}")
+    if BUILD_CUDA == "0":
+        return "LMOE_BUILD_CUDA=0"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     if path is None or not Path(path).exists():
         return "no nvcc in PATH or CUDA_HOME" if path is None else f"CUDA_HOME has no {path}"
     version = re.search(r"release ([\d.]+)", _output(path, "--version"))
     if version is None:
-        return f"{path} --version tells no release"
+        return f"{path} --version prints no release"
     known = re.findall(r"compute_(\w+)", _output(path, "--list-gpu-arch"))
     wanted = os.environ.get("LMOE_CUDA_ARCHS", "").strip(" ;")
     if not wanted:
@@ -82,7 +82,7 @@ class BuildPython(build_py):
     """Records why there is no extension."""
 
     def run(self) -> None:
-        """Build the package, and record the reason beside it."""
+        """Build the package and record the reason in it."""
         super().run()
         if isinstance(COMPILER, str):
             record(ROOT if self.editable_mode else Path(self.build_lib), {"cuda": COMPILER})
@@ -92,29 +92,29 @@ class BuildExtension(build_ext):
     """Compiles with nvcc under ninja."""
 
     def run(self) -> None:
-        """Build the extension, and beside its sources where that was asked for."""
-        self.beside_sources = self.editable_mode or self.inplace  # setuptools clears `inplace` while it builds
+        """Build the extension, next to its sources if the build is editable or in place."""
+        self.next_to_sources = self.editable_mode or self.inplace  # setuptools clears `inplace` while it builds
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build it, record what became of it, and stop where it was asked for and cannot be built."""
+        """Build it and record the result; raise if it is required and cannot be built."""
         out = Path(self.get_ext_fullpath(ext.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         failure = self.run_ninja(ext, out)
         info = {"cuda": "built", "nvcc": COMPILER.version, "archs": " ".join(COMPILER.archs)}
         if failure is not None:
-            for stale in (out, ROOT / "lmoe_kernels" / out.name) if self.beside_sources else (out,):
+            for stale in (out, ROOT / "lmoe_kernels" / out.name) if self.next_to_sources else (out,):
                 stale.unlink(missing_ok=True)
             info = {"cuda": failure}
             print(f"lmoe_kernels: the CUDA extension is left out: {failure}")
-            if WISH == "1":
+            if BUILD_CUDA == "1":
                 raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA=1, but {failure}")
-        for root in {out.parents[1], ROOT} if self.beside_sources else {out.parents[1]}:
+        for root in {out.parents[1], ROOT} if self.next_to_sources else {out.parents[1]}:
             record(root, info)
 
     def run_ninja(self, ext: Extension, out: Path) -> str | None:
-        """Build the extension; None, or what went wrong."""
-        try:  # here: asking for metadata must not need the build's requirements
+        """Build the extension; return None, or why it failed."""
+        try:  # imported here: commands that read metadata must not need them
             import ninja
             import pybind11
         except ImportError as error:
@@ -154,7 +154,7 @@ def record(root: Path, info: dict[str, str]) -> None:
 
 COMPILER = find_compiler()
 if isinstance(COMPILER, str):
-    if WISH == "1":
+    if BUILD_CUDA == "1":
         raise SystemExit(f"lmoe_kernels: LMOE_BUILD_CUDA=1, but {COMPILER}")
     print(f"lmoe_kernels: the CUDA extension is left out: {COMPILER}")
 SOURCES = ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cu"))]

@@ -1,5 +1,5 @@
-// The launchers, as the bindings see them. Each queues its kernels on `stream` of `device`, allocates nothing, waits for
-// nothing, and throws where CUDA refuses a launch; the error names the kernel.
+// The launchers, as the bindings call them. Each queues its kernels on `stream` of `device`, allocates nothing and does not
+// wait. It throws if CUDA refuses a launch, with an error that names the kernel.
 #pragma once
 
 #include "params.h"
@@ -10,7 +10,8 @@ void forward(const ForwardParams& params, int device, void* stream);
 void backward(const BackwardParams& params, int device, void* stream);
 void decode(const DecodeParams& params, int device, void* stream);
 
-// Multiprocessors of a device. Throws where the device cannot run the kernels: a driver too old, an architecture left out.
+// The number of multiprocessors of a device. Throws if the device cannot run the kernels: the driver is too old, or the
+// extension was not compiled for this architecture.
 int processors(int device);
 
 }  // namespace lmoe

@@ -1,5 +1,5 @@
 // What Python hands to the launchers: addresses, sizes and options of one call. No torch, no CUDA.
-// Letters: T tokens, I in_features, O out_features, E experts, R rank. Rows are contiguous, `*_stride` elements apart.
+// Letters: T tokens, I in_features, O out_features, E experts, R rank.
 #pragma once
 
 #include <cstdint>
@@ -8,77 +8,89 @@ namespace lmoe {
 
 enum class Dtype : int { fp32 = 0, bf16 = 1, fp16 = 2 };
 
+// What the gates average: the factors A and B of the experts, or the experts' outputs.
+enum class Mixing : int { factors, outputs };
+
+// How a forward runs: stage by stage with workspaces in between, or all of a tile of tokens in one kernel.
+enum class Path : int { stages, one_pass };
+
+// A contiguous tensor of the call's dtype or of fp32. A null `data` means that it is not given.
+struct Tensor {
+    void* data;
+    bool fp32;
+};
+
+// A matrix of the call's dtype with contiguous rows, `stride` elements apart. A null `data` means that it is not given.
+struct Rows {
+    void* data;
+    int64_t stride;
+};
+
 struct ForwardParams {
     Dtype dtype;  // of x, dy, base, u and y
     int64_t T, I, O, E, R;
     int64_t experts_of_a;  // E, or 1 where all experts share one A
-    int64_t top_k;         // E: all experts are kept
-    bool renormalize;      // the softmax is over the experts kept; else over all, and the gates kept sum to less than one
     float scaling;
-    bool factors;  // mixing="factors"; else "outputs"
+    Mixing mixing;
+    int64_t top_k;     // experts that each token keeps, 1 ... E
+    bool renormalize;  // the softmax runs over the experts kept; otherwise over all, and the gates kept sum to less than one
 
-    const void* x;  // (T, I); null in a backward that needs no gradient over x
-    int64_t x_stride;
-    const void* lora_a;       // (experts_of_a, R, I)
-    const void* lora_b;       // (E, R, O)
-    const void* gate_weight;  // (E, I); null where the logits come from an outside router
-    bool lora_a_fp32;         // an fp32 parameter beside half-precision tokens, likewise the next two
-    bool lora_b_fp32;
-    bool gate_weight_fp32;
-    bool logits_fp32;  // false only for an outside router's in `dtype`
-    const void* base;  // (T, O), or (O) where base_stride is 0; null: nothing to add to
-    int64_t base_stride;
+    Rows x;              // (T, I); null in a backward that computes neither dlora_a nor dgate_weight
+    Tensor lora_a;       // (experts_of_a, R, I)
+    Tensor lora_b;       // (E, R, O)
+    Tensor gate_weight;  // (E, I); null where the logits come from an outside router
+    Tensor gate_bias;    // (E), or null
+    Rows base;           // (T, O), or (O) where its stride is 0, or null: what the delta is added to
 
-    void* logits;    // (T, E); read where gate_weight is null, else written by forward, fp32
-    void* u;         // (T, experts_of_a, R); null, and the written logits too, where nobody wants them: never by stages
-    void* v;         // (T, v_stride), the first E * R columns; workspace
-    float* scratch;  // (T, scratch_stride) fp32: E gates; in the backward then E dgates, R of h, R of dh; workspace
-    void* y;         // (T, O)
-    int64_t v_stride;
+    Tensor logits;  // (T, E): an outside router's are read, a gate's are written by forward, in fp32
+    void* u;        // (T, experts_of_a, R); u and a gate's logits may be null in one pass and in decode: nothing is saved
+    void* y;        // (T, O)
+
+    Path path;
+    int64_t smem;          // dynamic shared memory in bytes of the one-pass and decode kernels, to compare with their layout
+    Rows v;                // (T, E * R), workspace of the staged path and of the backward
+    float* scratch;        // (T, scratch_stride), workspace: E gates; in the backward then E dgates, R of h, R of dh
     int64_t scratch_stride;
-    float* partial;        // the parts of a sum, fp32, one product's after the other's; workspace, null where none is split
-    int64_t shrink_parts;  // x's features (the backward: dy's) are summed in so many parts, and those in a fixed order
-    int64_t smem;  // bytes of shared memory of decode, or of a forward in one pass, which has no workspace; 0: by stages
+    float* partial;        // workspace for partial sums, used by one product after the other
+    int64_t shrink_parts;  // split-K factor of shrink; partial sums are reduced in a fixed order: results are deterministic
 };
 
-// The backward knows all that the forward knows, plus gradients. A null gradient is not computed.
+// Everything that the forward has, and the gradients. A null gradient is not computed.
 struct BackwardParams : ForwardParams {
-    const void* dy;  // (T, O)
-    int64_t dy_stride;
-    const float* dlogits_in;  // (T, E), or null
+    Rows dy;                  // (T, O)
+    const float* dlogits_in;  // (T, E), the gradient that arrives at the returned logits, or null
 
-    void* dv;  // (T, v_stride), scaling * dy B^T; workspace; null where only lora_b wants a gradient
-    void* z;   // (T, z_stride): experts_of_a * R columns du, then E columns dlogits of a gate; workspace; null with dv
-    int64_t z_stride;
-    int64_t wgrad_splits;  // the tokens are summed in so many parts, and those in a fixed order
+    void* dv;             // (T, v.stride), workspace: scaling * dy B^T; null where only dlora_b is computed
+    Rows du_dlogits;      // workspace: experts_of_a * R columns of du, then E of a gate's dlogits; null with dv
+    int64_t wgrad_splits;  // split-K factor of the weight gradients, which sum over the tokens
 
     void* dx;            // (T, I)
-    void* dlora_a;       // as lora_a
+    void* dlora_a;       // shaped and typed as lora_a
     void* dlora_b;       // as lora_b
     void* dgate_weight;  // as gate_weight
     void* dlogits;       // (T, E), of an outside router, typed as its logits
 };
 
-// Rows of contiguous features, in two buffers: the first `split` rows in one, the others in the second.
+// A matrix with contiguous rows in one or two buffers: the first `split` rows lie in `first`, the others in `second`.
 struct Matrix {
     const void* first;
     const void* second;
     int64_t split;    // rows in `first`
     int64_t rows;     // in both
-    int64_t columns;  // features in a row
-    int64_t stride;   // elements between rows, in both
-    bool first_fp32;  // fp32 elements, to be rounded to the kernel's dtype on load
+    int64_t columns;  // elements in a row
+    int64_t stride;   // elements from row to row, in both
+    bool first_fp32;  // fp32 elements, which are rounded to the kernel's dtype on load
     bool second_fp32;
-    bool first_aligned;  // rows start on 16 bytes: 16-byte loads
+    bool first_aligned;  // every row starts on a multiple of 16 bytes: 16-byte loads are allowed
     bool second_aligned;
 };
 
 struct ShrinkParams {
-    Matrix rows;     // (T, F)
+    Matrix tokens;   // (T, F)
     Matrix factors;  // (C, F)
     float* partial;  // (parts, T, C)
     int64_t parts;
-    int64_t features_a_part;  // a multiple of the tile's
+    int64_t features_a_part;  // whole steps of the pipeline
 };
 
 // out = base + scaling * a product
@@ -87,7 +99,7 @@ struct Output {
     const void* base;  // (T, F), (F) where base_stride is 0, or null
     int64_t base_stride;
     int64_t T, F;
-    bool vectors;  // rows of out and base start on 16 bytes
+    bool aligned;  // rows of out and base start on multiples of 16 bytes
     float scaling;
 };
 
@@ -99,23 +111,23 @@ struct ExpandParams {
 
 struct WgradParams {
     Matrix coefficients;  // (T, C)
-    Matrix rows;          // (T, F)
+    Matrix tokens;        // (T, F)
     void* first;          // (split, F): the gradient of the first `split` coefficients
-    void* second;         // (C - split, F)
+    void* second;         // (C - split, F): that of the others
     int64_t split;
     bool first_fp32, second_fp32;
     float* partial;          // (splits, C, F), or null where splits is 1
-    int64_t tokens_a_split;  // a multiple of the tile's
+    int64_t tokens_a_split;  // whole steps of the pipeline
     int64_t splits;
     float scaling;
 };
 
-// A forward of few tokens; `partial` is (chunks, T, C), C = experts_of_a * R and, of a gate, E.
+// A forward of few tokens; `partial` is (chunks, T, C), with C = experts_of_a * R and another E for a gate.
 struct DecodeParams : ForwardParams {
     int64_t chunk;        // features of x in one partial sum, a multiple of 256
     int64_t chunks;       // ceil(I / chunk), 1 where I is 0
-    int64_t column_tile;  // columns of y that a block makes at a time, a multiple of 8
-    int blocks;           // not more than run at the same time
+    int64_t column_tile;  // columns of y that a block computes at a time, a multiple of 8
+    int blocks;           // resident blocks: all of them run at the same time
 };
 
 }  // namespace lmoe

@@ -1,5 +1,5 @@
-// The only file that knows PTX. Compiled by anything but nvcc, the same operations come from the CPU emulator
-// (tools/emulator/cuda_emu.h). Addresses of shared memory are plain pointers everywhere else.
+// The only file with PTX. Where the compiler is not nvcc, the CPU emulator (tools/emulator/cuda_emu.h) defines the same
+// operations. Everywhere else addresses of shared memory are plain pointers.
 #pragma once
 
 #include <cstdint>
@@ -62,21 +62,21 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all but the NEWEST groups of this thread's copies have landed.
+// Waits until all but the NEWEST groups of this thread's copies have arrived.
 template <int NEWEST>
 __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
 
-// One 16-byte store; of a plain assignment the compiler makes four of 4 bytes, or eight of 2.
+// One 16-byte store. The compiler splits a plain assignment into four stores of 4 bytes, or eight of 2.
 __device__ __forceinline__ void store_vector(void* global, uint4 v) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y),
                  "r"(v.z), "r"(v.w)
                  : "memory");
 }
 
-// All threads of a cooperative launch meet. The driver gives each launch a barrier of its own, so that launches of several
-// streams, and replays of graphs, never meet on one.
+// A barrier of all threads of a cooperative launch. The driver gives each launch its own barrier, so launches of several
+// streams, and replays of graphs, do not share one.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

@@ -1,7 +1,7 @@
 """Three kinds of real text that every CPython installation carries: English, Python and C, as bytes.
 
 English is the language reference of `pydoc_data.topics`, Python the standard library's modules, C the interpreter's headers.
-Each domain is split by document, every eighth one into the validation part, so that no file stands on both sides.
+Each domain is split by document: every eighth document goes to the validation part, so no file is in both parts.
 """
 
 import pydoc_data.topics
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VALIDATION_SHARE = 8  # one document in so many
+VALIDATION_SHARE = 8  # one document of this many is for validation
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Domain:
         return torch.stack([self.train[s : s + length + 1] for s in starts]).long()
 
     def windows(self, count: int, length: int) -> Tensor:
-        """The same `count` windows each time, spread evenly over the validation part, (count, length + 1) int64."""
+        """The same `count` windows at every call, spread evenly over the validation part, (count, length + 1) int64."""
         starts = torch.linspace(0, len(self.validation) - length - 1, count).long()
         return torch.stack([self.validation[s : s + length + 1] for s in starts]).long()
 

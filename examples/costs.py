@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +88,7 @@ def lora_loop(base: Any, experts: int, rank: int) -> nn.Module:
     return model
 
 
-def _loss(model: Any, batch: Tensor, backend: str | None = None) -> Tensor:
+def _loss(model: Any, batch: Tensor, backend: Literal["torch", "reference"] | None = None) -> Tensor:
     """The loss, its backward reaching down to the embeddings in every model."""
     embedded = model.get_input_embeddings()(batch[:, :-1]).detach().requires_grad_()
     with lk.use_backend(backend):

@@ -15,7 +15,7 @@ SHOWN = 6  # layers whose gates are drawn
 
 
 def domain_bits(use: Tensor) -> float:
-    """What the choice of an expert tells of the domain, in bits: the mutual information under equally likely domains.
+    """How much the choice of an expert tells about the domain, in bits: mutual information, all domains equally likely.
 
     Args:
         use: (domains, E), mean gates, rows summing to one.
@@ -25,7 +25,7 @@ def domain_bits(use: Tensor) -> float:
 
 
 def most_specialised(gates: dict[str, Tensor]) -> list[str]:
-    """Layer names, those whose experts differ most between the domains in front."""
+    """Layer names, sorted so that those whose choice of experts differs most between the domains come first."""
     return sorted(gates, key=lambda name: -domain_bits(gates[name]))
 
 
@@ -42,7 +42,7 @@ def plot_bits(bits: dict[str, dict[str, float]], path: Path) -> None:
     axes.set_xticks(range(len(domains)), domains)
     axes.set_ylabel("validation bits per byte")
     axes.set_ylim(0, 1.22 * max(max(b.values()) for b in bits.values()))
-    axes.set_title("Lower is better: a model of English, and what adapters of equal size add", loc="left", fontsize=11)
+    axes.set_title("Lower is better: a model of English, and with adapters of equal size", loc="left", fontsize=11)
     axes.legend(frameon=False, ncols=len(order), loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -50,7 +50,7 @@ def plot_bits(bits: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def plot_gates(gates: dict[str, Tensor], domains: list[str], path: Path) -> None:
-    """Heat maps of the mean gates in the most specialised layers, beside how specialised every layer is."""
+    """Heat maps of the mean gates in the most specialised layers, next to bars of how specialised every layer is."""
     best = most_specialised(gates)[:SHOWN]
     figure = plt.figure(figsize=(11, 5.6), layout="constrained")
     panels: Any = figure.subfigures(1, 2, width_ratios=[2.1, 1])
@@ -79,6 +79,6 @@ def plot_gates(gates: dict[str, Tensor], domains: list[str], path: Path) -> None
     axes.tick_params(axis="y", labelsize=7)
     axes.set_xlabel("bits")
     axes.spines[["top", "right"]].set_visible(False)
-    right.suptitle("What the choice of expert tells of the domain", fontsize=11)
+    right.suptitle("What the choice of expert tells about the domain", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,10 +1,10 @@
 """Train L-MoE layers on real text: one frozen language model learns three domains through eight experts.
 
 A small Llama is trained briefly on English and frozen. Every linear layer of it then gets eight LoRA experts and a gate,
-which learn English, Python and C together, on the language-modelling loss and a balance loss. Beside it, ONE LoRA with as
-many trainable parameters is trained on the same batches. The script shows what each of them learned, which experts the gates
-chose for which domain, and what a training step costs with the `torch` backend, with the literal definition, and with the
-loop over eight PEFT LoRAs that most mixtures of LoRAs run.
+which learn English, Python and C together, on the language-modelling loss and a balance loss. For comparison, one LoRA with
+as many trainable parameters is trained on the same batches. The script prints what each of them learned, which experts the
+gates chose for which domain, and what a training step costs with the `torch` backend, with the literal definition, and with
+the loop over eight PEFT LoRAs that most mixtures of LoRAs run.
 
     python examples/three_domains.py --out demo
 """
@@ -33,7 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lmoe_kernels as lk
 
 NUM_EXPERTS, RANK = 8, 4
-SCALINGS = {"L-MoE": 64.0, "one LoRA": 8.0}  # each the best of its kind at this learning rate, see docs/defaults.md
+SCALINGS = {"L-MoE": 64.0, "one LoRA": 8.0}  # the best of each at this learning rate, see docs/defaults.md
 RATE = 3e-3  # highest learning rate of every training
 LENGTH = 128  # bytes in a window
 WINDOWS = 12  # windows in a batch
@@ -42,7 +42,7 @@ BALANCE = 0.01  # weight of the balance loss
 
 @dataclass(frozen=True)
 class Budget:
-    """How long the demo works."""
+    """Training steps, validation windows and timed steps of a run."""
 
     base_steps: int = 200
     adapter_steps: int = 200
@@ -53,7 +53,7 @@ class Budget:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, compare, measure, and write results.json, bits.png and gates.png."""
     args = parse_arguments(arguments)
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT asks transformers by an old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT still uses the attribute's old name
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def small_llama() -> LlamaForCausalLM:
-    """0.8 million random weights that read bytes."""
+    """A Llama with 0.8 million random weights, whose tokens are bytes."""
     config = LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=LENGTH, tie_word_embeddings=True, use_cache=False,
@@ -141,7 +141,7 @@ def training(
     """AdamW with warm-up to the learning rate `rate` and cosine decay, on batches that hold every domain in equal parts.
 
     Yields:
-        the loss of each step, in nats, without the auxiliary one.
+        the loss of each step, in nats, without the auxiliary loss.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -163,7 +163,7 @@ def training(
 
 
 def balance(model: nn.Module) -> Tensor:
-    """What is added to the loss so that every expert is used."""
+    """The load-balancing loss, weighted; without it some experts may never be used."""
     return BALANCE * lk.balance_loss(lk.collect_router_logits(model).values())
 
 
@@ -199,14 +199,15 @@ def mean_gates(model: nn.Module, domains: Sequence[Domain], budget: Budget) -> d
 
 
 def trainable(model: nn.Module) -> int:
-    """Elements that are trained."""
+    """Number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def report(results: dict, domains: Sequence[str], gates: dict[str, Tensor]) -> None:
     """Print what was measured as three tables."""
     parameters, bits = results["trainable_parameters"], results["bits_per_byte"]
-    _line("\nValidation bits per byte", *domains, "mean", "trained parameters", width=10)
+    print()
+    _line("Validation bits per byte", *domains, "mean", "trained parameters", width=10)
     for name, by_domain in bits.items():
         values = [*by_domain.values(), sum(by_domain.values()) / len(by_domain)]
         _line(f"  {name}", *(f"{value:.3f}" for value in values), parameters.get(name, ""), width=10)
@@ -214,20 +215,22 @@ def report(results: dict, domains: Sequence[str], gates: dict[str, Tensor]) -> N
     lead = sum(bits[other][domain] - bits[best][domain] for domain in domains) / len(domains)
     print(f"  lower is better: of the two adapters, {best} wins, by {lead:.3f}")
 
-    _line("\nMean gate of each expert, per cent", *range(NUM_EXPERTS), width=5)
+    print()
+    _line("Mean gate of each expert, per cent", *range(NUM_EXPERTS), width=5)
     for layer in most_specialised(gates)[:3]:
-        print(f"  {layer}: the choice of expert tells {domain_bits(gates[layer]):.3f} bits of the domain")
+        print(f"  {layer}: the choice of expert carries {domain_bits(gates[layer]):.3f} bits about the domain")
         for domain, row in zip(domains, gates[layer].tolist(), strict=True):
             _line(f"    {domain}", *(f"{100 * gate:.0f}" for gate in row), width=5)
 
-    _line("\nOne training step", "ms", "peak MiB", "saved bytes a token", width=12)
+    print()
+    _line("One training step", "ms", "peak MiB", "saved bytes a token", width=12)
     for name, cost in results["costs"].items():
         _line(f"  {name}", cost["milliseconds"], cost["peak_mib"], cost["saved_bytes_per_token"], width=12)
 
 
 def _line(label: str, *cells: object, width: int) -> None:
-    """A row of a table; a blank line goes before a label that begins with one."""
-    print(f"{label:<{33 + label.count(chr(10))}}" + "".join(f"{cell!s:>{max(width, len(str(cell)) + 2)}}" for cell in cells))
+    """Print a row of a table: the label, then cells at least `width` wide."""
+    print(f"{label:<33}" + "".join(f"{cell!s:>{max(width, len(str(cell)) + 2)}}" for cell in cells))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

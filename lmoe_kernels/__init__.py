@@ -1,4 +1,4 @@
-"""L-MoE: a mixture of LoRA experts, gated per token, beside a frozen linear layer, as fused and differentiable kernels."""
+"""L-MoE: fused, differentiable kernels for a frozen linear layer with a mixture of LoRA experts that is gated per token."""
 
 from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe

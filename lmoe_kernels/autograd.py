@@ -1,9 +1,10 @@
-"""The autograd Functions over the ops: what is saved between forward and backward, and nothing else.
+"""The autograd Functions over the ops. They decide which tensors the forward saves for the backward.
 
-Saved are x (only where a weight gradient wants it), the logits and u. Two Functions share one forward and one backward: the
-plain one has the lower launch cost; functorch's transforms (torch.func.grad, vmap) demand the `setup_context` form, whose
-`apply` costs some 25 us more (torch 2.13, CPU, 2026-11). There are no second derivatives, and asking for one is an error:
-left alone, PyTorch would take the gradients of an op without a formula for constants, and return zeros.
+The forward saves x (only if the gradient of a weight needs it), the logits and u. Two Functions share the same forward and
+backward: the plain one costs less per call, and the transforms of torch.func (grad, vmap) require the `setup_context` form,
+whose `apply` takes about 25 us longer (torch 2.13, CPU, 2026-11). Second derivatives are not supported and raise an error.
+Without that error PyTorch would treat the gradients as constants, because the backward op has no derivative formula, and
+return zeros.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,11 @@ from torch.autograd import forward_ad
 from lmoe_kernels import ops
 from lmoe_kernels.options import Factors, Options, Wanted
 
-_Context = Any  # torch.autograd.function.FunctionCtx; its attributes are set at run time
-# A Function's arguments: x and the factors, in the order of `Wanted`; weight, base; save, backend, and the options.
+_Context = Any  # torch.autograd.function.FunctionCtx, whose attributes are set at run time
+# The arguments of a Function: x and the factors in the order of `Wanted`, weight, base, save, backend, the options.
 _WEIGHT = len(Wanted._fields)
 _TENSORS = _WEIGHT + 2
-_NO_MORE = "there are no second derivatives"
+_NO_SECOND_DERIVATIVES = "there are no second derivatives"
 
 
 def apply(
@@ -33,12 +34,15 @@ def apply(
     return_logits: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """y (T, O) and logits (T, E), differentiable; the logits are empty where not asked for or given from outside."""
+    """Compute y (T, O) and the logits (T, E), both differentiable.
+
+    The logits may be empty if they are not to be returned, and always are if an outside router computed them.
+    """
     tensors = (x, *factors, weight, base)
     if torch._C._are_functorch_transforms_active():
         return _TransformableFunction.apply(*tensors, True, backend, *options)[:2]
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backward or forward_ad._current_level >= 0:  # forward mode is refused by the Function; an op would lose the tangent
+    if backward or forward_ad._current_level >= 0:  # in forward mode the Function raises; the op would drop the tangent
         return _Function.apply(*tensors, True, backend, *options)[:2]
     return ops.forward(*tensors, return_logits, backend, *options)[:2]
 
@@ -61,16 +65,15 @@ def _wanted(ctx: _Context) -> Wanted:
 
 
 def _backward(
-    ctx: _Context, op: Callable[..., tuple[Tensor, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
+    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     x, *factors, weight, logits, u = ctx.saved_tensors
-    # no dy: the loss looked at the router logits alone
+    # dy is None if the loss depends only on the router logits
     grad_y: Tensor = u.new_zeros(u.shape[0], Factors(*factors).lora_b.shape[2]) if dy is None else dy
     wanted = [*_wanted(ctx), ctx.needs_input_grad[_WEIGHT]]
-    grads: list[Tensor | None] = [None] * len(wanted)
+    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if any(wanted):
-        results = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
-        grads = [grad if asked else None for grad, asked in zip(results, wanted, strict=True)]
+        grads = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
     dbase = None
     if ctx.needs_input_grad[_WEIGHT + 1]:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
@@ -87,7 +90,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable raises only if the incoming gradient requires grad
-            raise RuntimeError(f"lmoe: create_graph must be False, got True: {_NO_MORE}")
+            raise RuntimeError(f"lmoe: create_graph must be False, got True: {_NO_SECOND_DERIVATIVES}")
         return _backward(ctx, ops.backward, *grads)
 
 
@@ -108,23 +111,24 @@ class _TransformableFunction(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: _Context, *tangents: Any) -> Any:
-        must = "a derivative must be a first one in reverse mode"
-        raise NotImplementedError(f"lmoe: {must}, got a jvp, as in jacfwd and hessian: {_NO_MORE}")
+        must = "a derivative must be of first order and in reverse mode"
+        raise NotImplementedError(f"lmoe: {must}, got a jvp (as in jacfwd and hessian): {_NO_SECOND_DERIVATIVES}")
 
 
 class _TransformableBackward(torch.autograd.Function):
-    """The backward under functorch's transforms, which differentiate whatever a level above asks for."""
+    """The backward under the transforms of torch.func: an outer transform may try to differentiate it, and this raises."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor | None, ...]:
         return ops.backward(*args)
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept: there is no derivative to take."""
+        """Save nothing: the backward has no derivative."""
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        raise RuntimeError(f"lmoe: a derivative must be a first one, got that of a gradient: {_NO_MORE}")
+        must = "a derivative must be of first order"
+        raise RuntimeError(f"lmoe: {must}, got the derivative of a gradient: {_NO_SECOND_DERIVATIVES}")

@@ -1,12 +1,12 @@
-"""Every check of user input. One voice: the operation, the argument, what it must be, what it was.
+"""The checks of user input. Every error names the operation, the argument, what it must be, and what it was.
 
-Only shapes, dtypes and devices are looked at, never values: no check waits for a GPU.
+The checks read the shapes, dtypes and devices of tensors, never their values, so no check waits for a GPU.
 """
 
 import math
 import sys
 from numbers import Real
-from typing import Any, NoReturn, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ MIXINGS = get_args(Mixing)
 
 
 def fail(op: str, argument: str, must: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
-    """Raise the one-line error of this package."""
+    """Raise an error in the format that all errors of this package have: one line."""
     raise error(f"{op}: {argument} must {must}, got {got}")
 
 
@@ -44,13 +44,13 @@ def check_call(op: str, x: Tensor, factors: Factors, options: Options) -> None:
         check_shape(op, "lora_a", lora_a, "(E, R, I)", (experts, rank, in_features))
     if (gate_weight is None) == (gate_logits is None):
         both = "neither" if gate_weight is None else "both"
-        fail(op, "gate_weight or gate_logits", "be given, exactly one of the two", both)
+        fail(op, "exactly one of gate_weight and gate_logits", "be given", both)
     if gate_weight is not None:
         check_parameter(op, "gate_weight", gate_weight, x)
         check_shape(op, "gate_weight", gate_weight, "(E, I)", (experts, in_features))
     if gate_bias is not None:
         if gate_weight is None:
-            fail(op, "gate_bias", "be given with gate_weight alone", "one with gate_logits")
+            fail(op, "gate_bias", "be None if gate_logits is given", type(gate_bias).__name__)
         check_parameter(op, "gate_bias", gate_bias, x)
         check_shape(op, "gate_bias", gate_bias, "(E)", (experts,))
     if gate_logits is not None:
@@ -60,7 +60,7 @@ def check_call(op: str, x: Tensor, factors: Factors, options: Options) -> None:
 
 
 def check_options(op: str, num_experts: int, options: Options) -> None:
-    """Check what is neither tensor nor size."""
+    """Check the options, which are neither tensors nor sizes."""
     check_finite(op, "scaling", options.scaling, "be a finite number")
     if options.mixing not in MIXINGS:
         fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(options.mixing))
@@ -70,23 +70,24 @@ def check_options(op: str, num_experts: int, options: Options) -> None:
 
 
 def check_bool(op: str, name: str, value: bool) -> None:
-    """Check a yes or no."""
+    """Check a bool."""
     if not isinstance(value, bool):
         fail(op, name, "be a bool", type(value).__name__, TypeError)
 
 
-def check_finite(op: str, name: str, value: Any, must: str, at_least: float = -math.inf) -> None:
-    """Check a number of Python: neither NaN nor infinite, nor beyond what a float holds."""
+def check_finite(op: str, name: str, value: float | None, must: str, at_least: float = -math.inf) -> None:
+    """Check a Python number: not NaN, not infinite, and inside the range of a float."""
+    number = cast(Any, value)  # the type of numbers.Real has no comparisons
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)
-    inside = abs(value) <= sys.float_info.max  # math.isfinite cannot be compiled, and raises for long integers
-    if not (inside and value >= at_least):
+    inside = abs(number) <= sys.float_info.max  # torch.compile cannot trace math.isfinite, which also raises for long ints
+    if not (inside and number >= at_least):
         too_long = isinstance(value, int) and not inside
         fail(op, name, must, "an integer beyond the range of a float" if too_long else repr(value))
 
 
 def check_positive_int(op: str, name: str, value: int, at_most: tuple[str, int] | None = None) -> None:
-    """Check a count: an int of at least one."""
+    """Check a count: an int of at least 1, and at most the given size."""
     if not isinstance(value, int) or isinstance(value, bool):
         fail(op, name, "be an int", type(value).__name__, TypeError)
     if at_most is not None and not 1 <= value <= at_most[1]:
@@ -111,40 +112,40 @@ def check_base(op: str, base: Tensor, x: Tensor, out_features: int) -> None:
 
 
 def check_dense(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
-    """Check for a tensor of plain numbers: not sparse or nested, of one of these dtypes."""
+    """Check that a tensor is strided, neither sparse nor nested, and has one of these dtypes."""
     if not isinstance(tensor, Tensor):
         fail(op, name, "be a torch.Tensor", type(tensor).__name__, TypeError)
     if tensor.layout != torch.strided or tensor.is_nested:
         got = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
         fail(op, name, "be a dense tensor", got, TypeError)
     if tensor.dtype not in dtypes:
-        fail(op, name, f"have a dtype of {', '.join(map(str, dtypes))}", tensor.dtype, TypeError)
+        fail(op, name, f"have one of the dtypes {', '.join(map(str, dtypes))}", tensor.dtype, TypeError)
 
 
 def check_parameter(op: str, name: str, parameter: Tensor, x: Tensor) -> None:
     """Check a trained tensor: x's dtype or fp32 (master weights), x's device."""
     check_dense(op, name, parameter)
     if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-        allowed = "torch.float32" if x.dtype == torch.float32 else f"{x.dtype} as x, or torch.float32"
+        allowed = "torch.float32" if x.dtype == torch.float32 else f"{x.dtype} like x, or torch.float32"
         fail(op, name, f"have dtype {allowed}", parameter.dtype, TypeError)
     check_device(op, name, parameter, x)
 
 
 def check_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """Check a tensor that takes part in the frozen product: x's dtype and device."""
+    """Check a tensor of the frozen layer: it must have x's dtype and device."""
     check_dense(op, name, tensor)
     if tensor.dtype != x.dtype:
-        fail(op, name, f"have dtype {x.dtype} as x", tensor.dtype, TypeError)
+        fail(op, name, f"have dtype {x.dtype} like x", tensor.dtype, TypeError)
     check_device(op, name, tensor, x)
 
 
 def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
-    """Check that a tensor lies where x lies."""
+    """Check that a tensor is on x's device."""
     if tensor.device != x.device:
-        fail(op, name, f"be on {x.device} as x", tensor.device)
+        fail(op, name, f"be on {x.device} like x", tensor.device)
 
 
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, shape: tuple[int, ...]) -> None:
-    """Check a shape, told in letters and in numbers."""
+    """Check a shape; the error shows the expected one as letters and as numbers."""
     if tensor.shape != shape:
         fail(op, name, f"have shape {letters} = {tuple(shape)}", tuple(tensor.shape))

@@ -1,4 +1,4 @@
-"""The options of one L-MoE layer: their checks, their defaults, and the shapes of the parameters that follow from them."""
+"""The options of one L-MoE layer: their defaults, their checks, and the shapes of the layer's parameters."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -8,13 +8,13 @@ from lmoe_kernels import checks
 from lmoe_kernels.dispatch import BackendName, check_name
 from lmoe_kernels.options import Mixing, Options
 
-# The options that decide what a layer computes: those that a checkpoint keeps.
+# The options that decide what a layer computes. A checkpoint stores these and no others.
 CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a", "gate_bias")
 _NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha"}
 
 
 class LayerConfig(NamedTuple):
-    """The keywords of `LMoELinear`, which documents them."""
+    """The keywords of `LMoELinear`; their meaning is documented there."""
 
     num_experts: int = 8
     rank: int = 16
@@ -52,11 +52,11 @@ class LayerConfig(NamedTuple):
             check_name(op, self.backend)
 
     def default_alpha(self) -> float:
-        """The alpha of a layer that is given none: a scaling of twice the number of experts that share a token.
+        """The alpha that is used for alpha=None: it makes the scaling twice the number of experts that share a token.
 
-        Gates of about 1 / num_experts leave each expert a scaling of 2, as alpha = 2 rank leaves one LoRA. At learning rate
-        3e-3 (docs/defaults.md, 2026-11-25, bits per byte): factors 3.262, outputs 3.237, that LoRA 3.298; under a scaling of
-        1 they had 3.392 and 3.384.
+        Each expert has a gate of about one over that number, and so an effective scaling of 2, like a single LoRA with
+        alpha = 2 * rank. Measured at learning rate 3e-3 (docs/defaults.md; Xeon, 2 cores, 2026-11-25), in bits per byte:
+        3.262 for mixing="factors", 3.237 for "outputs", 3.298 for that LoRA; with a scaling of 1: 3.392 and 3.384.
         """
         sharing = self.top_k if self.top_k is not None and self.renormalize else self.num_experts
         return 2.0 * sharing * self.rank
@@ -74,7 +74,7 @@ class LayerConfig(NamedTuple):
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """Raise TypeError for keywords that `LMoELinear` does not have, with those that were perhaps meant."""
+    """Raise TypeError for keywords that `LMoELinear` does not have, and suggest the nearest ones that it has."""
     got = ", ".join(map(_suggested, names))
     if got:
         known = ", ".join(map(repr, LayerConfig._fields))

@@ -1,8 +1,9 @@
-"""The table of backends: which there are, which one a call takes, and why not the others.
+"""The table of backends, and the choice of the backend that computes a call.
 
-Every backend is a folder of the same three files: `availability` says why it cannot take a call, and why it does not by
-default, each None where there is no reason; `forward` and `backward` compute. The automatic choice walks the table from the
-top and takes the first backend without a reason. Availability is imported with the package, the rest at the first call.
+Every backend is a folder with the same three modules. `availability` has two functions, which return a reason or None:
+`why_not`, why the backend cannot take a call, and `why_not_by_default`, why it is not selected automatically. `forward` and
+`backward` compute. The automatic choice is the first backend of the table for which both functions return None. The package
+imports `availability` at once, `forward` and `backward` at the first call.
 """
 
 import threading
@@ -36,7 +37,7 @@ BACKENDS = {name: _row(f"lmoe_kernels.backends.{name}") for name in get_args(Bac
 
 
 class Functions(NamedTuple):
-    """What a backend computes with: the contract is that of `lmoe_kernels.reference`."""
+    """The forward and the backward of a backend, with the signatures of those in `lmoe_kernels.reference`."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
@@ -44,16 +45,16 @@ class Functions(NamedTuple):
 
 @cache
 def load(name: str) -> Functions:
-    """The functions of a backend, imported when it is first called."""
+    """Import the functions of a backend."""
     package = BACKENDS[name].package
     modules = {part: import_module(f"{package}.{part}") for part in Functions._fields}
     return Functions(modules["forward"].forward, modules["backward"].backward)
 
 
 def choose(op: str, problem: Problem, backend: str) -> str:
-    """The backend for a call: the named one, or for "auto" the first that can and does by default.
+    """Choose the backend of a call: the named one, or for "auto" the first one that is available and selected by default.
 
-    A pure function of its arguments: forward and backward of one call choose alike.
+    The choice depends on nothing but the arguments, so the forward and the backward of a call use the same backend.
 
     Raises:
         ValueError: the named backend cannot take this call.
@@ -67,87 +68,95 @@ def choose(op: str, problem: Problem, backend: str) -> str:
 
 
 def check_name(op: str, name: str) -> None:
-    """Raise ValueError for a backend that is not in the table."""
+    """Check that the table has a backend of this name.
+
+    Raises:
+        ValueError: it has none.
+    """
     if not isinstance(name, str) or name not in BACKENDS:
         fail(op, "backend", f"be None or one of {', '.join(map(repr, BACKENDS))}", repr(name))
 
 
 def explain_choice(op: str, problem: Problem, backend: str) -> str:
-    """A line for the call, then one for each backend: taken, or why not."""
+    """Describe the choice: one line for the call, and one for each backend that says why it is taken or not."""
     taken = choose(op, problem, backend)
     lines = [f"{op}: {problem}"]
     for name, row in BACKENDS.items():
         if name == taken:
-            verdict = f"taken: {'the first of this table that can' if backend == AUTO else 'asked for by name'}"
+            verdict = f"taken: {'the first that can take the call' if backend == AUTO else 'selected by name'}"
         elif (reason := row.why_not(problem)) is not None:
             verdict = f"cannot: {reason}"
         elif (reason := row.why_not_by_default(problem)) is not None:
             verdict = f"not taken: {reason}"
         else:
-            verdict = f"not taken: {taken!r} stands before it" if backend == AUTO else "not taken: not asked for"
+            verdict = f"not taken: {f'{taken!r} comes first' if backend == AUTO else f'{taken!r} was selected by name'}"
         lines.append(f"  {name:<10} {verdict}")
     return "\n".join(lines)
 
 
 class _Block:
-    """A `with use_backend(name)` that is open."""
+    """An active `with use_backend(name)` block."""
 
     def __init__(self, name: str | None) -> None:
         self.name = name
 
 
-class _BlocksOfThread(threading.local):
+class _Blocks(threading.local):
     def __init__(self) -> None:
-        self.open: list[_Block] = []
+        self.of_this_thread: list[_Block] = []
 
 
-# Not a context variable: torch.compile cannot trace one, but guards on these two.
-_own = _BlocksOfThread()
-_open: list[_Block] = []  # of all threads, in the order in which they were entered
+# torch.compile guards on these two, but cannot trace a context variable.
+_blocks = _Blocks()
+_blocks_of_all_threads: list[_Block] = []  # in the order in which they were entered
 
 
-def _preferred() -> str | None:
-    """The backend of the innermost block of this thread; where it has none, of the block that any thread entered last.
+def _innermost_choice() -> str | None:
+    """The backend of this thread's innermost block; if it has no block, that of the last block entered in any thread.
 
-    The latter is for threads that work for others: autograd's, which recompute checkpointed layers, and DataParallel's.
+    The second rule is for worker threads: those of autograd, which recompute checkpointed layers, and of DataParallel.
     """
-    innermost = (_own.open or _open)[-1:]  # a slice: another thread may leave its block between two steps
+    # A slice, because another thread may leave its block between a test for emptiness and an access.
+    innermost = (_blocks.of_this_thread or _blocks_of_all_threads)[-1:]
     return innermost[0].name if innermost else None
 
 
-def asked_for(op: str, backend: str | None) -> str:
-    """The name that travels with a call: the given one, else that of `use_backend`, else "auto".
+def requested_backend(op: str, backend: str | None) -> str:
+    """The backend that a call requests: its argument, else the name given to `use_backend`, else "auto".
 
     Raises:
         ValueError: the name is unknown.
     """
     if backend is None:
-        return _preferred() or AUTO
+        return _innermost_choice() or AUTO
     check_name(op, backend)
     return backend
 
 
 @contextmanager
 def use_backend(name: BackendName | None) -> Iterator[None]:
-    """Within this block, calls that name no backend take this one; None restores the automatic choice.
+    """Select the backend of all calls within a `with` block that do not name one.
 
-    It holds for the thread that enters it, and for every thread that has entered no such block itself. A compiled function
-    compiles again for it. Blocks of several threads may overlap in any order.
+    The block applies to the thread that enters it, and to every thread that has entered no such block itself. A function
+    that was compiled by torch.compile is compiled again for it. Blocks of several threads may overlap in any order.
+
+    Args:
+        name: "cuda", "triton", "torch" or "reference"; None restores the automatic choice.
 
     Example:
         with use_backend("torch"):
             y = layer(x)
 
     Raises:
-        ValueError: the name is unknown; a call within the block that the backend cannot take.
+        ValueError: the name is unknown; for a call within the block, the backend cannot take it.
     """
     if name is not None:
         check_name("use_backend", name)
-    block, own = _Block(name), _own.open
-    own.append(block)
-    _open.append(block)
+    block, of_this_thread = _Block(name), _blocks.of_this_thread
+    of_this_thread.append(block)
+    _blocks_of_all_threads.append(block)
     try:
         yield
     finally:
-        own.remove(block)
-        _open.remove(block)
+        of_this_thread.remove(block)
+        _blocks_of_all_threads.remove(block)

@@ -1,21 +1,21 @@
-"""The operation as functions: `lmoe`, the delta alone, and `lmoe_linear`, with its frozen linear layer."""
+"""The operation as functions: `lmoe` computes the delta, `lmoe_linear` the frozen linear layer and its delta."""
 
 from typing import Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack  # in typing from Python 3.11 on; torch requires it
+from typing_extensions import Unpack  # typing has it from Python 3.11 on; torch depends on typing_extensions
 
 from lmoe_kernels import autograd, checks, dispatch
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.options import Factors, Mixing, Options, Problem
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
-_CAST = (torch.float32, torch.bfloat16, torch.float16)  # what autocast casts: neither fp64 nor integers
+_CAST = (torch.float32, torch.bfloat16, torch.float16)  # the dtypes that autocast casts
 
 
 class _Keywords(TypedDict, total=False):
-    """The keywords that `lmoe` and `lmoe_linear` share, for type checkers: overloads on `return_router_logits`."""
+    """The keywords that `lmoe` and `lmoe_linear` share, spelled out once for the overloads on `return_router_logits`."""
 
     gate_weight: Tensor | None
     gate_bias: Tensor | None
@@ -73,30 +73,32 @@ def lmoe(
     return_router_logits: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The mixture of LoRA experts: what it adds to a linear layer's output.
+    """Compute the delta that a mixture of LoRA experts adds to the output of a linear layer.
 
-    Semantics (mixing="factors"; x of shape (T, I)):
-        g = softmax(x @ gate_weight.T);  A, B = einsum("te,eri->tri", g, lora_a), einsum("te,ero->tro", g, lora_b)
-        delta = scaling * einsum("tro,tri,ti->to", B, A, x)
+    Semantics:
+        g = softmax(x @ gate_weight.T + gate_bias)                  # x (T, I), g (T, E); top_k keeps k experts a token
+        A, B = einsum("te,eri->tri", g, lora_a), einsum("te,ero->tro", g, lora_b)
+        delta = scaling * einsum("tro,tri,ti->to", B, A, x)                         # mixing="factors"
+        delta = scaling * einsum("te,ero,eri,ti->to", g, lora_b, lora_a, x)         # mixing="outputs"
 
     Args:
-        x: (..., I) fp32 | bf16 | fp16 | fp64, any strides, any number of tokens. Under autocast it is cast first.
-        lora_a: (E, R, I), or (1, R, I): one A shared by all experts. x's dtype, or fp32 (master weights).
-        lora_b: (E, R, O), x's dtype or fp32. Rank before features: PEFT's lora_B.weight, transposed.
-        gate_weight: (E, I), x's dtype or fp32. The gate; either this or gate_logits.
-        gate_bias: (E), x's dtype or fp32. Added to the logits of gate_weight.
-        gate_logits: (..., E), x's dtype or fp32. The logits of an outside router.
-        base: (..., O), x's dtype. The delta is added to it in the same pass; it is not written to.
+        x: (..., I) in fp32, bf16, fp16 or fp64, with any strides and any number of tokens. Autocast casts it.
+        lora_a: (E, R, I), or (1, R, I) for one A that all experts share; x's dtype, or fp32 (master weights).
+        lora_b: (E, R, O), x's dtype or fp32. It is the transpose of PEFT's lora_B.weight.
+        gate_weight: (E, I), x's dtype or fp32. Exactly one of gate_weight and gate_logits must be given.
+        gate_bias: (E), x's dtype or fp32. It is added to the logits; only with gate_weight.
+        gate_logits: (..., E), x's dtype or fp32. The logits of an outside router, in place of gate_weight.
+        base: (..., O), x's dtype. The delta is added to it in the same pass. The tensor itself does not change.
         scaling: factor on the delta (alpha / rank in LoRA's terms).
-        mixing: "factors" averages the experts' A and B and multiplies the averages (L-MoE); "outputs" averages the
-            products B_e A_e x (most mixtures of LoRAs; right for adapters that were trained apart).
-        top_k: keep the experts of the k largest logits of each token; of equal ones the lower expert index.
-        renormalize: with top_k, whether the softmax runs over the kept experts alone, so that their gates sum to 1, or over
-            all experts, those not kept getting 0 afterwards. With top_k=1 the first makes every gate 1: a loss on the output
-            then does not train the gate.
-        return_router_logits: also return the logits, (..., E) in fp32 (fp64 for fp64), differentiable: balance and
-            z losses are written on them. Where gate_logits are given, these are returned as they are.
-        backend: "torch", "reference", ...; None takes the fastest that can, see `explain`.
+        mixing: "factors" averages the experts' A and B and multiplies the averages (L-MoE). "outputs" averages the products
+            B_e A_e x, like most mixtures of LoRAs; use it for adapters that were trained separately.
+        top_k: each token keeps the experts with the k largest logits; of equal logits, the one with the lower expert index.
+        renormalize: True computes the softmax over the kept experts, so that their gates sum to 1. False computes it over
+            all experts and then sets the gates of the others to 0. With top_k=1, True makes every kept gate 1, and a loss on
+            the output does not train the gate.
+        return_router_logits: also return the logits (..., E) in fp32 (fp64 for fp64). They are differentiable, so that
+            balance and z-losses can use them. If gate_logits is given, that tensor is returned.
+        backend: "cuda", "triton", "torch" or "reference"; None selects one automatically, see `explain`.
 
     Returns:
         delta (..., O) in x's dtype, or base + delta; with `return_router_logits` the pair (delta, router_logits).
@@ -167,15 +169,18 @@ def lmoe_linear(
     return_router_logits: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """A linear layer and its mixture of LoRA experts, in the cheapest order: the delta first, the layer's GEMM adds to it.
+    """Compute a linear layer with its mixture of LoRA experts.
+
+    The delta is computed first, and the GEMM of the linear layer adds to it. Arguments that are not listed here are those
+    of `lmoe`.
 
     Semantics:
         y = torch.nn.functional.linear(x, weight, bias) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)
 
     Args:
-        weight: (O, I), x's dtype, as in `torch.nn.Linear`. It gets a gradient where it requires one.
+        x: (..., I), see `lmoe`.
+        weight: (O, I), x's dtype, as in `torch.nn.Linear`. It gets a gradient if it requires one.
         bias: (O) or None, x's dtype.
-        The others: see `lmoe`.
 
     Returns:
         y (..., O) in x's dtype; with `return_router_logits` the pair (y, router_logits).
@@ -183,6 +188,8 @@ def lmoe_linear(
     Raises:
         ValueError: as `lmoe`.
         TypeError: as `lmoe`.
+
+    Source: L-MoE, arXiv 2510.17898.
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     options = Options(scaling, mixing, top_k, renormalize)
@@ -206,10 +213,15 @@ def explain(
     renormalize: bool = True,
     backend: BackendName | None = None,
 ) -> str:
-    """Which backend `lmoe` takes for these arguments, and why not the others: one line each, nothing is computed.
+    """Explain which backend `lmoe` selects for these arguments, and why it does not select the others.
+
+    Nothing is computed. The arguments are those of `lmoe`.
 
     Example:
         print(explain(x, lora_a, lora_b, gate_weight=gate_weight))
+
+    Returns:
+        a text with one line for the call and one for each backend.
 
     Raises:
         ValueError: as `lmoe`.
@@ -219,7 +231,7 @@ def explain(
     x = _autocast(x)
     checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize))
     problem = Problem(factors.sizes(x.shape[:-1].numel()), x.dtype, x.device)
-    return dispatch.explain_choice("lmoe", problem, dispatch.asked_for("explain", backend))
+    return dispatch.explain_choice("lmoe", problem, dispatch.requested_backend("explain", backend))
 
 
 def _call(
@@ -232,12 +244,12 @@ def _call(
     return_router_logits: bool,
     backend: BackendName | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Flatten the tokens, apply the Function, give the leading dims back."""
+    """Flatten the leading dims of x, apply the Function, and restore the leading dims."""
     checks.check_bool(op, "return_router_logits", return_router_logits)
-    name, outside = dispatch.asked_for(op, backend), factors.gate_logits
+    name, outside = dispatch.requested_backend(op, backend), factors.gate_logits
     if outside is not None:
         factors = factors._replace(gate_logits=_flat(outside))
-    if type(options.scaling) is not float:  # another kind of number, which the op does not take
+    if type(options.scaling) is not float:  # the op's schema accepts no other kind of number
         options = options._replace(scaling=float(options.scaling))
     y, logits = autograd.apply(_flat(x), factors, weight, base, options, return_logits=return_router_logits, backend=name)
     y = _unflat(y, x)
@@ -247,12 +259,12 @@ def _call(
 
 
 def _unflat(t: Tensor, x: Tensor) -> Tensor:
-    """(T, F) with the leading dims of x."""
+    """Reshape (T, F) to (..., F) with the leading dims of x."""
     return t if x.dim() == 2 else t.view(*x.shape[:-1], t.shape[1])
 
 
 def _flat(t: _MaybeTensor) -> _MaybeTensor:
-    """(..., F) as (T, F)."""
+    """Reshape (..., F) to (T, F)."""
     if t is None or t.dim() == 2:
         return t
     return t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
@@ -261,7 +273,7 @@ def _flat(t: _MaybeTensor) -> _MaybeTensor:
 def _autocast(t: _MaybeTensor) -> _MaybeTensor:
     """Cast to the autocast dtype if autocast would cast the tensor; otherwise return it unchanged.
 
-    Trained parameters and an outside router's logits are not cast: they may be fp32.
+    Not used for trained parameters and an outside router's logits, which every backend accepts in fp32.
     """
     if not isinstance(t, Tensor) or t.dtype not in _CAST or t.layout != torch.strided or t.is_meta:
         return t

@@ -1,4 +1,4 @@
-"""`python -m lmoe_kernels.info`, for bug reports: versions, GPUs, the CUDA extension, which backend a call takes and why."""
+"""`python -m lmoe_kernels.info` prints what a bug report needs: versions, GPUs, the CUDA extension, the selected backend."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ from lmoe_kernels.options import Problem, Sizes
 
 
 def report() -> str:
-    """What the command prints; nothing is computed."""
+    """The text that the command prints."""
     lines = [
         f"lmoe_kernels {__version__}, torch {torch.__version__}, triton {_version('triton')}",
         f"python {platform.python_version()}, {platform.system()} {platform.machine()}",
@@ -49,7 +49,7 @@ def _extension() -> str:
     except ImportError as error:
         return str(error).removeprefix("lmoe: ")
     info = extension.build_info()
-    return f"nvcc {info['nvcc']} for {info['archs']}" if "nvcc" in info else "loads; setup.py left no record of its build"
+    return f"nvcc {info['nvcc']} for {info['archs']}" if "nvcc" in info else "loaded; setup.py left no record of the build"
 
 
 if __name__ == "__main__":

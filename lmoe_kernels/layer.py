@@ -1,4 +1,4 @@
-"""`LMoELinear`: a frozen linear layer with a trained mixture of LoRA experts beside it."""
+"""`LMoELinear`: a frozen linear layer with a trained mixture of LoRA experts."""
 
 import sys
 import warnings
@@ -16,38 +16,50 @@ from lmoe_kernels.options import Mixing
 
 
 class LMoELinear(nn.Module):
-    """A drop-in `nn.Linear` whose weight is frozen and whose experts and gate are trained.
+    """A replacement for `nn.Linear` with a frozen weight and a trained mixture of LoRA experts.
 
     Semantics:
         y = frozen_layer(x) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, scaling=alpha / rank, ...)
 
     Args:
-        in_features, out_features, bias, device, dtype: as in `nn.Linear`; they make the frozen layer.
-        num_experts, rank: E and R.
-        alpha: the delta is scaled by alpha / rank; None for 2 * rank times the number of experts that share a token: top_k
-            where the gates are renormalised, else num_experts.
-        mixing, top_k, renormalize, backend: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, so that
-            a loss on the output does not train the gate: pass renormalize=False, or train it by losses on `router_logits`.
-        shared_a: one A for all experts, a B for each.
-        gate_bias: whether the gate has a bias, zero at the start.
-        gate_init_std: standard deviation of the gate's initial weights; None for 1 / sqrt(in_features), under which router
-            logits do not depend on the width.
-        output_router_logits: keep the logits of the last forward in `router_logits`, for losses on them.
+        in_features: I, as in `nn.Linear`.
+        out_features: O, as in `nn.Linear`.
+        bias: whether the frozen layer has a bias.
+        device: device of the frozen layer, the experts and the gate.
+        dtype: dtype of the frozen layer.
+        num_experts: E, the number of experts.
+        rank: R, the rank of each expert.
+        alpha: the delta is multiplied by alpha / rank. None for 2 * rank * n, where n experts share a token: n is top_k if
+            the gates are renormalised, else num_experts.
+        mixing: see `lmoe`.
+        top_k: see `lmoe`.
+        renormalize: see `lmoe`. With top_k=1 and renormalize=True the kept gate is always 1, and a loss on the output does
+            not train the gate: pass renormalize=False, or train the gate with a loss on `router_logits`.
+        backend: see `lmoe`.
+        shared_a: whether all experts share one A; each has its own B.
+        gate_bias: whether the gate has a bias. It is initialised to zero.
+        gate_init_std: standard deviation of the gate's initial weights. None for 1 / sqrt(in_features), which makes the
+            scale of the router logits independent of in_features.
+        output_router_logits: whether to keep the logits of the last forward in `router_logits`, for losses on them.
 
     Attributes:
-        frozen_layer: the frozen layer.
-        lora_a: (E, R, I) or (1, R, I).
-        lora_b: (E, R, O), zero at the start, so that a new layer gives what the frozen one gives.
+        frozen_layer: the frozen linear layer.
+        lora_a: (E, R, I), or (1, R, I) with shared_a. Experts and gate are fp32 for every dtype of the frozen layer except
+            fp64, because bf16 would round the small steps of an optimizer away.
+        lora_b: (E, R, O), initialised to zero, so that a new layer computes what the frozen layer computes.
         gate_weight: (E, I).
-        gate_bias: (E) or None. Experts and gate are fp32 whatever the frozen layer's precision (fp64 if it is fp64): in bf16
-            the small steps of an optimizer are lost in rounding.
-        weight, bias: the frozen layer's, for code that asks for their dtype. A product with them misses the experts.
-        router_logits: (..., E) of the last forward, or None. After a reentrant checkpoint's forward they carry no gradient.
-        disabled: whether forward leaves the experts out, see `disable_lmoe`.
+        gate_bias: (E) or None.
+        weight: the frozen layer's weight, for code that reads its dtype. A product with it does not include the experts.
+        bias: the frozen layer's bias.
+        router_logits: (..., E) of the last forward, or None. They have no gradient after a forward under reentrant
+            activation checkpointing.
+        disabled: whether forward skips the experts, see `disable_lmoe`.
 
     Raises:
         ValueError: an option does not fit; in forward, as `lmoe`.
-        TypeError: an option has the wrong type or name; in forward, as `lmoe`.
+        TypeError: an option has the wrong type or an unknown name; in forward, as `lmoe`.
+
+    Source: L-MoE, arXiv 2510.17898.
     """
 
     def __init__(
@@ -107,18 +119,22 @@ class LMoELinear(nn.Module):
         backend: BackendName | None = None,
         **unknown: NoReturn,
     ) -> "LMoELinear":
-        """Wrap a layer, which is frozen and kept, not copied.
+        """Create an `LMoELinear` around a linear layer, which is frozen and not copied.
+
+        The other keywords are those of `LMoELinear`.
 
         Args:
             linear: any module with `in_features` and `out_features`, or transformers' Conv1D. The product of a plain
-                `nn.Linear` is computed together with the delta; of any other class (a quantised one, say), or of one with
-                hooks or a forward of its own, the forward is called.
-            dtype: of experts and gate; None for fp32, or fp64 beside an fp64 layer.
-            the others: see `LMoELinear`.
+                `nn.Linear` is computed together with the delta. Any other layer is called: one of another class (for
+                example a quantised one), with hooks, or with a forward that was replaced on the instance.
+            dtype: dtype of experts and gate; None for fp32, or fp64 if the linear layer is fp64.
+
+        Returns:
+            the new layer, whose `frozen_layer` is `linear`.
 
         Raises:
             ValueError: an option does not fit.
-            TypeError: the module is no linear layer, or an option has the wrong type or name.
+            TypeError: `linear` is not a linear layer, or an option has the wrong type or an unknown name.
         """
         refuse_unknown(unknown)
         config = LayerConfig(
@@ -138,7 +154,20 @@ class LMoELinear(nn.Module):
 
     @classmethod
     def from_config(cls, linear: nn.Module, config: LayerConfig, dtype: torch.dtype | None = None) -> "LMoELinear":
-        """`from_linear` with its keywords in one tuple."""
+        """Create an `LMoELinear` around a linear layer, like `from_linear`, with the options in a `LayerConfig`.
+
+        Args:
+            linear: see `from_linear`.
+            config: the options.
+            dtype: see `from_linear`.
+
+        Returns:
+            the new layer, whose `frozen_layer` is `linear`.
+
+        Raises:
+            ValueError: an option does not fit.
+            TypeError: `linear` is not a linear layer, or an option has the wrong type.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._wrap(linear, config, dtype)
@@ -172,7 +201,7 @@ class LMoELinear(nn.Module):
         self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
         self.gate_bias: nn.Parameter | None
         self.register_parameter("gate_bias", parameters.get("gate_bias"))
-        self.frozen_layer = linear.requires_grad_(False)  # last: an error before leaves the layer as it was
+        self.frozen_layer = linear.requires_grad_(False)  # after everything that can fail: an error leaves it unchanged
         self.reset_parameters()
         if config.top_k == 1 and config.renormalize and config.num_experts > 1:
             warnings.warn(
@@ -182,11 +211,11 @@ class LMoELinear(nn.Module):
             )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of experts and gate, by name."""
+        """The shapes of the parameters of experts and gate, by name."""
         return LayerConfig(**self.config()).shapes(self.in_features, self.out_features)
 
     def reset_parameters(self) -> None:
-        """Draw A as PEFT does (Kaiming uniform, a = sqrt 5, over I) and the gate normal; B and the gate's bias are zero."""
+        """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, B and its bias zero."""
         bound = self.in_features**-0.5 if self.in_features else 0.0
         nn.init.uniform_(self.lora_a, -bound, bound)
         nn.init.zeros_(self.lora_b)
@@ -195,9 +224,16 @@ class LMoELinear(nn.Module):
             nn.init.zeros_(self.gate_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) to y (..., O)."""
+        """Compute the frozen layer plus the delta of the experts.
+
+        Args:
+            x: (..., I), see `lmoe`.
+
+        Returns:
+            y (..., O) in x's dtype.
+        """
         if self.router_logits is not None:
-            self.router_logits = None  # no loss may see an older batch's, should this forward fail or keep none
+            self.router_logits = None  # if this forward fails or keeps none, no loss may use those of an earlier batch
         base = self.frozen_layer
         if self.disabled:
             return base(x)
@@ -223,27 +259,28 @@ class LMoELinear(nn.Module):
         return result
 
     def _warn_of_frozen_parameters(self) -> None:
-        """PEFT freezes everything that was there before its own layers, and says nothing."""
+        """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
         frozen = not any(parameter.requires_grad for parameter in (self.lora_a, self.lora_b, self.gate_weight))
         if frozen and "peft" in sys.modules and torch.is_grad_enabled():
             warnings.warn(
-                "LMoELinear: lora_a, lora_b, gate_weight of a model that is trained are frozen. get_peft_model does that to "
-                "what it finds: call it before apply_lmoe, or train_lmoe(model) after it, before the optimizer is made.",
+                "LMoELinear: lora_a, lora_b and gate_weight are frozen in a layer that is in training mode. get_peft_model "
+                "freezes all existing parameters: call it before apply_lmoe, or call train_lmoe(model) after it and before "
+                "the optimizer is created.",
                 stacklevel=3,
             )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the frozen layer's tensors under the names of the plain model too, as files of the plain model have them."""
-        own = (*self._parameters, *self._modules)
+        """Accept the frozen layer's tensors also under their names in the plain model, as in its checkpoints."""
+        known = (*self._parameters, *self._modules)
         for key in [key for key in state_dict if key.startswith(prefix)]:
             rest = key.removeprefix(prefix)
-            if rest.partition(".")[0] not in own:
+            if rest.partition(".")[0] not in known:
                 state_dict.setdefault(f"{prefix}frozen_layer.{rest}", state_dict.pop(key))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def weight(self) -> Any:
-        """The frozen layer's weight: some models read its dtype (transformers' T5)."""
+        """The frozen layer's weight. Some models read its dtype (transformers' T5)."""
         return self.frozen_layer.weight
 
     @property
@@ -252,7 +289,7 @@ class LMoELinear(nn.Module):
         return self.frozen_layer.bias
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Redirect weight and bias to the frozen layer, so that tying them to an embedding's works."""
+        """Set `weight` and `bias` on the frozen layer, so that code that ties them to an embedding works."""
         if name in ("weight", "bias"):
             setattr(self.frozen_layer, name, value)
         else:
@@ -260,16 +297,16 @@ class LMoELinear(nn.Module):
 
     @property
     def num_trainable_parameters(self) -> int:
-        """How many numbers of this layer are trained: those of experts and gate, unless the user says otherwise."""
+        """The number of elements of this layer's parameters that require a gradient."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     def config(self) -> dict[str, Any]:
-        """The options that decide what the layer computes: those that a checkpoint keeps."""
-        own = {"gate_bias": self.has_gate_bias}  # self.gate_bias is the parameter
-        return {name: own[name] if name in own else getattr(self, name) for name in CONFIG_KEYS}
+        """The options that decide what the layer computes, by name. A checkpoint stores these."""
+        attributes = {"gate_bias": "has_gate_bias"}  # self.gate_bias is the parameter
+        return {name: getattr(self, attributes.get(name, name)) for name in CONFIG_KEYS}
 
     def extra_repr(self) -> str:
-        """Sizes and options, as `print(model)` shows them."""
+        """The sizes and options for `print(model)`."""
         shown: dict[str, Any] = {
             "num_experts": self.num_experts,
             "rank": self.rank,
@@ -288,12 +325,12 @@ class LMoELinear(nn.Module):
         return sizes + ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies do not take the last forward's logits along, whose graph cannot be copied."""
+        """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""
         return {**self.__dict__, "router_logits": None}
 
 
 def features_of(linear: nn.Module) -> tuple[int, int] | None:
-    """In and out features of a linear layer; None where a module is none."""
+    """The in and out features of a linear layer; None for any other module."""
     features = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
     if isinstance(features[0], int) and isinstance(features[1], int):
         return features[0], features[1]
@@ -304,18 +341,18 @@ def features_of(linear: nn.Module) -> tuple[int, int] | None:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The tensor whose device and dtype are the layer's."""
+    """A tensor with the device and the dtype of the layer."""
     weight = getattr(linear, "weight", None)
     if isinstance(weight, Tensor):
         return weight
-    return next(chain(linear.parameters(), linear.buffers()), torch.empty(0))  # GPTQ's layers have buffers alone
+    return next(chain(linear.parameters(), linear.buffers()), torch.empty(0))  # the layers of GPTQ have only buffers
 
 
 def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer does nothing but `F.linear` on plain tensors, so that its product may be fused."""
+    """Whether calling the layer only runs `F.linear` on plain tensors, so that `lmoe_linear` can compute its product."""
     return (
         type(layer) is nn.Linear
-        and "forward" not in layer.__dict__  # replaced on the object, as accelerate does where it moves weights
+        and "forward" not in layer.__dict__  # accelerate replaces forward on the instance if it offloads weights
         and type(layer.weight) in (Tensor, nn.Parameter)
         and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
     )

@@ -1,4 +1,4 @@
-"""Losses on router logits, which keep the gate from collapsing onto few experts."""
+"""Losses on router logits, which prevent the gate from collapsing onto a few experts."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -11,24 +11,27 @@ _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, t
 
 
 def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask: Tensor | None = None) -> Tensor:
-    """The Switch Transformer's load balancing loss: 1 where all experts are used alike, up to E / top_k where not.
+    """Compute the load balancing loss of the Switch Transformer: 1 if all experts are used equally, at most E / top_k.
 
     Semantics:
         chosen = one_hot(logits.topk(top_k).indices).sum(-2).mean(0) / top_k;  mean = logits.softmax(-1).mean(0)
         loss = E * (chosen * mean).sum()
 
     Args:
-        router_logits: (..., E), or several of them, on any devices: then the mean over them, layer by layer.
-        top_k: how many experts count as chosen for a token. With dense gates 1, the strongest.
-        mask: (...) bool, or numbers of at least 0: the weight of each token in the means; None for all alike. What a token
-            of weight 0 holds, NaN too, changes neither the loss nor its gradient. Numbers on a GPU are not looked at.
+        router_logits: (..., E), or several such tensors, which may be on different devices. The loss of several is the mean
+            of their losses.
+        top_k: number of experts that count as chosen for each token. Use 1, the strongest expert, for dense gates.
+        mask: (...) of bool or of numbers >= 0, the weight of each token in the means; None for equal weights. Tokens of
+            weight 0 have no effect on the loss and its gradient, even if their logits are NaN. The values of a mask on a
+            GPU are not checked.
 
     Returns:
-        a scalar in fp32 (fp64 for fp64), 0 where no token counts. The gradient flows through `mean`; the choice has none.
+        a scalar in fp32 (fp64 for fp64), 0 if no token counts. The gradient flows through `mean`, not through `chosen`.
 
     Raises:
-        ValueError: no logits, no experts, a top_k outside 1..E, or a mask of another shape or with negative numbers.
-        TypeError: no plain tensors of a floating dtype that the package supports, or a mask that is no plain tensor.
+        ValueError: there are no logits or no experts, top_k is not in 1..E, or the mask has another shape or negative
+            values.
+        TypeError: an argument is not a dense tensor of a supported dtype, or top_k is not an int.
 
     Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6.
     """
@@ -44,12 +47,21 @@ def balance_loss(router_logits: Tensor | Iterable[Tensor], top_k: int = 1, mask:
 
 
 def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None = None) -> Tensor:
-    """The mean squared log-sum-exp of the logits, which keeps them small.
+    """Compute the router z-loss: the mean squared log-sum-exp of the logits, which keeps them small.
 
     Semantics:
         loss = logits.logsumexp(-1).square().mean()
 
-    Args, Returns, Raises: as `balance_loss`.
+    Args:
+        router_logits: (..., E), or several such tensors, as in `balance_loss`.
+        mask: (...), as in `balance_loss`.
+
+    Returns:
+        a scalar in fp32 (fp64 for fp64), 0 if no token counts.
+
+    Raises:
+        ValueError: as `balance_loss`.
+        TypeError: as `balance_loss`.
 
     Source: ST-MoE, arXiv 2202.08906, equation 5.
     """
@@ -61,16 +73,16 @@ def router_z_loss(router_logits: Tensor | Iterable[Tensor], mask: Tensor | None 
 
 
 def _mean(rows: Tensor, weights: Tensor) -> Tensor:
-    """The mean of rows (T, ...) under weights (T). Not a matrix product: autocast would round that."""
+    """The weighted mean of rows (T, F), with weights (T). It is no matrix product, which autocast would compute in half."""
     return (weights[:, None] * rows).sum(dim=0)
 
 
 def _mean_over_layers(
     op: str, router_logits: Tensor | Iterable[Tensor], mask: Tensor | None, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Apply loss(logits (T, E), weights (T)) to every layer's logits; the mean, on the first one's device.
+    """Apply loss(logits (T, E), weights (T)) to the logits of every layer. Return the mean, on the first one's device.
 
-    The weights sum to one, or to zero where no token counts.
+    The weights sum to 1, or to 0 if no token counts.
     """
     must = "be a tensor (..., E) or several"
     if not isinstance(router_logits, Iterable) or isinstance(router_logits, Mapping):
@@ -83,7 +95,7 @@ def _mean_over_layers(
 
 
 def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits as (T, E) in fp32 at least, and the tokens' weights (T)."""
+    """The logits as (T, E) in fp32 or fp64, and the weights of the tokens (T)."""
     check_dense(op, "router_logits", logits, DTYPES)
     if logits.shape[-1] == 0:
         fail(op, "router_logits", "have shape (..., E) with E >= 1", tuple(logits.shape))
@@ -99,11 +111,11 @@ def _tokens(op: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor, Tenso
 
 
 def _check_mask(op: str, mask: Tensor, logits: Tensor) -> None:
-    """Whether a mask fits the logits. Its values are looked at where no device must be waited for."""
+    """Check that a mask fits the logits. Its values are checked only on the CPU, because reading them waits for a GPU."""
     check_dense(op, "mask", mask, _MASK_DTYPES)
     if mask.shape != logits.shape[:-1]:
         fail(op, "mask", f"have the tokens' shape {tuple(logits.shape[:-1])}", tuple(mask.shape))
     if mask.is_meta and not logits.is_meta:
-        fail(op, "mask", "hold numbers", "one on the meta device")
+        fail(op, "mask", "have data", "one on the meta device")
     if mask.device.type == "cpu" and mask.dtype.is_signed and not torch.compiler.is_compiling() and bool((mask < 0).any()):
-        fail(op, "mask", "be at least 0", f"{mask.min().item()} among its numbers")
+        fail(op, "mask", "be at least 0 for every token", mask.min().item())

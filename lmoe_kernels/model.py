@@ -1,4 +1,4 @@
-"""What works on whole models: put L-MoE layers into one, switch them off, take them out, look at what is trained."""
+"""Functions on whole models: add L-MoE layers, train, disable or remove them, collect their router logits."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,10 +25,10 @@ from lmoe_kernels.targets import (
     lmoe_layers_by_every_name,
     mark_saved,
     matches,
-    means,
     nearest,
     saved_modules,
     stacked_experts,
+    target_matches,
     unmark_saved,
     wrappable_layers,
 )
@@ -53,33 +53,31 @@ def apply_lmoe(
     backend: BackendName | None = None,
     **unknown: NoReturn,
 ) -> list[str]:
-    r"""Put an `LMoELinear` around linear layers of a model, in place.
+    r"""Replace linear layers of a model by `LMoELinear` layers around them, in place.
 
-    The first call freezes everything but experts, gates and `modules_to_save`; a later one freezes no more than the layers
-    that it wraps. In a PEFT model nothing else is frozen, and an adapted layer gets its experts below PEFT's adapter: both
-    are trained.
+    The first call freezes all parameters except experts, gates and `modules_to_save`; later calls freeze only the layers
+    that they wrap. In a PEFT model only those are frozen too: an adapted layer gets experts inside PEFT's adapter, and both
+    are trained. The keywords from `num_experts` on are those of `LMoELinear`. An error leaves the model unchanged.
 
     Args:
-        model: any module; its layers with `in_features` and `out_features` (and transformers' Conv1D) can be targets, save
-            those that `nn.MultiheadAttention` and `nn.TransformerEncoderLayer` hold and do not call. Give the whole model:
-            transformers' `save_pretrained` of one that was given in part does not know of the layers.
-        target_modules: names of layers, one or several: a whole name ("model.layers.0.self_attn.q_proj"), the end of one
-            ("q_proj"), or a regular expression that the whole name matches (r".*\.mlp\..*"); or "all-linear", every such
-            layer but the model's heads (a transformers model's output embedding, its classifier, what else it has around
-            its base model). Names are those of the plain model, whatever wraps it.
-        modules_to_save: names, likewise, of modules that are trained as they are and saved with the experts: a newly
-            initialised classifier, say.
-        dtype: of experts and gates, see `LMoELinear.from_linear`.
-        num_experts, rank, alpha, mixing, top_k, renormalize, shared_a, gate_bias, gate_init_std, output_router_logits,
-            backend: see `LMoELinear`.
+        model: any module. Targets can be its layers with `in_features` and `out_features`, and transformers' Conv1D, except
+            those inside `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, which do not call them. Pass the whole
+            transformers model: given a part of it, its `save_pretrained` does not handle the L-MoE layers.
+        target_modules: one or several names of layers. A name is a full name ("model.layers.0.self_attn.q_proj"), the last
+            segments of one ("q_proj"), or a regular expression for a full name (`r".*\.mlp\..*"`). "all-linear" means every
+            possible target except the heads: the output embedding of a transformers model and its modules outside the base
+            model, such as a classifier. Wrappers around the model do not change the names.
+        modules_to_save: one or several names of modules that are trained directly and saved with the experts, for example a
+            newly initialised classifier.
+        dtype: dtype of experts and gates, see `LMoELinear.from_linear`.
 
     Returns:
-        the names of the layers that were changed, in the model's order.
+        the names of the wrapped layers, in the model's order.
 
     Raises:
-        ValueError: a target matches nothing; why, or the nearest names, are told. A model that is distributed already
-            (DDP, FSDP): apply before. The model is then as it was.
-        TypeError: `model` is no module, or a target no name.
+        ValueError: a target matches no layer (the error says why or suggests names), an option does not fit, or the model
+            is already distributed (DDP, FSDP).
+        TypeError: an argument or an option has the wrong type, or an option has an unknown name.
     """
     refuse_unknown(unknown)
     config = LayerConfig(
@@ -95,32 +93,43 @@ def apply_lmoe(
         output_router_logits=output_router_logits,
         backend=backend,
     )
+    targets, linears, saved = _selected(model, target_modules, modules_to_save)
+    _warn_of_frozen_weights(model, targets, saved)
+    replace_modules(model, wrap_linears(linears, lambda name: (config, dtype)), saved)
+    return list(linears)
+
+
+def _selected(
+    model: nn.Module, target_modules: str | Iterable[str], modules_to_save: str | Iterable[str]
+) -> tuple[list[str], dict[str, nn.Module], list[str]]:
+    """Check the arguments of `apply_lmoe`. Return the targets, the linear layers to wrap, the names of modules_to_save."""
     if not isinstance(model, nn.Module):
         fail("apply_lmoe", "model", "be a torch.nn.Module", type(model).__name__, TypeError)
-    targets, saved = _names("target_modules", target_modules), _names("modules_to_save", modules_to_save)
+    targets, to_save = _names("target_modules", target_modules), _names("modules_to_save", modules_to_save)
     if not targets:
         fail("apply_lmoe", "target_modules", "name at least one layer", targets)
     if (how := how_distributed(model)) is not None:
         fail("apply_lmoe", "model", "get its L-MoE layers before it is distributed", f"one {how}")
     modules = {name: module for name, module in plain_modules(model).items() if name}
-    whole = matches(model, "modules_to_save", saved, modules, lambda target: nearest(target, modules)) if saved else []
-    for name in whole:
+    saved: list[str] = []
+    if to_save:
+        saved = matches(model, "modules_to_save", to_save, modules, lambda target: nearest(target, modules))
+    for name in saved:
         if any(isinstance(part, LMoELinear) for part in modules[name].modules()):
             fail("apply_lmoe", "modules_to_save", "name modules without L-MoE layers", repr(name))
-    parts = {id(part) for name in whole for part in modules[name].modules()}
+    parts = {id(part) for name in saved for part in modules[name].modules()}
     linears = {name: linear for name, linear in wrappable_layers(model).items() if id(linear) not in parts}
-    chosen = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
-    _warn_of_what_is_left(model, targets, whole)
-
-    layers = wrapped({name: linears[name] for name in chosen}, lambda name: (config, dtype))
-    replace_modules(model, layers, whole)
-    return chosen
+    names = matches(model, "target_modules", targets, linears, lambda target: hint_for_layers(model, target, linears))
+    return targets, {name: linears[name] for name in names}, saved
 
 
-def wrapped(
+def wrap_linears(
     linears: Mapping[str, nn.Module], options_of: Callable[[str], tuple[LayerConfig, torch.dtype | None]]
 ) -> dict[str, LMoELinear]:
-    """A new layer around each of these; one around a linear layer of several names. An error leaves them as they were."""
+    """Create a layer around each of these linear layers, one for a linear layer with several names.
+
+    An error leaves the linear layers unchanged.
+    """
     trained = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     layers: dict[int, LMoELinear] = {}
     try:
@@ -135,7 +144,10 @@ def wrapped(
 
 
 def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_to_save: Iterable[str] = ()) -> None:
-    """Set the layers at these names of the plain model; the first ones freeze what they, PEFT and modules_to_save leave."""
+    """Replace the modules at these names of the plain model by L-MoE layers, and mark modules_to_save.
+
+    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first.
+    """
     modules = plain_modules(model)
     if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
         model.requires_grad_(False)
@@ -146,10 +158,13 @@ def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_
 
 
 def train_lmoe(model: nn.Module) -> None:
-    """Let experts, gates and modules_to_save be trained, whatever has been frozen since; nothing else is changed.
+    """Make experts, gates and modules_to_save trainable again. Other parameters do not change.
 
-    `peft.get_peft_model` freezes them where it wraps a model that has L-MoE layers already: call this after it. Then PEFT's
-    model saves experts and gates too.
+    `peft.get_peft_model` freezes them if it wraps a model that already has L-MoE layers: call this function after it. The
+    PEFT model then also saves experts and gates.
+
+    Args:
+        model: a model with L-MoE layers, plain or wrapped.
     """
     pretrained.install(model)
     for layer in lmoe_layers(model).values():
@@ -160,22 +175,25 @@ def train_lmoe(model: nn.Module) -> None:
 
 
 def remove_lmoe(model: nn.Module) -> list[str]:
-    """Put the frozen layers back in the place of all L-MoE layers; experts and gates are gone.
+    """Replace all L-MoE layers of a model by their frozen layers. Experts and gates are discarded.
 
-    The frozen layers are the very modules that were wrapped, bit for bit, and stay frozen (`requires_grad_(True)` to train
-    them). Modules that were given as modules_to_save keep what they have learned, and are like any other again.
+    The frozen layers are the modules that were wrapped, bit for bit. They stay frozen; call `requires_grad_(True)` to train
+    them. Modules of modules_to_save keep their trained values, and are no longer marked as such.
+
+    Args:
+        model: a model with L-MoE layers, plain or wrapped.
 
     Returns:
         the names of the layers in the plain model.
 
     Raises:
-        ValueError: the model is itself an `LMoELinear` (take its `frozen_layer`), or is distributed (DDP, FSDP).
+        ValueError: the model itself is an `LMoELinear` (use its `frozen_layer`), or it is distributed (DDP, FSDP).
     """
     if (how := how_distributed(model)) is not None:
-        fail("remove_lmoe", "model", "be taken out of what distributes it", f"one {how}")
+        fail("remove_lmoe", "model", "not be distributed", f"one {how}")
     layers = lmoe_layers_by_every_name(model)
     if "" in layers:
-        fail("remove_lmoe", "model", "hold L-MoE layers", "one of them (take its frozen_layer)")
+        fail("remove_lmoe", "model", "contain L-MoE layers", "an LMoELinear (use its frozen_layer)")
     set_modules(model, {name: layer.frozen_layer for name, layer in layers.items()})
     for module in saved_modules(model).values():
         unmark_saved(module)
@@ -185,9 +203,12 @@ def remove_lmoe(model: nn.Module) -> list[str]:
 
 @contextmanager
 def disable_lmoe(model: nn.Module) -> Iterator[None]:
-    """Within this block the model computes as the frozen model does. It holds for all threads that run the model.
+    """Disable the L-MoE layers of a model within a `with` block: they compute only their frozen layers.
 
-    Modules that were given as modules_to_save compute with what they have learned.
+    This applies to all threads that run the model. Modules of modules_to_save keep their trained values.
+
+    Args:
+        model: a model with L-MoE layers, plain or wrapped.
 
     Example:
         with disable_lmoe(model), torch.no_grad():
@@ -205,39 +226,49 @@ def disable_lmoe(model: nn.Module) -> Iterator[None]:
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print how many numbers of a model are trained, and how many it has, as PEFT does; tied ones count once."""
+    """Print how many parameters of a model are trained and how many it has, in the format of PEFT. Tied ones count once.
+
+    Args:
+        model: any model.
+    """
     sizes = [(numel_of(parameter), parameter.requires_grad) for parameter in model.parameters()]
     trained, every = sum(size for size, wanted in sizes if wanted), sum(size for size, _ in sizes)
     print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / max(every, 1):.4f}")
 
 
 def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
-    """The router logits of the last forward, by layer; of the layers with `output_router_logits` that have run.
+    """Collect the router logits of a model's last forward.
 
-    Under gradient checkpointing take `use_reentrant=False`: the reentrant kind runs its forward without gradients, and a
-    loss on these logits would train nothing, of which one warning tells.
+    With activation checkpointing, pass `use_reentrant=False` to it: the reentrant variant runs the forward without
+    gradients, so that a loss on these logits would train nothing. A warning says so.
+
+    Args:
+        model: a model whose L-MoE layers have `output_router_logits` set. Layers that have not run are skipped.
+
+    Returns:
+        the router logits (..., E) by the layers' names in the plain model.
 
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """
     layers = {n: layer for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
     logits = {name: layer.router_logits for name, layer in layers.items() if layer.router_logits is not None}
-    if torch.is_grad_enabled() and any(_is_cut_off(layers[name], kept) for name, kept in logits.items()):
+    if torch.is_grad_enabled() and any(_lost_its_graph(layers[name], kept) for name, kept in logits.items()):
         warnings.warn(
-            "collect_router_logits: router logits of layers in training carry no gradient, so that a loss on them trains "
-            "nothing. Reentrant gradient checkpointing does that: say use_reentrant=False.",
+            "collect_router_logits: the router logits of layers in training mode have no gradient, so a loss on them trains "
+            "nothing. Reentrant activation checkpointing causes this: pass use_reentrant=False.",
             stacklevel=2,
         )
     return logits
 
 
-def _is_cut_off(layer: LMoELinear, logits: Tensor) -> bool:
-    """Whether a layer's gate is trained, and its router logits were computed where no graph is kept."""
+def _lost_its_graph(layer: LMoELinear, logits: Tensor) -> bool:
+    """Whether a layer's gate is trained, but its router logits were computed without a graph."""
     return layer.training and layer.gate_weight.requires_grad and not logits.requires_grad
 
 
 def _names(argument: str, names: Any) -> list[str]:
-    """One name or several, as a list."""
+    """The names as a list."""
     several = isinstance(names, Iterable) and not isinstance(names, str)
     listed: list[Any] = list(names) if several else [names]
     if not all(isinstance(name, str) for name in listed):
@@ -246,29 +277,31 @@ def _names(argument: str, names: Any) -> list[str]:
 
 
 def _is_trained_by_peft(model: nn.Module) -> bool:
-    """Whether PEFT has put adapters or prompts into the model: it has frozen the rest already."""
+    """Whether PEFT has added adapters or prompts to the model, and so has already frozen the other parameters."""
     return any(map(is_of_peft, model.modules()))
 
 
-def _warn_of_what_is_left(model: nn.Module, targets: list[str], whole: list[str]) -> None:
-    """One warning for weights that cannot be wrapped though the targets mean them, one for a head that is frozen."""
-    stacks = stacked_experts(model)
-    meant = [
-        n for n in stacks if ALL_LINEAR in targets or any(means(t, n) or means(t, n.rpartition(".")[0]) for t in targets)
-    ]
-    if meant:
-        shown = ", ".join(map(repr, meant[:3])) + (", ..." if len(meant) > 3 else "")
+def _warn_of_frozen_weights(model: nn.Module, targets: list[str], saved: list[str]) -> None:
+    """Warn about stacked experts that match a target but cannot be wrapped, and about heads that are frozen."""
+
+    def is_target(stack: str) -> bool:
+        module = stack.rpartition(".")[0]
+        return any(t == ALL_LINEAR or target_matches(t, stack) or target_matches(t, module) for t in targets)
+
+    stacks = [stack for stack in stacked_experts(model) if is_target(stack)]
+    if stacks:
+        shown = ", ".join(map(repr, stacks[:3])) + (", ..." if len(stacks) > 3 else "")
         warnings.warn(
             f"apply_lmoe: {shown} hold the weights of several experts in one parameter, not in linear layers: they are "
             "frozen and get no L-MoE layers.",
             stacklevel=3,
         )
     output = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
-    inside = (*whole, *saved_modules(model))
+    trained = (*saved, *saved_modules(model))
     for name, module in heads(model).items():
-        kept = any(name == saved or name.startswith(f"{saved}.") for saved in inside)
-        if output is None and "." not in name and not kept and any(True for _ in module.parameters()):
+        is_trained = any(name == other or name.startswith(f"{other}.") for other in trained)
+        if output is None and "." not in name and not is_trained and any(True for _ in module.parameters()):
             warnings.warn(
-                f"apply_lmoe: the head {name!r} is frozen; if it is newly initialised, give modules_to_save=[{name!r}].",
+                f"apply_lmoe: the head {name!r} is frozen; if it is newly initialised, pass modules_to_save=[{name!r}].",
                 stacklevel=3,
             )

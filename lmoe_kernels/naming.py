@@ -1,7 +1,7 @@
-"""The names that modules have in the plain model, whatever has been put around the model or its parts since.
+"""The names of modules in the plain model, that is, without the wrappers around the model and its modules.
 
-torch.compile, activation checkpointing, FSDP, data parallelism and PEFT put modules around others, and with them a segment
-into every name below. Checkpoints and targets use the names without these segments.
+torch.compile, activation checkpointing, FSDP, data parallelism and PEFT wrap modules, which adds a segment to the name of
+every module inside. Checkpoints and targets use the names without these segments.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-# PeftModel holds a tuner, the tuner the model, a tuner's layer the layer that it stands beside.
+# PeftModel wraps a tuner, the tuner wraps the model, and the tuner's layers wrap layers of the model.
 _WRAPPED_BY_PEFT = ("base_model", "model", "base_layer", "original_module")
 
 
 def wrapped_child(module: nn.Module) -> str | None:
-    """The name of the child around which this module is a wrapper, None where it is none."""
+    """The name of the child that this module wraps; None if the module is not a wrapper."""
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         return "module"
     names = _WRAPPED_BY_PEFT if is_of_peft(module) else _WRAPPED
@@ -22,22 +22,22 @@ def wrapped_child(module: nn.Module) -> str | None:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The plain model under the wrappers around the whole of it."""
+    """The model inside all wrappers that are around the whole model."""
     while (name := wrapped_child(model)) is not None:
         model = model.get_submodule(name)
     return model
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by its name in the plain model, in the model's order; a shared one under each of its names.
+    """All modules by their names in the plain model, in the model's order; a shared module appears under each of its names.
 
-    Of a wrapper and what it wraps, which have one name, the wrapped module is given.
+    A wrapper and the module that it wraps have the same name, which maps to the wrapped module.
     """
     return {plain: module for plain, _, module in _walk(model, "", "")}
 
 
 def actual_names(model: nn.Module) -> dict[str, str]:
-    """The names that `get_submodule` takes, by the names in the plain model."""
+    """The names for `get_submodule`, by the names in the plain model."""
     return {plain: actual for plain, actual, _ in _walk(model, "", "")}
 
 
@@ -50,17 +50,17 @@ def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 
 def plain_key(key: str) -> str:
-    """A key of a state_dict as the plain model has it: most wrappers leave their segment in it, some do not."""
+    """Convert a key of a state_dict to that of the plain model. The keys contain the segments of some wrappers."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPED)
 
 
 def is_of_peft(module: nn.Module) -> bool:
-    """Whether the module's class comes from PEFT, which need not be installed."""
+    """Whether the module's class or one of its base classes comes from PEFT. Works without importing PEFT."""
     return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
 
 
 def _walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str, nn.Module]]:
-    """Name in the plain model, name as it is, module: a wrapper before what it wraps."""
+    """Yield (name in the plain model, actual name, module) for every module, a wrapper before the module that it wraps."""
     yield plain, actual, module
     wrapped = wrapped_child(module)
     for name, child in module._modules.items():

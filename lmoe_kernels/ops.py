@@ -1,13 +1,15 @@
-"""The two operations as torch.library ops: what torch.compile, torch.export and the profiler see.
+"""The two torch.library ops, `lmoe_kernels::forward` and `lmoe_kernels::backward`.
 
-`lmoe_kernels::forward` and `lmoe_kernels::backward` are functional, return a fixed tuple of tensors, and alias none of their
-inputs; a result that is not asked for is an empty tensor. They have no gradients of their own: these are `autograd`'s. Their
-bodies hold what all backends share: rows made contiguous, autocast and autograd kept out, and the frozen product in the
-delta-first order. The backend writes the (small) delta, and the frozen GEMM then adds into it with beta = 1, so that the
-second half of that read-modify-write hides in a compute-bound GEMM and only the small term is rounded before the sum.
+torch.compile, torch.export and the profiler treat each of them as one operation. The ops are functional, return a fixed
+tuple of tensors, and never return an alias of an input. A gradient that is not wanted is None; logits and u are empty if
+they are not saved. The ops have no derivative formulas; `autograd` defines the derivatives.
 
-A backend is chosen inside an op, by the sizes that it really gets. A choice made while torch.compile traces would be one of
-the traced sizes, and wrong for others wherever the guards are dropped; sizes that are not known then could not be compared.
+The ops do the work that is the same for all backends: they make rows contiguous, disable autocast and autograd, and compute
+the frozen product last. The backend writes the delta, and the frozen GEMM adds to it with beta = 1. A compute-bound GEMM can
+overlap that read of y with its products, and only the delta is rounded before the sum.
+
+The backend is chosen inside the op, from the actual sizes. A choice during tracing by torch.compile would depend on the
+traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
 """
 
 from contextlib import nullcontext
@@ -44,24 +46,26 @@ backward = torch.ops.lmoe_kernels.backward.default
 
 def _forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # and so on: the fields of Factors
+    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
     lora_b: Tensor,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     gate_logits: Tensor | None,
-    weight: Tensor | None,  # (O, I), the frozen layer's; None: no frozen product
-    base: Tensor | None,  # (O) its bias, or (T, O) the output of another layer
+    weight: Tensor | None,  # (O, I), the frozen layer's; None for no frozen product
+    base: Tensor | None,  # (O), the frozen layer's bias, or (T, O), the output of another layer
     save: bool,
-    backend: str,  # its name, or "auto"
+    backend: str,  # a name or "auto"
     *options: Any,  # the fields of Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x weight^T + base + delta. With `save` also logits (empty where given from outside) and u."""
-    x = _rows(x)
-    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
+    """Compute y = x weight^T + base + delta and, with `save`, the logits (empty for an outside router) and u."""
+    x = _with_contiguous_rows(x)
+    factors = Factors(
+        _contiguous(lora_a), _contiguous(lora_b), _contiguous(gate_weight), _contiguous(gate_bias), _contiguous(gate_logits)
+    )
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast(x), _no_autograd():
-        y, saved = dispatch.load(name).forward(x, factors, _rows(base), Options(*options), save=save)
+        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), Options(*options), save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
     logits, u = (None, None) if saved is None else saved
@@ -71,32 +75,40 @@ def _forward(
 def _backward(
     dy: Tensor,  # (T, O)
     dlogits: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
-    x: Tensor | None,  # (T, I), needed by the weight gradients alone
-    lora_a: Tensor,  # and so on: the fields of Factors
+    x: Tensor | None,  # (T, I), needed only for the gradients of weights
+    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
     lora_b: Tensor,
     gate_weight: Tensor | None,
     gate_bias: Tensor | None,
     gate_logits: Tensor | None,
     weight: Tensor | None,  # (O, I)
-    logits: Tensor | None,  # (T, E), those that forward returned
+    logits: Tensor | None,  # (T, E), as returned by the forward
     u: Tensor,  # (T, E, R) or (T, 1, R)
-    wanted: list[bool],  # the fields of Wanted, and whether weight's is
+    wanted: list[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
     backend: str,
     *options: Any,  # the fields of Options
-) -> tuple[Tensor, ...]:
-    """The gradients that are wanted, the others empty."""
-    dy, x = _rows(dy), _rows(x)
-    factors = Factors(_dense(lora_a), _dense(lora_b), _dense(gate_weight), _dense(gate_bias), _dense(gate_logits))
+) -> tuple[Tensor | None, ...]:
+    """Compute the gradients that are wanted; the others are None."""
+    dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
+    factors = Factors(
+        _contiguous(lora_a), _contiguous(lora_b), _contiguous(gate_weight), _contiguous(gate_bias), _contiguous(gate_logits)
+    )
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
     with _no_autocast(dy), _no_autograd():
         grads: Gradients = dispatch.load(name).backward(
-            dy, _dense(dlogits), x, factors, Saved(_dense(logits), u), Options(*options), wanted=Wanted(*wanted[:-1])
+            dy,
+            _contiguous(dlogits),
+            x,
+            factors,
+            Saved(_contiguous(logits), u),
+            Options(*options),
+            wanted=Wanted(*wanted[:-1]),
         )
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
         dweight = dy.t() @ x if wanted[-1] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (*grads, dweight))
+    return *grads, dweight
 
 
 def _forward_fake(
@@ -114,35 +126,34 @@ def _backward_fake(
     dy: Tensor, dlogits: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, logits: Tensor | None, u: Tensor,
     wanted: list[bool], *rest: object,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
     likes = (dx, lora_a, lora_b, gate_weight, gate_bias, gate_logits, dweight)
     return tuple(
-        like.new_empty(like.shape) if asked and like is not None else dy.new_empty(0)
-        for like, asked in zip(likes, wanted, strict=True)
+        like.new_empty(like.shape) if asked and like is not None else None for like, asked in zip(likes, wanted, strict=True)
     )
 
 
-def _rows(t: _MaybeTensor) -> _MaybeTensor:
-    """Rows that a kernel can walk: the last dim contiguous, no two rows on the same memory."""
+def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
+    """Copy the tensor unless the last dim is contiguous and no two rows overlap in memory."""
     if t is None or t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
         return t
     return t.contiguous()
 
 
-def _dense(t: _MaybeTensor) -> _MaybeTensor:
+def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
     return t if t is None else t.contiguous()
 
 
 def _no_autocast(x: Tensor) -> nullcontext | torch.autocast:
-    """Inside an op the dtypes are settled: autocast, where it is on, must not touch the fp32 parts."""
+    """Disable autocast if it is enabled: it would cast the fp32 tensors inside an op."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _no_autograd() -> nullcontext | torch.no_grad:
-    """Likewise gradients: off already, save where an op is called as it is, by an exported model say."""
+    """Disable gradients if they are enabled, as they are if an op is called directly, for example by an exported model."""
     return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 

@@ -1,6 +1,6 @@
-"""The mathematics of L-MoE, written to be read: a literal forward and an explicit backward.
+"""The definition of L-MoE: a literal forward and an explicit backward, written for reading.
 
-A frozen linear layer carries E LoRA experts of rank R and a gate. For every token t:
+A frozen linear layer has E LoRA experts of rank R and a gate. For every token t:
 
     logits[t,e] = sum_i x[t,i] gate_weight[e,i] + gate_bias[e]     or those of an outside router
     gates[t]    = softmax(logits[t])                              over all experts
@@ -10,21 +10,20 @@ A frozen linear layer carries E LoRA experts of rank R and a gate. For every tok
     delta[t]    = scaling * B(t) A(t) x[t]
     delta[t]    = scaling * sum_e gates[t,e] B_e A_e x[t]          mixing="outputs"
 
-`forward` builds those per-token matrices as they stand, so it is slow and large: it is the definition, not an
-implementation. `backward` is the gradient of the same function, equation by equation. Both have the signatures of every
-backend, so every backend is tested against them.
+`forward` builds these matrices for every token, which is slow and takes much memory. `backward` computes the gradient of the
+same function, equation by equation. Both have the signatures that every backend must have, and tests compare every backend
+with them.
 
-The gradient of the gate under mixing="factors" deserves a second look. It is tempting to write
-`dL/dgates[t,e] = <dL/ddelta[t], B_e A_e x[t]>`, which is right for mixing="outputs" and wrong here: a gate enters twice,
-once through B(t) and once through A(t), so that
+Under mixing="outputs" the gradient of a gate is `dL/dgates[t,e] = scaling * <dy[t], B_e A_e x[t]>`. Under mixing="factors"
+each gate occurs twice, in B(t) and in A(t), so that its gradient has two terms, which contain all cross terms B_e A_f:
 
     dL/dgates[t,e] = scaling * ( <dy[t], B_e A(t) x[t]>  +  <dy[t], B(t) A_e x[t]> )
 
-with all the cross terms B_e A_f. Because delta is of degree two in the gates, Euler's identity gives a check:
+Euler's identity gives a check, because delta is homogeneous of degree two in the gates:
 `sum_e gates[t,e] dL/dgates[t,e] = 2 <dy[t], delta[t]>`.
 
-Renormalised gates of one kept expert are 1 whatever its logit, so no gradient reaches the gate. Under renormalize=False the
-logits of dropped experts have gradients too, since they stand in the softmax's denominator:
+With renormalize=True and a single kept expert the gate is constantly 1, so the logits get no gradient. With
+renormalize=False the logits of dropped experts have gradients too, because they occur in the denominator of the softmax:
 
     dL/dlogits[t,e] = softmax(logits[t])[e] * ([e kept] dL/dgates[t,e] - sum_{f kept} gates[t,f] dL/dgates[t,f])
 
@@ -38,24 +37,24 @@ from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
 def gate_softmax(logits: Tensor, top_k: int | None = None, renormalize: bool = True) -> Tensor:
-    """The gates: a softmax of which each token keeps the `top_k` experts of the largest logits, the others 0.
+    """Compute the gates: a softmax of the logits, set to 0 for all but each token's `top_k` experts with the largest logits.
 
-    Of equal logits the one of the lower expert index is kept.
+    Of experts with equal logits, the one with the lower index is kept.
 
     Args:
         logits: (T, E), any floating dtype.
-        top_k: experts kept for each token, None for all.
-        renormalize: whether the softmax runs over the experts kept, or over all.
+        top_k: number of experts kept for each token, None for all.
+        renormalize: True for a softmax over the kept experts, False for one over all experts.
 
     Returns:
-        gates (T, E). Each row sums to 1, or to less where a softmax over all experts has lost some.
+        gates (T, E). Each row sums to 1; to less with renormalize=False and dropped experts.
     """
     kept = kept_experts(logits, top_k)
     return softmax_among(logits, kept, renormalize).where(kept, 0.0)
 
 
 def kept_experts(logits: Tensor, top_k: int | None) -> Tensor:
-    """Which experts each token keeps: (T, E) of bool."""
+    """The experts that each token keeps, as a bool tensor (T, E)."""
     kept = torch.ones_like(logits, dtype=torch.bool)
     if top_k is None or top_k >= logits.shape[-1]:
         return kept
@@ -64,26 +63,27 @@ def kept_experts(logits: Tensor, top_k: int | None) -> Tensor:
 
 
 def softmax_among(logits: Tensor, kept: Tensor, renormalize: bool) -> Tensor:
-    """Softmax (T, E) over the experts kept, or over all."""
+    """The softmax (T, E) over the kept experts, or over all experts with renormalize=False."""
     return logits.where(kept, float("-inf")).softmax(dim=-1) if renormalize else logits.softmax(dim=-1)
 
 
 def forward(
     x: Tensor,  # (T, I)
     factors: Factors,
-    base: Tensor | None,  # (O) or (T, O), what the delta is added to
+    base: Tensor | None,  # (O) or (T, O), the delta is added to it
     options: Options,
     *,
     save: bool,
 ) -> tuple[Tensor, Saved | None]:
-    """The definition, with every per-token matrix built.
+    """Compute base plus delta, with the matrices of every token.
 
     Semantics:
         A, B = einsum("te,eri->tri", gates, lora_a), einsum("te,ero->tro", gates, lora_b)
-        y = base + scaling * einsum("tro,tri,ti->to", B, A, x)          (mixing="factors")
+        y = base + scaling * einsum("tro,tri,ti->to", B, A, x)                                # mixing="factors"
+        y = base + scaling * einsum("te,ero,eri,ti->to", gates, lora_b, lora_a, x)            # mixing="outputs"
 
     Returns:
-        y (T, O) in x's dtype; where `save` is set also what `backward` wants, else None.
+        y (T, O) in x's dtype, and with `save` the tensors that `backward` needs, else None.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     xw, a, b = x.to(wide), factors.lora_a.to(wide), factors.lora_b.to(wide)
@@ -116,18 +116,18 @@ def forward(
 
 def backward(
     dy: Tensor,  # (T, O)
-    dlogits_in: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
-    x: Tensor | None,  # (T, I), None where neither lora_a nor gate_weight wants a gradient
+    dlogits_in: Tensor | None,  # (T, E), the gradient with respect to the returned router logits
+    x: Tensor | None,  # (T, I); may be None if neither the gradient of lora_a nor that of gate_weight is wanted
     factors: Factors,
     saved: Saved,
     options: Options,
     *,
     wanted: Wanted,
 ) -> Gradients:
-    """The gradient of `forward`, equation by equation.
+    """Compute the gradient of `forward`, equation by equation.
 
     Returns:
-        the gradients that are wanted: x's in dy's dtype, the others shaped and typed as their factors.
+        the wanted gradients: that of x in dy's dtype, the others with the shapes and dtypes of their factors.
     """
     wide = torch.promote_types(dy.dtype, torch.float32)
     dyw, uw, a, b = dy.to(wide), saved.u.to(wide), factors.lora_a.to(wide), factors.lora_b.to(wide)
@@ -142,7 +142,7 @@ def backward(
         h = (g * uw).sum(dim=1, keepdim=True)  # A(t) x[t]
         dh = (g * dv).sum(dim=1, keepdim=True)  # B(t)^T dy[t]
         v = g * h
-        dgates = (dv * h).sum(dim=-1) + (dh * uw).sum(dim=-1)  # through B(t), and through A(t)
+        dgates = (dv * h).sum(dim=-1) + (dh * uw).sum(dim=-1)  # the term of B(t), the term of A(t)
         du = g * dh
     else:
         v = g * uw
@@ -153,7 +153,7 @@ def backward(
     if dlogits_in is not None:
         dlogits = dlogits + dlogits_in.to(wide)
     if factors.lora_a.shape[0] == 1:
-        du = du.sum(dim=1, keepdim=True)  # a shared A gathers from every expert
+        du = du.sum(dim=1, keepdim=True)  # a shared A gets the sum over the experts
 
     dx = dlora_a = dlora_b = dgate_weight = dgate_bias = dgate_logits = None
     if wanted.x:

@@ -1,4 +1,4 @@
-"""Which layers of a model have experts, which can get them, and which of these a target names."""
+"""Finds the layers of a model that have experts, the layers that can get experts, and the layers that a target matches."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -11,14 +11,21 @@ from lmoe_kernels.layer import LMoELinear, features_of
 from lmoe_kernels.naming import plain_modules, unwrapped
 
 ALL_LINEAR = "all-linear"
-_SAVED = "_lmoe_saved"  # set on a module of modules_to_save
-# These multiply by the weights of their layers themselves, always or where that is faster: experts would go unseen.
-_PASS_THEIR_LAYERS_BY = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_SAVED = "_lmoe_saved"  # an attribute of the modules in modules_to_save
+# These modules may use the weights of their linear layers without calling the layers, so experts would have no effect.
+_BYPASS_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
-    """The L-MoE layers of a model, in its order, by their names in the plain model; a shared one under its first name."""
+    """Find the L-MoE layers of a model.
+
+    Args:
+        model: any model, plain or wrapped.
+
+    Returns:
+        the layers by their names in the plain model, in the model's order; a shared layer appears under its first name.
+    """
     found: dict[int, tuple[str, LMoELinear]] = {}
     for name, layer in lmoe_layers_by_every_name(model).items():
         found.setdefault(id(layer), (name, layer))
@@ -26,50 +33,50 @@ def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
 
 
 def lmoe_layers_by_every_name(model: nn.Module) -> dict[str, LMoELinear]:
-    """The L-MoE layers of a model by their names in the plain model; a shared one under each of its names."""
+    """The L-MoE layers of a model by their names in the plain model; a shared layer appears under each of its names."""
     return {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that are trained and saved whole beside the experts, by their names in the plain model."""
+    """The modules of modules_to_save, by their names in the plain model."""
     return {name: module for name, module in plain_modules(model).items() if getattr(module, _SAVED, False)}
 
 
 def mark_saved(module: nn.Module) -> None:
-    """From now on the module is trained, and saved with the experts."""
+    """Mark a module as one of modules_to_save, and make it trainable."""
     setattr(module, _SAVED, True)
     module.requires_grad_(True)
 
 
 def unmark_saved(module: nn.Module) -> None:
-    """The module is like any other again; whether it is trained stays."""
+    """Remove the mark of `mark_saved`; `requires_grad` does not change."""
     delattr(module, _SAVED)
 
 
 def linear_layers(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """In and out features of all linear layers under the heads, with experts or without, under every name that they have."""
+    """The in and out features of all linear layers except the heads, with or without experts, under all their names."""
     head = {id(module) for module in heads(model).values()}
     modules = plain_modules(model)
     return {name: size for name, size in _outermost(modules).items() if id(modules[name]) not in head}
 
 
 def wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can be wrapped, under every name that it has.
+    """The layers that can be wrapped, under all their names.
 
-    Not those that have experts already, are never called, or are trained and saved whole; nor what lies inside another.
+    Excluded are layers that already have experts, are not called, belong to modules_to_save, or are inside another layer.
     """
     modules = plain_modules(model)
-    taken = {id(layer) for m in model.modules() if isinstance(m, _PASS_THEIR_LAYERS_BY) for layer in m.children()}
-    taken |= {id(part) for module in saved_modules(model).values() for part in module.modules()}
+    excluded = {id(layer) for m in model.modules() if isinstance(m, _BYPASS_THEIR_LAYERS) for layer in m.children()}
+    excluded |= {id(part) for module in saved_modules(model).values() for part in module.modules()}
     return {
         name: modules[name]
         for name in _outermost(modules)
-        if not isinstance(modules[name], LMoELinear) and id(modules[name]) not in taken
+        if not isinstance(modules[name], LMoELinear) and id(modules[name]) not in excluded
     }
 
 
 def heads(model: nn.Module) -> dict[str, nn.Module]:
-    """What a transformers model has around its base model, and the output embedding: no targets of "all-linear"."""
+    """The output embedding of a transformers model and its modules outside the base model; "all-linear" excludes them."""
     plain = unwrapped(model)
     output = getattr(plain, "get_output_embeddings", lambda: None)()
     base = getattr(plain, "base_model", None) if getattr(plain, "base_model_prefix", "") else None
@@ -82,14 +89,14 @@ def heads(model: nn.Module) -> dict[str, nn.Module]:
 def matches(
     model: nn.Module, argument: str, targets: list[str], candidates: Mapping[str, nn.Module], hint: Callable[[str], str]
 ) -> list[str]:
-    """The names among the candidates that the targets mean. Each target must mean one at least."""
+    """The names of the candidates that match a target. Every target must match at least one."""
     chosen: set[str] = set()
     head = {id(module) for module in heads(model).values()}
     for target in targets:
         if target == ALL_LINEAR:
             found = {name for name, module in candidates.items() if id(module) not in head}
         else:
-            found = {name for name in candidates if means(target, name)}
+            found = {name for name in candidates if target_matches(target, name)}
         if not found:
             what = "linear layers" if argument == "target_modules" else "modules"
             fail("apply_lmoe", argument, f"match {what} of the model", f"{target!r}; {hint(target)}")
@@ -97,8 +104,8 @@ def matches(
     return [name for name in candidates if name in chosen]
 
 
-def means(target: str, name: str) -> bool:
-    """Whether a target is this name, the end of it, or a regular expression for it."""
+def target_matches(target: str, name: str) -> bool:
+    """Whether a target equals this name, equals its last segments, or is a regular expression that matches it."""
     if name == target or name.endswith(f".{target}"):
         return True
     try:
@@ -108,35 +115,35 @@ def means(target: str, name: str) -> bool:
 
 
 def hint_for_layers(model: nn.Module, target: str, linears: Iterable[str]) -> str:
-    """Why a target matches nothing: what it names and why that cannot be wrapped, else the nearest names."""
+    """A text that says why a target matches nothing: why the module of that name cannot be wrapped, or the nearest names."""
     if target == ALL_LINEAR:
-        return "the model has none left to wrap, or its heads alone"
+        return "the model has no linear layers left to wrap, except heads"
     modules = plain_modules(model)
     for name, module in modules.items():
-        if not name or not means(target, name):
+        if not name or not target_matches(target, name):
             continue
         parent = modules[name.rpartition(".")[0]]
         if isinstance(module, LMoELinear) or isinstance(parent, LMoELinear):
-            return f"{name!r} has its experts already"
-        if isinstance(parent, _PASS_THEIR_LAYERS_BY):
-            return f"{name!r} is not called: {type(parent).__name__} multiplies by its weight itself"
+            return f"{name!r} already has experts"
+        if isinstance(parent, _BYPASS_THEIR_LAYERS):
+            return f"{name!r} is not called: {type(parent).__name__} uses its weight directly"
         if features_of(module) is not None:
-            return f"{name!r} is trained and saved whole, or lies inside another layer that is adapted"
+            return f"{name!r} belongs to modules_to_save or is inside another linear layer"
         return f"{name!r} ({type(module).__name__}) has no in_features and out_features"
-    if stack := next((name for name in stacked_experts(model) if means(target, name)), None):
-        return f"{stack!r} is one parameter with the weights of several experts, no layer"
+    if stack := next((name for name in stacked_experts(model) if target_matches(target, name)), None):
+        return f"{stack!r} is one parameter with the weights of several experts, not a layer"
     return nearest(target, linears) or "the model has no linear layers left to wrap"
 
 
 def nearest(target: str, names: Iterable[str]) -> str:
-    """The names, or ends of names, that look like the target."""
+    """A text with the names, or last segments of names, that are most similar to the target."""
     known = list(dict.fromkeys(n for name in names for n in (name.rpartition(".")[2], name)))
     close = get_close_matches(target, known, n=3, cutoff=0.5) or known[:3]
     return f"nearest: {', '.join(map(repr, close))}" if close else ""
 
 
 def stacked_experts(model: nn.Module) -> list[str]:
-    """Names of parameters that hold the weights of several experts (MoE models): no layers, they cannot be wrapped."""
+    """The names of parameters that contain the weights of several experts, as in MoE models. They cannot be wrapped."""
     return [
         f"{name}.{key}" if name else key
         for name, module in plain_modules(model).items()
@@ -147,7 +154,7 @@ def stacked_experts(model: nn.Module) -> list[str]:
 
 
 def _outermost(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """In and out features of the linear layers: not of parts of another one, as PEFT's and ours have them."""
+    """The in and out features of the linear layers, without those inside another one (an L-MoE layer or one of PEFT)."""
     found: dict[str, tuple[int, int]] = {}
     for name, module in modules.items():
         size = features_of(module)

@@ -1,3 +1,3 @@
-"""The version, readable without importing torch."""
+"""The version of the package, in its own module so that the build can read it without importing torch."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Fixtures that the whole suite shares: fresh random inputs, the backends under test, watched allocations."""
+"""Fixtures of the whole suite: random inputs, the backends under test, watched allocations."""
 
 import random
 import zlib
@@ -18,15 +18,12 @@ from tools.interpreter.bf16 import interpret
 from tools.watch import AllocationWatch
 
 HAS_TRITON = find_spec("triton") is not None
-BACKENDS = [
-    "torch",
-    pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")),
-    "cuda",
-]
+BACKENDS = [name for name in dispatch.BACKENDS if name != "reference"]  # those that are compared with the reference
+PLANS = [*plans.PLANS, *((name, "only plan") for name in BACKENDS if name not in dict(plans.PLANS))]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seed", type=int, default=None, help="repeat a run: the seed that its header shows")
+    parser.addoption("--seed", type=int, default=None, help="repeat a run: the seed in its header")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,35 +39,39 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
-    """Every test draws inputs that differ from run to run and from test to test, and can be drawn again."""
+    """Seed each test differently in each run; `--seed` repeats the inputs of a run."""
     torch.manual_seed(zlib.crc32(f"{request.config.option.seed} {request.node.nodeid}".encode()))
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend that computes with its own code, in turn."""
-    if request.param == "cuda":
-        request.getfixturevalue("emulated_cuda")
-        if request.node.callspec.params.get("dtype") is torch.float64:
-            pytest.skip("the cuda backend does not take float64")
+    """The name of each backend except the reference, in turn."""
+    _make_available(request.param, request)
+    if request.param == "cuda" and request.node.callspec.params.get("dtype") is torch.float64:
+        pytest.skip("the cuda backend does not take float64")
     return request.param
 
 
-@pytest.fixture(params=plans.PLANS, ids=": ".join)
+@pytest.fixture(params=PLANS, ids=": ".join)
 def every_plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each backend that computes with its own code, made to take each of its plans in turn."""
+    """The name of each backend except the reference, forced to use each of its plans in turn."""
     name, plan = request.param
-    if name == "cuda":
-        request.getfixturevalue("emulated_cuda")
-    if name == "triton" and not HAS_TRITON:
-        pytest.skip("Triton is not installed")
+    _make_available(name, request)
     plans.force(name, plan, monkeypatch)
     return name
 
 
+def _make_available(backend: str, request: pytest.FixtureRequest) -> None:
+    """Let a backend run on CPU tensors until the test ends, or skip the test."""
+    if backend == "cuda":
+        request.getfixturevalue("emulated_cuda")
+    elif backend == "triton" and not HAS_TRITON:
+        pytest.skip("Triton is not installed")
+
+
 @pytest.fixture
 def exact(backend: str) -> torch.dtype:
-    """The widest dtype that the backend takes, for tests of what holds whatever the dtype."""
+    """The widest dtype that the backend takes, for tests of properties that do not depend on the dtype."""
     return torch.float32 if backend == "cuda" else torch.float64
 
 
@@ -85,7 +86,7 @@ def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The cuda backend on CPU tensors: its launcher gets the emulated library in the place of the compiled one."""
+    """The cuda backend on CPU tensors: the emulated library replaces the compiled one."""
 
     def why_not(problem: Problem) -> str | None:
         return None if problem.dtype in extension.DTYPES else availability.why_not(problem)
@@ -99,7 +100,7 @@ def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch):
-    """Tensors made empty during the test are full of NaN and stand between canaries, which are looked at when it ends."""
+    """Empty tensors made during the test are full of NaN and lie between canaries, which are checked at its end."""
     allocations = AllocationWatch()
     allocations.install(monkeypatch)
     yield allocations

@@ -14,7 +14,7 @@ def llama(model_class: type[LlamaForCausalLM] = LlamaForCausalLM) -> LlamaForCau
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=16,
     )  # fmt: skip
-    return model_class(config).double().eval()  # results that are compared differ by a formula, not by rounding
+    return model_class(config).double().eval()  # in float64 a wrong formula shows and rounding does not
 
 
 def with_experts(model: nn.Module, **options) -> nn.Module:

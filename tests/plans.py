@@ -1,4 +1,4 @@
-"""Plans forced upon a backend, whatever the shape would take: every way through its kernels on tiny problems."""
+"""Force a backend to use a given plan whatever the sizes are, so that tiny problems run all of its kernels."""
 
 from importlib import import_module
 from types import ModuleType
@@ -8,11 +8,10 @@ import pytest
 
 from lmoe_kernels.options import Sizes
 
-PLANS = [
-    ("torch", "its only one"),
-    ("triton", "few processors"),  # one pass, or two where a case has too many columns
+PLANS = [  # of the backends that have several
+    ("triton", "few processors"),  # one pass, or two if a case has too many columns
     ("triton", "many processors"),  # features and tokens in splits
-    ("triton", "in groups"),  # tokens by expert, where only some of the experts are kept
+    ("triton", "in groups"),  # tokens grouped by expert, if only some experts are kept
     ("cuda", "decode"),
     ("cuda", "one pass"),
     ("cuda", "stages"),
@@ -21,7 +20,7 @@ PLANS = [
 
 
 def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make a backend take a plan until the test ends."""
+    """Make a backend use a plan until the test ends."""
     if backend == "triton":
         _force_triton(plan, monkeypatch)
     elif backend == "cuda":
@@ -34,7 +33,7 @@ def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grouped_plan = configs.grouped_plan
 
     def of_many(sizes: Sizes, *rest: Any) -> Any:
-        """The plan of so many tokens and experts that grouping pays."""
+        """The plan for more tokens and experts, for which the backend groups tokens."""
         experts = max(sizes.E, 65)
         many = sizes._replace(T=1 << 20, E=experts, experts_of_a=experts if sizes.experts_of_a == sizes.E else 1)
         return grouped_plan(many, *rest)
@@ -49,7 +48,7 @@ def set_chip(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One processor is filled by any tile, a million by none."""
+    """Any tile fills a GPU of one processor; none fills a million processors."""
     configs = import_module("lmoe_kernels.backends.cuda.configs")
     forward, backward = _modules("cuda")
     one_pass_smem, processors = configs.one_pass_smem, 1 if plan == "one pass" else 1 << 20
@@ -63,6 +62,6 @@ def _force_cuda(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _modules(backend: str) -> tuple[ModuleType, ModuleType]:
-    """The modules `forward` and `backward`: the package's names for them are the functions'."""
+    """The modules `forward` and `backward` of a backend."""
     first, second = (import_module(f"lmoe_kernels.backends.{backend}.{name}") for name in ("forward", "backward"))
     return first, second

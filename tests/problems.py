@@ -1,4 +1,4 @@
-"""Random problems, their truth in float64, and what plain PyTorch makes of them."""
+"""Random problems, their true results in float64, and plain PyTorch's results."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ SHAPES = {
     "x": "TI", "lora_a": "ERI", "lora_b": "ERO", "gate_weight": "EI", "gate_bias": "E", "gate_logits": "TE",
     "weight": "OI", "bias": "O", "dy": "TO", "dlogits": "TE", "y": "TO", "router_logits": "TE",
 }  # fmt: skip
-ORDERS = 8  # in which plain PyTorch computes a problem
+ORDERS = 8  # of summation, in which plain PyTorch computes a problem
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Case:
 
 @dataclass
 class Problem:
-    """A case with its tensors; `dy` and `dlogits` are the gradients that arrive from above."""
+    """A case with its tensors; `dy` and `dlogits` are the incoming gradients of y and of the router logits."""
 
     case: Case
     tensors: dict[str, Tensor]
@@ -63,7 +63,7 @@ class Problem:
     options: dict = field(default_factory=dict)
 
     def call(self, backend: str | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, router_logits) by the package's function, with these tensors in the place of the problem's own."""
+        """(y, router_logits) of the package's function; the given tensors replace those of the problem."""
         tensors = {**self.tensors, **tensors}
         case = self.case
         kwargs: dict[str, Any] = {**case.options._asdict(), "return_router_logits": True, "backend": backend}
@@ -74,7 +74,7 @@ class Problem:
         return lmoe(tensors["x"], *factors, **kwargs)
 
     def of_experts(self, kept: list[int]) -> "Problem":
-        """The problem that is left where there are only these experts."""
+        """The same problem with these experts alone."""
         tensors = {
             name: t.index_select(SHAPES[name].index("E"), torch.tensor(kept)) if "E" in SHAPES[name] else t
             for name, t in self.tensors.items()
@@ -118,7 +118,7 @@ CASES = [
 
 
 def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None = None, device: str = "cpu") -> Problem:
-    """Draw a problem. Tokens whose choice of experts hangs by a rounding are not drawn."""
+    """Draw a problem, without tokens for which a rounding could change the choice of experts."""
     experts_of_a = 1 if case.shared_a else case.E
     param_dtype = param_dtype or dtype
 
@@ -127,8 +127,8 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
 
     of_features = max(case.I, 1) ** -0.5
     gate_weight = draw(case.E, case.I, scale=of_features, to=param_dtype)
-    choosy = case.top_k is not None and case.top_k < case.E
-    pool = draw(8 * case.T + 8 if choosy else case.T, case.I)
+    selects = case.top_k is not None and case.top_k < case.E
+    pool = draw(8 * case.T + 8 if selects else case.T, case.I)
     gate_bias = draw(case.E, to=param_dtype) if case.gate_bias else None
     pool_logits = F.linear(pool.double(), gate_weight.double(), None if gate_bias is None else gate_bias.double())
     if case.outside_logits:
@@ -152,7 +152,7 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
 
 
 def _clear_choices(logits: Tensor, top_k: int | None) -> Tensor:
-    """Indices of the tokens, those with the widest gap between the last expert kept and the first dropped in front."""
+    """Indices of the tokens, sorted by the gap between the last kept and the first dropped logit, the widest gap first."""
     if top_k is None or top_k == logits.shape[1]:
         return torch.arange(len(logits), device=logits.device)
     ordered = logits.sort(dim=1, descending=True).values
@@ -160,7 +160,7 @@ def _clear_choices(logits: Tensor, top_k: int | None) -> Tensor:
 
 
 def eager(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What plain PyTorch makes of the problem: the factored form in x's dtype, differentiated by autograd."""
+    """Plain PyTorch's results: the factored form in x's dtype, differentiated by autograd."""
     case, x = problem.case, tensors["x"]
     delta, logits = factored(x, factors_of(tensors), case.options)
     return F.linear(x, tensors["weight"], tensors["bias"]) + delta if case.linear else delta, logits
@@ -179,13 +179,13 @@ def leaves_of(tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> d
 
 
 def outcome(problem: Problem, results: tuple[Tensor, Tensor], leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    """y and router_logits under their names, the gradient of each leaf under the leaf's."""
+    """y, router_logits and the gradient of each leaf, by name."""
     y, logits = results
     return {"y": y.detach(), "router_logits": logits.detach()} | gradients(problem, results, leaves)
 
 
 def truth(problem: Problem) -> dict[str, Tensor]:
-    """The outcome in float64, from the literal definition, differentiated by autograd."""
+    """The results in float64: the literal definition, differentiated by autograd."""
     leaves, case = leaves_of(problem.tensors, torch.float64), problem.case
     x, factors = leaves["x"], factors_of(leaves)
     logits = factors.gate_logits if factors.gate_weight is None else F.linear(x, factors.gate_weight, factors.gate_bias)
@@ -196,7 +196,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
 
 
 def plain_pytorch(problem: Problem) -> Iterator[dict[str, Tensor]]:
-    """The outcome that plain PyTorch has in x's dtype, with features, experts and ranks in one order after another."""
+    """Plain PyTorch's results in x's dtype, once for each of several orders of features, experts and ranks."""
     case, dtype = problem.case, problem.tensors["x"].dtype
     for _ in range(ORDERS):
         order = {letter: torch.randperm(getattr(case, letter), device=problem.dy.device) for letter in "IOER"}
@@ -216,7 +216,7 @@ def _reordered(t: Tensor, name: str, order: dict[str, Tensor]) -> Tensor:
 
 
 def assert_all_no_worse(problem: Problem, ours: dict[str, Tensor], true: dict[str, Tensor] | None = None) -> None:
-    """The rule for results of a problem, named as in `outcome`; their truth is `truth` where it is not given."""
+    """Apply the error rule to results that are named as in `outcome`; by default the true ones are `truth(problem)`."""
     true = truth(problem) if true is None else true
     plain = list(plain_pytorch(problem))
     for name, result in ours.items():

@@ -1,1 +1,1 @@
-"""What the tests and the benchmarks share; imports neither of them."""
+"""Helpers that tests and benchmarks share; they import neither."""

@@ -1,4 +1,4 @@
-"""The two functions of a backend, called as the ops call them, without the checks: for tests and measurements of one."""
+"""Call forward and backward of one backend as the ops call them, without checks of the input."""
 
 from collections.abc import Mapping
 
@@ -23,14 +23,14 @@ def everything(factors: Factors) -> Wanted:
 def forward(
     backend: str, x: Tensor, factors: Factors, options: Options = DEFAULTS, *, base: Tensor | None = None, save: bool = True
 ) -> tuple[Tensor, Saved | None]:
-    """y (T, O), and what the backward wants."""
+    """y (T, O), and what backward needs if `save`."""
     return dispatch.load(backend).forward(x, factors, base, options, save=save)
 
 
 def forward_saved(
     backend: str, x: Tensor, factors: Factors, options: Options = DEFAULTS, *, base: Tensor | None = None
 ) -> tuple[Tensor, Saved]:
-    """The same where a backward follows."""
+    """The same with save=True, for a backward that follows."""
     y, saved = forward(backend, x, factors, options, base=base)
     assert saved is not None
     return y, saved
@@ -47,6 +47,6 @@ def backward(
     dlogits: Tensor | None = None,
     wanted: Wanted | None = None,
 ) -> Gradients:
-    """The gradients that are wanted; by default all that there are."""
+    """The gradients that are wanted; by default those of x and of all given factors."""
     wanted = everything(factors) if wanted is None else wanted
     return dispatch.load(backend).backward(dy, dlogits, x, factors, saved, options, wanted=wanted)

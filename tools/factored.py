@@ -1,4 +1,4 @@
-"""The factored form in plain PyTorch, differentiated by autograd: what tests and benchmarks compare the package with."""
+"""The factored form in plain PyTorch, differentiated by autograd: tests and benchmarks compare the package with it."""
 
 import torch
 import torch.nn.functional as F

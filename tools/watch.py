@@ -1,15 +1,19 @@
-"""Allocations under watch: what a kernel forgets to write shows as NaN, what it writes outside its buffer kills a canary."""
+"""Watched allocations: an element that a kernel forgets to write stays NaN, and a write outside a buffer changes a canary.
+
+`torch.utils.deterministic.fill_uninitialized_memory` fills empty tensors too, but has no canaries, and works only under
+`torch.use_deterministic_algorithms`, which changes the operations under test.
+"""
 
 import pytest
 import torch
 from torch import Tensor
 
-MARGIN = 128  # elements before and behind each buffer; keeps 16-byte alignment in every dtype
+MARGIN = 128  # elements before and after each buffer; keeps 16-byte alignment in every dtype
 CANARY = -1234.0
 
 
 class AllocationWatch:
-    """Replaces torch.empty, torch.empty_like and Tensor.new_empty by allocations between canaries, filled with NaN."""
+    """Replaces torch.empty, torch.empty_like and Tensor.new_empty: the tensors are full of NaN, between canaries."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, int]] = []
@@ -44,7 +48,7 @@ class AllocationWatch:
         monkeypatch.setattr(Tensor, "new_empty", new_empty)
 
     def check(self) -> None:
-        """Fail where something was written outside its buffer."""
+        """Raise if something was written outside a buffer."""
         for buffer, count in self.buffers:
             margins = torch.cat([buffer[:MARGIN], buffer[MARGIN + count :]])
             assert (margins == CANARY).all(), f"written outside a buffer of {count} elements of {buffer.dtype}"

@@ -8,9 +8,9 @@ namespace {
 
 template <class S>
 void wgrad(WgradParams p, const BackwardParams& backward, cudaStream_t stream) {
-    const int64_t T = p.rows.rows, C = p.coefficients.columns, F = p.rows.columns;
+    const int64_t T = p.tokens.rows, C = p.coefficients.columns, F = p.tokens.columns;
     if (F == 0) return;
-    // whole steps of the sum in every split but the last
+    // whole pipeline steps in every split but the last
     p.tokens_a_split = tiles(tiles(T, backward.wgrad_splits), BLOCK_K<S>) * BLOCK_K<S>;
     p.splits = tiles(T, p.tokens_a_split);
     p.partial = p.splits > 1 ? backward.partial : nullptr;
@@ -39,33 +39,34 @@ void shrink_and_mix(const BackwardParams& p, cudaStream_t stream) {
 
 template <class S>
 void backward_of(const BackwardParams& p, cudaStream_t stream) {
-    static_assert(Wgrad<S>::SMEM <= 48 << 10, "more needs an attribute of the kernel");
+    static_assert(Wgrad<S>::SMEM <= 48 << 10, "more than 48 KB must be allowed for each kernel");
     shrink_and_mix<S>(p, stream);
-    const int64_t rank_rows = p.experts_of_a * p.R, gate_rows = p.gate_weight != nullptr ? p.E : 0;
+    const int64_t du_columns = p.experts_of_a * p.R, dlogits_columns = p.gate_weight.data != nullptr ? p.E : 0;
+    const auto* du_dlogits = static_cast<const S*>(p.du_dlogits.data);
     if (p.dx != nullptr) {
-        const Matrix z = matrix<S>(p.z, false, p.T, rank_rows + gate_rows, p.z_stride);
-        expand(p.dtype, {z, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
+        const Matrix both = matrix<S>(du_dlogits, false, p.T, du_columns + dlogits_columns, p.du_dlogits.stride);
+        expand(p.dtype, {both, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
     }
     if (p.dlora_a != nullptr || p.dgate_weight != nullptr) {
         WgradParams w = {};
-        const int64_t first = p.dlora_a != nullptr ? 0 : rank_rows;  // the columns of z that are wanted
-        const int64_t last = p.dgate_weight != nullptr ? rank_rows + gate_rows : rank_rows;
-        w.coefficients = matrix<S>(static_cast<const S*>(p.z) + first, false, p.T, last - first, p.z_stride);
-        w.rows = tokens_of<S>(p);
+        const int64_t first = p.dlora_a != nullptr ? 0 : du_columns;  // only the columns whose gradient is wanted
+        const int64_t last = p.dgate_weight != nullptr ? du_columns + dlogits_columns : du_columns;
+        w.coefficients = matrix<S>(du_dlogits + first, false, p.T, last - first, p.du_dlogits.stride);
+        w.tokens = tokens_of<S>(p);
         w.first = p.dlora_a;
-        w.first_fp32 = p.lora_a_fp32;
+        w.first_fp32 = p.lora_a.fp32;
         w.second = p.dgate_weight;
-        w.second_fp32 = p.gate_weight_fp32;
-        w.split = rank_rows - first;
+        w.second_fp32 = p.gate_weight.fp32;
+        w.split = du_columns - first;
         w.scaling = 1.f;
         wgrad<S>(w, p, stream);
     }
     if (p.dlora_b != nullptr) {
         WgradParams w = {};
-        w.coefficients = matrix<S>(p.v, false, p.T, p.E * p.R, p.v_stride);
-        w.rows = dy_of<S>(p);
+        w.coefficients = matrix<S>(p.v.data, false, p.T, p.E * p.R, p.v.stride);
+        w.tokens = dy_of<S>(p);
         w.first = p.dlora_b;
-        w.first_fp32 = p.lora_b_fp32;
+        w.first_fp32 = p.lora_b.fp32;
         w.split = p.E * p.R;
         w.scaling = p.scaling;
         wgrad<S>(w, p, stream);

@@ -21,13 +21,4 @@ void decode(const DecodeParams& p, int device, void* queue) {
     });
 }
 
-int processors(int device) {
-    const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;
-    check("kernels", cudaFuncGetAttributes(&attributes, decode_fwd_kernel<float>));
-    int count = 0;
-    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
-
 }  // namespace lmoe

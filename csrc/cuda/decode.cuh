@@ -1,9 +1,9 @@
-// Forward of few tokens in ONE launch, made for CUDA graphs: the whole grid shrinks, meets, and expands.
+// Forward of few tokens in ONE cooperative launch, also for CUDA graphs: shrink, a barrier of the whole grid, mix and expand.
 //
-// Shrink: a warp dots one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens; the sums of the chunks
-// go to `partial`, and are added up in a fixed order. Then a barrier of the whole grid. Mix: every block for itself, it is
-// little. Expand: a block makes `column_tile` columns of y; its part of lora_b is on the way to shared memory since before
-// the barrier. Every weight is read from memory once.
+// Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens;
+// these partial sums go to `partial` and are reduced in a fixed order after the barrier. Mix: it is little work, so every block
+// repeats it. Expand: a block computes `column_tile` columns of y; the copy of its part of lora_b to shared memory starts
+// before the barrier. Every weight is read from global memory once.
 #pragma once
 
 #include "stages.cuh"
@@ -11,12 +11,12 @@
 namespace lmoe {
 
 constexpr int DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * 32;
-constexpr int LANE_FEATURES = 8;  // that a lane takes together
+constexpr int LANE_FEATURES = 8;  // features per lane and vector load
 constexpr int TOKEN_GROUP = 8;    // tokens whose sums a thread keeps in registers
-constexpr int SUMS = 4;           // of chunks, that a thread adds up at a time
+constexpr int SUMS = 4;           // columns whose partial sums a thread reduces at a time
 
-// How many times LANE_FEATURES of a row a lane has on the way at a time, of so many tokens as well: few tokens are bound by
-// the memory's latency, so nearly all of a chunk, as far as 128 registers go.
+// Vector loads of a row, and of each of TOKENS tokens, that a lane has in flight. Few tokens are bound by memory latency, so
+// this covers nearly a whole chunk, within 128 registers.
 template <class S, int TOKENS>
 constexpr int BATCH = sizeof(S) * TOKENS > 16 ? 2 : 4;
 
@@ -38,7 +38,7 @@ struct DecodeLayout {
     }
 };
 
-// LANE_FEATURES features as they lie in memory, on 16 bytes.
+// LANE_FEATURES features in their own dtype, loaded from a multiple of 16 bytes.
 template <class Element>
 struct Features {
     alignas(16) Element element[LANE_FEATURES];
@@ -51,9 +51,9 @@ struct Features {
     }
 };
 
-// sum[i] += this lane's share of the dot of `weights`, a row, with token i of x's; I is a multiple of LANE_FEATURES and all
-// rows lie on 16 bytes. All loads of a batch stand before the first use of one, and none in a branch: what lies beyond
-// `last` is loaded from within.
+// sum[i] += this lane's share of the dot product of the row `weights` with token i of x. I is a multiple of LANE_FEATURES and
+// all rows start on multiples of 16 bytes. All loads of a batch come before the first use of one, and none is in a branch, so
+// that they overlap: instead of features from `last` on, a lane loads the last ones before it, and does not add them.
 template <class S, class W, int TOKENS>
 __device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weights, const S* x, int64_t x_stride, int tokens,
                                             int first, int last) {
@@ -84,30 +84,30 @@ __device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weigh
     }
 }
 
-// The same for one token and rows that lie anywhere.
+// The same for one token and rows of any alignment.
 template <class S>
 __device__ __forceinline__ void dot_anywhere(float (&sum)[1], const Matrix& factors, int64_t c, const Matrix& x, int64_t t,
                                              int first, int last) {
     for (int col = first + threadIdx.x % 32 * LANE_FEATURES; col < last; col += 32 * LANE_FEATURES) {
         float weights[LANE_FEATURES], features[LANE_FEATURES], dot = 0.f;
-        Place::of<LANE_FEATURES>(factors, c, col, factors.rows).load<S>(weights);
-        Place::of<LANE_FEATURES>(x, t, col, x.rows).load<S>(features);
+        Span::of<LANE_FEATURES>(factors, c, col, factors.rows).load<S>(weights);
+        Span::of<LANE_FEATURES>(x, t, col, x.rows).load<S>(features);
 #pragma unroll
         for (int j = 0; j < LANE_FEATURES; ++j) dot += features[j] * weights[j];
         sum[0] += dot;
     }
 }
 
-// partial[chunk, t, c] for one row c of the factors and one chunk of features, by one warp, TOKENS tokens at a time.
+// One warp computes partial[chunk, t, c] for one row c of the factors and one chunk of features, TOKENS tokens at a time.
 template <class S, int TOKENS, bool VECTORS>
 __device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int item) {
     const int rows = static_cast<int>(factors.rows), T = static_cast<int>(p.T), lane = threadIdx.x % 32;
-    const int c = item % rows, chunk = item / rows;  // 32 bits where they do: a 64-bit division is a call
+    const int c = item % rows, chunk = item / rows;  // in 32 bits: a 64-bit division is a function call
     const int first = chunk * static_cast<int>(p.chunk), last = static_cast<int>(smaller(first + p.chunk, p.I));
     for (int t0 = 0; t0 < T; t0 += TOKENS) {
         float sum[TOKENS] = {};
         if constexpr (VECTORS) {
-            const Place row = Place::of<LANE_FEATURES>(factors, c, 0, rows);
+            const Span row = Span::of<LANE_FEATURES>(factors, c, 0, rows);
             const S* tokens = static_cast<const S*>(x.first) + t0 * x.stride;
             if (row.fp32) {
                 dot_vectors(sum, static_cast<const float*>(row.data) + row.index, tokens, x.stride, T - t0, first, last);
@@ -129,7 +129,7 @@ __device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix
     }
 }
 
-// All of the grid's rows and chunks.
+// All rows and chunks, shared among the warps of the grid.
 template <class S>
 __device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors) {
     const bool aligned = x.first_aligned && factors.first_aligned && (factors.second == nullptr || factors.second_aligned);
@@ -147,10 +147,10 @@ __device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matri
     }
 }
 
-// u and the logits from the partial sums, then gates and v, all tokens, into the block's shared memory.
+// Reduces the partial sums of all tokens to u and the logits, then computes gates and v, all in the block's shared memory.
 template <class S>
 __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int columns) {
-    const int rank_rows = static_cast<int>(p.experts_of_a * p.R), R = static_cast<int>(p.R);
+    const int u_columns = static_cast<int>(p.experts_of_a * p.R), R = static_cast<int>(p.R);
     S* u = reinterpret_cast<S*>(smem + at.u);
     S* v = reinterpret_cast<S*>(smem + at.v);
     float* logits = reinterpret_cast<float*>(smem + at.logits);
@@ -169,41 +169,40 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
             const int i = first + j * DECODE_THREADS;
             if (i >= count) break;
             const int64_t t = i / columns, c = i % columns;
-            if (c < rank_rows) {
-                u[t * rank_rows + c] = from_float<S>(sums[j]);
-                if (blockIdx.x == 0 && p.u != nullptr) static_cast<S*>(p.u)[t * rank_rows + c] = from_float<S>(sums[j]);
+            if (blockIdx.x == 0) save_projection<S>(p, t, c, sums[j]);
+            if (c < u_columns) {
+                u[t * u_columns + c] = from_float<S>(sums[j]);
             } else {
-                logits[t * p.E + c - rank_rows] = sums[j];
-                if (blockIdx.x == 0 && p.logits != nullptr) static_cast<float*>(p.logits)[t * p.E + c - rank_rows] = sums[j];
+                logits[t * p.E + c - u_columns] = logit_of<S>(p, c - u_columns, sums[j]);
             }
         }
     }
     __syncthreads();
-    gate_softmax<S>(p, p.gate_weight != nullptr ? logits : p.logits, 0, gates, p.E, static_cast<int>(p.T));
+    gate_softmax<S>(p, p.gate_weight.data != nullptr ? Tensor{logits, true} : p.logits, 0, gates, p.E, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
-        mix<S>(p, gates + t * p.E, u + t * rank_rows, v + t * p.E * p.R, r);
+        mix<S>(p, gates + t * p.E, u + t * u_columns, v + t * p.E * p.R, r);
     }
     __syncthreads();
 }
 
-// Columns [o0, o0 + column_tile) of y: every warp sums its share of the rank rows, then the warps' sums in their order.
+// Columns [o0, o0 + column_tile) of y: every warp sums over its share of v's columns, then the warps' sums are reduced in order.
 template <class S>
 __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t o0) {
     const S* factors = reinterpret_cast<const S*>(smem + at.factors);
     const S* v = reinterpret_cast<const S*>(smem + at.v);
     float* sums = reinterpret_cast<float*>(smem + at.sums);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = static_cast<int>(p.column_tile);
-    const int rank_rows = static_cast<int>(p.E * p.R);
+    const int v_columns = static_cast<int>(p.E * p.R);
     for (int64_t t0 = 0; t0 < p.T; t0 += TOKEN_GROUP) {
         const int tokens = static_cast<int>(smaller(TOKEN_GROUP, p.T - t0));
         for (int col = lane; col < width; col += 32) {
             float sum[TOKEN_GROUP] = {};
-            for (int er = warp; er < rank_rows; er += DECODE_WARPS) {
+            for (int er = warp; er < v_columns; er += DECODE_WARPS) {
                 const float factor = to_float(factors[er * width + col]);
 #pragma unroll
                 for (int i = 0; i < TOKEN_GROUP; ++i) {
-                    if (i < tokens) sum[i] += to_float(v[(t0 + i) * rank_rows + er]) * factor;
+                    if (i < tokens) sum[i] += to_float(v[(t0 + i) * v_columns + er]) * factor;
                 }
             }
 #pragma unroll
@@ -215,7 +214,8 @@ __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char
             if (o >= p.O) continue;
             float sum = 0.f;
             for (int w = 0; w < DECODE_WARPS; ++w) sum += sums[(w * TOKEN_GROUP) * width + i];
-            const float base = p.base == nullptr ? 0.f : to_float(static_cast<const S*>(p.base)[t * p.base_stride + o]);
+            const auto* bases = static_cast<const S*>(p.base.data);
+            const float base = bases == nullptr ? 0.f : to_float(bases[t * p.base.stride + o]);
             static_cast<S*>(p.y)[t * p.O + o] = from_float<S>(base + p.scaling * sum);
         }
         __syncthreads();
@@ -244,10 +244,10 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodePar
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {
         if (tile != blockIdx.x) load_factors(tile);
         copy_async_wait<0>();
-        __syncthreads();  // the factors are there for all
+        __syncthreads();  // all threads see the factors
         expand_tile<S>(p, smem, at, tile * p.column_tile);
     }
-    copy_async_wait<0>();  // of a block without columns
+    copy_async_wait<0>();  // a block without columns must also wait for its copies
 }
 
 }  // namespace lmoe

@@ -1,4 +1,4 @@
-// What the launchers share: errors that name the kernel, the tensors' device, tiles counted.
+// What the launchers share: errors that name the kernel, the current device, grid sizes.
 #pragma once
 
 #include <stdexcept>
@@ -11,21 +11,21 @@ namespace lmoe {
 
 inline void check(const char* what, cudaError_t error) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // it is told here: the next launch's check must not find it again
+    cudaGetLastError();  // clear the sticky error: it is reported here and must not be reported again by the next check
     throw std::runtime_error(std::string("lmoe: CUDA ") + what + ": " + cudaGetErrorString(error));
 }
 
-// A launch that the driver refuses is told at once; a kernel that fails later is told by a later call, as always in CUDA.
+// Reports a launch that the driver refuses. An error while the kernel runs shows in a later call, as always in CUDA.
 inline void check_launch(const char* kernel) { check(kernel, cudaGetLastError()); }
 
-// Shared memory beyond the 48 KB that every kernel may take.
+// Allows a kernel more dynamic shared memory than the 48 KB that CUDA allows by default.
 template <class Params>
 void allow_shared_memory(void (*kernel)(Params), int bytes) {
     if (bytes <= 48 << 10) return;
     check("cudaFuncSetAttribute", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
-// The current device is `device` as long as this lives.
+// Makes `device` the current device for the lifetime of this object.
 class DeviceGuard {
 public:
     explicit DeviceGuard(int device) {
@@ -46,7 +46,7 @@ private:
 
 inline unsigned tiles(int64_t extent, int64_t block) { return static_cast<unsigned>((extent + block - 1) / block); }
 
-// f(S{}) for the type that a dtype names.
+// f(S{}) for the element type S of a dtype.
 template <class F>
 void with_dtype(Dtype dtype, F f) {
     switch (dtype) {
@@ -57,10 +57,10 @@ void with_dtype(Dtype dtype, F f) {
     throw std::invalid_argument("lmoe: dtype must be one of fp32, bf16, fp16");
 }
 
-// The shrink in p.parts parts of forward, and of backward into dv; p.features_a_part is filled in. On the current device.
+// A split shrink on the current device, of x in the forward and of dy in the backward; it fills in p.features_a_part.
 void shrink_in_parts(Dtype dtype, ShrinkParams p, cudaStream_t stream);
 
-// The expand of forward, and of backward into dx; on the current device.
+// Expand on the current device, into y in the forward and into dx in the backward.
 void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream);
 
 }  // namespace lmoe

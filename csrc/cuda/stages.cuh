@@ -1,57 +1,59 @@
-// What the kernels of forward and backward are made of: shrink, softmax and mix, and the store of an expanded tile.
+// The device code that the kernels of forward and backward share: shrink, softmax and mix, and the store of an expanded tile.
 #pragma once
 
 #include "tiles.cuh"
 
 namespace lmoe {
 
-constexpr int BLOCK_T = 64;   // tokens
+constexpr int BLOCK_T = 64;   // tokens of a block
 constexpr int BLOCK_F = 128;  // features of x, y or a factor
-constexpr int BLOCK_C = 64;   // coefficients of wgrad: rank rows and gate rows
+constexpr int BLOCK_C = 64;   // coefficients of wgrad: columns of du, dlogits or v
+constexpr int MIX_T = 4;      // tokens of a block that reduces partial sums and mixes
 
 template <class S, int COLUMNS>
 using Shrink = Product<S, BLOCK_T, COLUMNS, 2, true, true>;
 template <class S>
 using Expand = Product<S, BLOCK_T, BLOCK_F, 2, true, false>;
 
-// Shrink takes its columns 160 at a time, so that eight experts of rank 16 and their gate read the tokens once, and up to 64
-// in a narrower product. Expected: of a wide one the L2 is the bound, columns that are not there cost it nothing. In fp32, where
-// the FMAs are the bound and each product has two sums, 96 at a time.
+// Shrink computes 160 columns at a time, so that eight experts of rank 16 and their gate read the tokens once; a rest of up to
+// 64 columns takes a narrower product. Expected, not measured: the wide product is L2-bound, so padded columns are free. fp32
+// is bound by FMAs and needs two accumulators for each product: 96 columns at a time.
 template <class S>
 constexpr int WIDE = sizeof(S) == 4 ? 96 : 160;
 constexpr int NARROW = 64;
 
 template <class S>
 __host__ __device__ constexpr int shrink_smem(int64_t columns) {
-    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the rest needs more than what was before it");
+    static_assert(Shrink<S, NARROW>::SMEM <= Shrink<S, WIDE<S>>::SMEM, "the narrow product needs more shared memory than the wide one");
     return columns > NARROW ? Shrink<S, WIDE<S>>::SMEM : Shrink<S, NARROW>::SMEM;
 }
 
 template <class Tile, class Store>
-__device__ __forceinline__ int64_t shrink_columns(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
-                                                  int64_t column, int64_t first, int64_t last, Store store) {
-    const float* tile = Tile::run(smem, rows, t0, factors, column, first, last);
+__device__ __forceinline__ int64_t shrink_columns(unsigned char* smem, const Matrix& tokens, int64_t t0,
+                                                  const Matrix& factors, int64_t column, int64_t first, int64_t last,
+                                                  Store store) {
+    const float* tile = Tile::run(smem, tokens, t0, factors, column, first, last);
     Tile::for_each(tile, [&](int row, int col, float value) {
-        if (t0 + row < rows.rows && column + col < factors.rows) store(t0 + row, column + col, value);
+        if (t0 + row < tokens.rows && column + col < factors.rows) store(t0 + row, column + col, value);
     });
-    __syncthreads();  // the tile is read, and what it stored can be read by the whole block
+    __syncthreads();  // no thread still reads the tile, and the whole block sees what was stored
     return column + Tile::COLUMNS;
 }
 
-// store(t, column, value): every token of the tile against every row of `factors`, summed over features [first, last).
+// store(t, column, value) for every token of the tile and every row of `factors`: their dot product over features [first, last).
 template <class S, class Store>
-__device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& rows, int64_t t0, const Matrix& factors,
+__device__ __forceinline__ void shrink(unsigned char* smem, const Matrix& tokens, int64_t t0, const Matrix& factors,
                                        int64_t first, int64_t last, Store store) {
     for (int64_t column = 0; column < factors.rows;) {
         if (factors.rows - column > NARROW) {
-            column = shrink_columns<Shrink<S, WIDE<S>>>(smem, rows, t0, factors, column, first, last, store);
+            column = shrink_columns<Shrink<S, WIDE<S>>>(smem, tokens, t0, factors, column, first, last, store);
         } else {
-            column = shrink_columns<Shrink<S, NARROW>>(smem, rows, t0, factors, column, first, last, store);
+            column = shrink_columns<Shrink<S, NARROW>>(smem, tokens, t0, factors, column, first, last, store);
         }
     }
 }
 
-// store(t, column, sum) for some tokens, from the sums over parts of the features, added up in their order.
+// store(t, column, sum) for some tokens: reduces the partial sums of a split shrink, in a fixed order.
 template <class Store>
 __device__ __forceinline__ void sum_parts(const ForwardParams& p, int64_t t0, int tokens, int columns, Store store) {
     for (int i = threadIdx.x; i < tokens * columns; i += THREADS) {
@@ -59,103 +61,111 @@ __device__ __forceinline__ void sum_parts(const ForwardParams& p, int64_t t0, in
         for (int64_t part = 0; part < p.shrink_parts; ++part) sum += p.partial[(part * p.T + t0) * columns + i];
         store(t0 + i / columns, i % columns, sum);
     }
-    __syncthreads();  // what was stored can be read by the whole block
+    __syncthreads();  // the whole block sees what was stored
 }
 
-// x as a matrix, and what it is shrunk by: the rank rows of A, then the gate's.
+// x as a matrix, and the factors that shrink multiplies it with: the rows of all A, then the gate's.
 template <class S>
 __host__ __device__ inline Matrix tokens_of(const ForwardParams& p) {
-    return matrix<S>(p.x, false, p.T, p.I, p.x_stride);
+    return matrix<S>(p.x.data, false, p.T, p.I, p.x.stride);
 }
 template <class S>
 __host__ __device__ inline Matrix a_and_gate(const ForwardParams& p) {
-    return stacked<S>(p.lora_a, p.lora_a_fp32, p.experts_of_a * p.R, p.gate_weight, p.gate_weight_fp32, p.E, p.I);
+    return stacked<S>(p.lora_a, p.experts_of_a * p.R, p.gate_weight, p.E, p.I);
 }
 template <class S>
 __host__ __device__ inline Matrix b_of(const ForwardParams& p) {
-    return matrix<S>(p.lora_b, p.lora_b_fp32, p.E * p.R, p.O, p.O);
+    return matrix<S>(p.lora_b.data, p.lora_b.fp32, p.E * p.R, p.O, p.O);
 }
 
-// One value of the product of x with a_and_gate: u, then the logits; null where nobody wants them.
+// The logit of expert e, from the complete dot product of a token with the gate's row. Never from a partial sum: the bias is
+// added once.
 template <class S>
-__device__ __forceinline__ void save(const ForwardParams& p, int64_t t, int64_t column, float value) {
-    const int64_t rank_rows = p.experts_of_a * p.R;
-    if (column < rank_rows) {
-        if (p.u != nullptr) static_cast<S*>(p.u)[t * rank_rows + column] = from_float<S>(value);
-    } else if (p.logits != nullptr) {
-        static_cast<float*>(p.logits)[t * p.E + column - rank_rows] = value;
+__device__ __forceinline__ float logit_of(const ForwardParams& p, int64_t e, float dot) {
+    return p.gate_bias.data == nullptr ? dot : dot + load<S>(p.gate_bias, e);
+}
+
+// Saves one column of the product of x with a_and_gate, an element of u or a logit, unless it is not wanted.
+template <class S>
+__device__ __forceinline__ void save_projection(const ForwardParams& p, int64_t t, int64_t column, float value) {
+    const int64_t u_columns = p.experts_of_a * p.R;
+    if (column < u_columns) {
+        if (p.u != nullptr) static_cast<S*>(p.u)[t * u_columns + column] = from_float<S>(value);
+    } else if (p.logits.data != nullptr) {
+        const int64_t e = column - u_columns;
+        static_cast<float*>(p.logits.data)[t * p.E + e] = logit_of<S>(p, e, value);
     }
 }
 
-// Of equal logits the one of the lower expert is kept.
+// Of equal logits, the expert with the lower index is kept.
 template <class S>
-__device__ inline bool is_kept(const ForwardParams& p, const void* logits, int64_t row, int64_t e, float logit) {
+__device__ inline bool is_kept(const ForwardParams& p, const Tensor& logits, int64_t row, int64_t e, float logit) {
     if (p.top_k == p.E) return true;
     int64_t before = 0;
     for (int64_t f = 0; f < p.E; ++f) {
-        const float other = load<S>(logits, row + f, p.logits_fp32);
+        const float other = load<S>(logits, row + f);
         before += other > logit || (other == logit && f < e);
     }
     return before < p.top_k;
 }
 
-// The gates of some tokens, gates[t * gates_stride + e] from logits[first + t * E + e], by all threads of the block; ends
-// with all of them in step. A token's experts are shared out among as many lanes as there are experts, 32 at most.
+// The gates of some tokens: gates[t * gates_stride + e] from logits[first + t * E + e]. All threads of the block call it; it
+// ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token.
 template <class S>
-__device__ __forceinline__ void gate_softmax(const ForwardParams& p, const void* logits, int64_t first, float* gates,
+__device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tensor& logits, int64_t first, float* gates,
                                              int64_t gates_stride, int tokens) {
     const int E = static_cast<int>(p.E);
-    int lanes = 1;  // of a token, a power of two
+    int lanes = 1;  // for one token, a power of two
     while (lanes < E && lanes < 32) lanes *= 2;
     const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // no lane leaves early: all shuffle
-        const bool own = t0 + t < tokens;
-        const int64_t row = first + (own ? t0 + t : 0) * p.E;
+    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // no lane leaves early: all take part in shuffles
+        const bool inside = t0 + t < tokens;
+        const int64_t row = first + (inside ? t0 + t : 0) * p.E;
         float* out = gates + (t0 + t) * gates_stride;
         float largest = -INFINITY, sum = 0.f;
-        for (int e = lane; e < E; e += lanes) largest = fmaxf(largest, load<S>(logits, row + e, p.logits_fp32));
+        for (int e = lane; e < E; e += lanes) largest = fmaxf(largest, load<S>(logits, row + e));
         for (int flip = lanes / 2; flip > 0; flip /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, flip));
-        for (int e = lane; own && e < E; e += lanes) {
-            const float logit = load<S>(logits, row + e, p.logits_fp32);
+        for (int e = lane; inside && e < E; e += lanes) {
+            const float logit = load<S>(logits, row + e);
             const bool kept = is_kept<S>(p, logits, row, e, logit);
             const float weight = kept || !p.renormalize ? expf(logit - largest) : 0.f;
             sum += weight;
             out[e] = kept ? weight : 0.f;
         }
         for (int flip = lanes / 2; flip > 0; flip /= 2) sum += __shfl_xor_sync(~0u, sum, flip);
-        for (int e = lane; own && e < E; e += lanes) out[e] /= sum;
+        for (int e = lane; inside && e < E; e += lanes) out[e] /= sum;
     }
-    __syncthreads();  // the gates are there for all
+    __syncthreads();  // all threads see the gates
 }
 
-// The gates of some tokens, from the logits in memory into scratch.
+// The gates of some tokens, from the logits in global memory into scratch.
 template <class S>
 __device__ __forceinline__ void gates_of_tokens(const ForwardParams& p, int64_t t0, int tokens) {
     gate_softmax<S>(p, p.logits, t0 * p.E, p.scratch + t0 * p.scratch_stride, p.scratch_stride, tokens);
 }
 
-// v of one token and rank r, for all experts; u and v are the token's, and may be the same memory; at(c): where its column c
-// lies. The last expert comes first, so that where all share one A the only u is overwritten when it has been read by all.
+// v of one token and rank r, for all experts, from the token's u, which may lie in the same memory. at(c) is the index of
+// column c. Iterate experts in reverse: with a shared A, v[0] aliases the only u and must be written last.
 template <class S, class At>
 __device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r, At at) {
     const int64_t u_step = p.experts_of_a == 1 ? 0 : p.R;
     float h = 0.f;
-    if (p.factors) {
+    if (p.mixing == Mixing::factors) {
         for (int64_t e = 0; e < p.E; ++e) h += gates[e] * to_float(u[at(e * u_step + r)]);
     }
     for (int64_t e = p.E - 1; e >= 0; --e) {
-        v[at(e * p.R + r)] = from_float<S>(gates[e] * (p.factors ? h : to_float(u[at(e * u_step + r)])));
+        v[at(e * p.R + r)] = from_float<S>(gates[e] * (p.mixing == Mixing::factors ? h : to_float(u[at(e * u_step + r)])));
     }
     return h;
 }
 
-// The same of a token whose columns lie side by side.
+// The same for a token whose columns are contiguous.
 template <class S>
 __device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r) {
     return mix<S>(p, gates, u, v, r, [](int64_t column) { return column; });
 }
 
-// v of some tokens, from u and the logits in memory.
+// v of some tokens, from u and the logits in global memory.
 template <class S>
 __device__ __forceinline__ void mix_tokens(const ForwardParams& p, int64_t t0, int tokens) {
     const int R = static_cast<int>(p.R);
@@ -163,22 +173,22 @@ __device__ __forceinline__ void mix_tokens(const ForwardParams& p, int64_t t0, i
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
         const int64_t t = t0 + i / R;
         const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
-        mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v) + t * p.v_stride, i % R);
+        mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v.data) + t * p.v.stride, i % R);
     }
 }
 
 template <class S>
 __host__ __device__ inline Output output(void* out, const void* base, int64_t base_stride, int64_t T, int64_t F,
                                          float scaling) {
-    const bool vectors = on_16_bytes(out, F, sizeof(S)) && on_16_bytes(base, base_stride, sizeof(S));
-    return {out, base, base_stride, T, F, vectors, scaling};
+    const bool aligned = on_16_bytes(out, F, sizeof(S)) && on_16_bytes(base, base_stride, sizeof(S));
+    return {out, base, base_stride, T, F, aligned, scaling};
 }
 
-// A tile of products from token t0 and feature f0 on. A thread has several vectors of the base on the way at a time.
+// Stores a tile of products that starts at token t0 and feature f0. Every thread loads several vectors of the base at once.
 template <class S>
 __device__ __forceinline__ void store_tile(const Output& p, const float* tile, int64_t t0, int64_t f0) {
-    constexpr int VECTORS = BLOCK_F / VECTOR<S>, BATCH = 8;  // in a row of the tile; of a thread
-    static_assert(BLOCK_T * VECTORS % (BATCH * THREADS) == 0, "a batch is not whole");
+    constexpr int VECTORS = BLOCK_F / VECTOR<S>, BATCH = 8;  // vectors in a row of the tile; vectors that a thread loads at once
+    static_assert(BLOCK_T * VECTORS % (BATCH * THREADS) == 0, "the last batch is not full");
     for (int first = threadIdx.x; first < BLOCK_T * VECTORS; first += BATCH * THREADS) {
         alignas(16) S values[BATCH][VECTOR<S>];
         auto each = [&](auto f) {  // f(vector, its row and column in the tile, how many of its elements are inside)
@@ -192,7 +202,7 @@ __device__ __forceinline__ void store_tile(const Output& p, const float* tile, i
         each([&](S* vector, int row, int col, int inside) {
             const bool given = p.base != nullptr;
             const S* base = static_cast<const S*>(p.base) + (given ? (t0 + row) * p.base_stride + f0 + col : 0);
-            if (given && p.vectors && inside == VECTOR<S>) {
+            if (given && p.aligned && inside == VECTOR<S>) {
                 *reinterpret_cast<uint4*>(vector) = *reinterpret_cast<const uint4*>(base);
             } else {
 #pragma unroll
@@ -206,7 +216,7 @@ __device__ __forceinline__ void store_tile(const Output& p, const float* tile, i
                 const float product = tile[row * Expand<S>::OUT_STRIDE + col + j];
                 vector[j] = from_float<S>(to_float(vector[j]) + p.scaling * product);
             }
-            if (p.vectors && inside == VECTOR<S>) {
+            if (p.aligned && inside == VECTOR<S>) {
                 store_vector(out, *reinterpret_cast<const uint4*>(vector));
             } else {
 #pragma unroll

@@ -1,8 +1,8 @@
 // The building block of all kernels: a pipelined tile product, out[i, j] = sum_k P(i, k) Q(j, k), fp32 in shared memory.
 //
 // Both operands are matrices of contiguous rows. K_ALONG_ROW says that the sum runs along the rows (an operand of `shrink`);
-// otherwise it runs from row to row (`wgrad`, and the factors of `expand`), and ldmatrix transposes on the way to registers.
-// fp32 takes FMA on the same accumulator layout, so that everything around it is shared.
+// otherwise it runs from row to row (`wgrad`, and the factors of `expand`), and ldmatrix transposes while it loads.
+// fp32 uses FMA on the same accumulator layout, so the code around the product is the same.
 #pragma once
 
 #include "params.h"
@@ -11,20 +11,20 @@
 namespace lmoe {
 
 constexpr int THREADS = 128;  // four warps
-constexpr int STAGES = 4;     // tiles in flight: of 12 KB (shrink: 14), so that four (three) blocks fit on an SM of 228 KB
+constexpr int STAGES = 4;     // pipeline depth. 12 KB a stage: four blocks fit an SM with 228 KB; 14 KB for shrink: three
 
 template <class S>
 constexpr int VECTOR = 16 / sizeof(S);  // elements in 16 bytes
 
 template <class S>
-constexpr int BLOCK_K = 64 / sizeof(S);  // of the sum, a step: rows of 64 bytes
+constexpr int BLOCK_K = 64 / sizeof(S);  // elements of the sum in one pipeline step: 64 bytes of a row
 
 __device__ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One element of a tensor that is fp32 or of the kernel's dtype.
 template <class S>
-__device__ inline float load(const void* data, int64_t index, bool fp32) {
-    return fp32 ? static_cast<const float*>(data)[index] : to_float(static_cast<const S*>(data)[index]);
+__device__ inline float load(const Tensor& tensor, int64_t index) {
+    return tensor.fp32 ? static_cast<const float*>(tensor.data)[index] : to_float(static_cast<const S*>(tensor.data)[index]);
 }
 
 template <class S>
@@ -40,43 +40,44 @@ inline __host__ __device__ bool on_16_bytes(const void* data, int64_t stride, in
     return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * size % 16 == 0;
 }
 
-// A matrix in one buffer, and one in two of which the second goes on where the first ends.
+// A matrix in one buffer.
 template <class S>
 __host__ __device__ inline Matrix matrix(const void* data, bool fp32, int64_t rows, int64_t columns, int64_t stride) {
     const bool aligned = on_16_bytes(data, stride, fp32 ? 4 : sizeof(S));
     return {data, nullptr, INT64_MAX, rows, columns, stride, fp32, false, aligned, false};
 }
 
+// A matrix in two buffers; the rows of the second follow those of the first. Without a second it is the first alone.
 template <class S>
-__host__ __device__ inline Matrix stacked(const void* first, bool first_fp32, int64_t split, const void* second,
-                                          bool second_fp32, int64_t rows_of_second, int64_t columns) {
-    Matrix m = matrix<S>(first, first_fp32, split, columns, columns);
-    if (second == nullptr) return m;
-    const Matrix rest = matrix<S>(second, second_fp32, rows_of_second, columns, columns);
-    m.second = second;
+__host__ __device__ inline Matrix stacked(const Tensor& first, int64_t split, const Tensor& second, int64_t rows_of_second,
+                                          int64_t columns) {
+    Matrix m = matrix<S>(first.data, first.fp32, split, columns, columns);
+    if (second.data == nullptr) return m;
+    const Matrix rest = matrix<S>(second.data, second.fp32, rows_of_second, columns, columns);
+    m.second = second.data;
     m.split = split;
     m.rows += rows_of_second;
-    m.second_fp32 = second_fp32;
+    m.second_fp32 = second.fp32;
     m.second_aligned = rest.first_aligned;
     return m;
 }
 
-// A tile of ROWS x COLS elements in shared memory. Chunks of 16 bytes are exchanged within a row so that the eight rows
+// A tile of ROWS x COLS elements in shared memory. The 16-byte chunks of a row are permuted (swizzled), so that the eight rows
 // which ldmatrix reads together lie in different banks.
 template <class S, int ROWS, int COLS>
 struct Tile {
     static constexpr int CHUNKS = COLS / VECTOR<S>;
     static constexpr int ELEMENTS = ROWS * COLS;
     static constexpr int BYTES = ELEMENTS * static_cast<int>(sizeof(S));
-    static constexpr int TURN = CHUNKS >= 8 ? 8 : CHUNKS;  // the chunks that are exchanged
+    static constexpr int PERMUTED = CHUNKS >= 8 ? 8 : CHUNKS;  // chunks that are permuted among themselves
 
     static __device__ __forceinline__ int chunk_at(int row, int chunk) {
-        return row * COLS + (chunk ^ (row / (8 / TURN) % TURN)) * VECTOR<S>;
+        return row * COLS + (chunk ^ (row / (8 / PERMUTED) % PERMUTED)) * VECTOR<S>;
     }
     static __device__ __forceinline__ int at(int row, int col) { return chunk_at(row, col / VECTOR<S>) + col % VECTOR<S>; }
 };
 
-// `count` of N elements of a row, the others zero; `aligned` says that they start on 16 bytes.
+// The first `count` of N elements of a row, the others zero; `aligned` says that they start on a multiple of 16 bytes.
 template <int N, class Element>
 __device__ __forceinline__ void load_some(float (&out)[N], const Element* from, int count, bool aligned) {
     if (aligned && count == N) {
@@ -93,21 +94,21 @@ __device__ __forceinline__ void load_some(float (&out)[N], const Element* from, 
     }
 }
 
-// Where an element of a matrix lies, and how many of N from there on are inside.
-struct Place {
+// Some elements of one row of a matrix: their address, and how many of them are inside the matrix.
+struct Span {
     const void* data;
     int64_t index;
     int count;
     bool fp32, aligned;
 
     template <int N>
-    static __device__ __forceinline__ Place of(const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
+    static __device__ __forceinline__ Span of(const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
         const bool second = row >= m.split;
         const int64_t index = (second ? row - m.split : row) * m.stride + col;
         const int64_t inside = row < last_row ? m.columns - col : 0;
         const int count = inside <= 0 ? 0 : inside < N ? static_cast<int>(inside) : N;
-        return second ? Place{m.second, index, count, m.second_fp32, m.second_aligned}
-                      : Place{m.first, index, count, m.first_fp32, m.first_aligned};
+        return second ? Span{m.second, index, count, m.second_fp32, m.second_aligned}
+                      : Span{m.first, index, count, m.first_fp32, m.first_aligned};
     }
     template <class S, int N>
     __device__ __forceinline__ void load(float (&out)[N]) const {
@@ -119,24 +120,24 @@ struct Place {
     }
 };
 
-// Sixteen bytes of a matrix to shared memory, in the kernel's dtype; what lies outside the matrix is zero.
+// Copies 16 bytes of a matrix to shared memory, in the kernel's dtype; elements outside the matrix become zero.
 template <class S>
 __device__ __forceinline__ void load_chunk(S* shared, const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
-    const Place place = Place::of<VECTOR<S>>(m, row, col, last_row);
-    if (place.aligned && (!place.fp32 || sizeof(S) == 4)) {
-        const S* source = static_cast<const S*>(place.data) + (place.count > 0 ? place.index : 0);
-        copy_async(shared, source, place.count * static_cast<int>(sizeof(S)));
+    const Span span = Span::of<VECTOR<S>>(m, row, col, last_row);
+    if (span.aligned && (!span.fp32 || sizeof(S) == 4)) {
+        const S* source = static_cast<const S*>(span.data) + (span.count > 0 ? span.index : 0);
+        copy_async(shared, source, span.count * static_cast<int>(sizeof(S)));
         return;
     }
     float values[VECTOR<S>];
-    place.load<S>(values);
+    span.load<S>(values);
     alignas(16) S chunk[VECTOR<S>];
 #pragma unroll
     for (int i = 0; i < VECTOR<S>; ++i) chunk[i] = from_float<S>(values[i]);
     *reinterpret_cast<uint4*>(shared) = *reinterpret_cast<const uint4*>(chunk);
 }
 
-// Rows [row, row + ROWS) and columns [col, col + COLS) of a matrix; rows from last_row on are zero.
+// Copies rows [row, row + ROWS) and columns [col, col + COLS) of a matrix; rows from last_row on become zero.
 template <class S, int ROWS, int COLS>
 __device__ __forceinline__ void load_tile(S* shared, const Matrix& m, int64_t row, int64_t col, int64_t last_row) {
     using T = Tile<S, ROWS, COLS>;
@@ -146,17 +147,17 @@ __device__ __forceinline__ void load_tile(S* shared, const Matrix& m, int64_t ro
     }
 }
 
-// The steps of a sum: load(step) starts to copy what use(step) reads, into one of DEPTH stages, DEPTH - 1 steps before.
+// The steps of a sum, with DEPTH stages: load(step) starts the copies that use(step) reads, DEPTH - 1 steps ahead.
 template <int DEPTH, class Load, class Use>
 __device__ __forceinline__ void pipeline(int steps, Load load, Use use) {
-#pragma unroll 1  // load is much code: it stands here once
+#pragma unroll 1  // load is much code: do not repeat it
     for (int step = 1 - DEPTH; step < steps; ++step) {
         if (step >= 0) {
             copy_async_wait<DEPTH - 2>();
-            __syncthreads();  // this step's tiles are there for all, and nobody reads the last step's any more
+            __syncthreads();  // all threads see this step's tiles, and no thread still reads the last step's
         }
         if (step + DEPTH - 1 < steps) load(step + DEPTH - 1);
-        copy_async_commit();  // an empty group, too, so that the count above holds to the last step
+        copy_async_commit();  // also an empty group, so that the count in the wait is right until the last step
         if (step >= 0) use(step);
     }
     copy_async_wait<0>();
@@ -174,7 +175,7 @@ struct Operand {
             load_tile<S, BLOCK_K<S>, EXTENT>(shared, m, k, start, last_k);
         }
     }
-    // Where element (i, k) of a whole operand lies that is kept in shared memory: tile after tile along k.
+    // The index of element (i, k) where shared memory holds a whole operand, tile after tile along k.
     static __device__ __forceinline__ int kept_at(int i, int k) {
         return k / BLOCK_K<S> * T::ELEMENTS + (K_ALONG_ROW ? T::at(i, k % BLOCK_K<S>) : T::at(k % BLOCK_K<S>, i));
     }
@@ -194,21 +195,21 @@ struct Operand {
     }
 };
 
-// A product of ROWS x COLS by four warps, ROWS_OF_WARPS of them along the rows.
+// A product of ROWS x COLS, computed by four warps, ROWS_OF_WARPS of them along the rows.
 template <class S, int ROWS, int COLS, int ROWS_OF_WARPS, bool P_K_ALONG_ROW, bool Q_K_ALONG_ROW>
 struct Product {
     using P = Operand<S, ROWS, P_K_ALONG_ROW>;
     using Q = Operand<S, COLS, Q_K_ALONG_ROW>;
     static constexpr int WARP_ROWS = ROWS / ROWS_OF_WARPS, WARP_COLS = COLS / (THREADS / 32 / ROWS_OF_WARPS);
     static constexpr int COLUMNS = COLS, STAGE_BYTES = P::T::BYTES + Q::T::BYTES;
-    static constexpr int OUT_STRIDE = COLS + 8;  // eight banks from row to row: the lanes' float2 do not collide
+    static constexpr int OUT_STRIDE = COLS + 8;  // rows start eight banks apart: no bank conflicts among the lanes' float2
     static constexpr int OUT_BYTES = ROWS * OUT_STRIDE * 4;
     static constexpr int SMEM = STAGES * STAGE_BYTES > OUT_BYTES ? STAGES * STAGE_BYTES : OUT_BYTES;
-    static constexpr int SWEEP_STAGES = 3;  // of one operand alone, and beside the output
+    static constexpr int SWEEP_STAGES = 3;  // they hold one operand only, and the output needs memory of its own
     static constexpr int SWEEP_SMEM = OUT_BYTES + SWEEP_STAGES * Q::T::BYTES;
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
 
-    // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with all threads in step.
+    // out[i, j] = sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k); ends with a barrier.
     static __device__ __forceinline__ const float* run(unsigned char* smem, const Matrix& p, int64_t p_start,
                                                        const Matrix& q, int64_t q_start, int64_t first_k, int64_t last_k) {
         Accumulators acc = {};
@@ -224,15 +225,15 @@ struct Product {
                 const S* stage = reinterpret_cast<const S*>(smem + step % STAGES * STAGE_BYTES);
                 multiply(acc, stage, stage + P::T::ELEMENTS);
             });
-        __syncthreads();  // the output takes the place of the stages
+        __syncthreads();  // the output overwrites the stages
         float* out = reinterpret_cast<float*>(smem);
         put(acc, out);
         __syncthreads();
         return out;
     }
 
-    // The same for every column of q (K_ALONG_ROW false), where p lies in shared memory (see kept_at), zero from q.rows on:
-    // use(out, j0), by all threads, of the columns from j0 on, while the factors of the next ones are on their way.
+    // The same for all columns of q (K_ALONG_ROW false), with p in shared memory (see kept_at) and zero from q.rows on. All
+    // threads call use(out, j0) for the columns from j0 on, while the copies for the next columns are in flight.
     template <class Use>
     static __device__ __forceinline__ void sweep(unsigned char* smem, const S* p, const Matrix& q, Use use) {
         float* out = reinterpret_cast<float*>(smem);
@@ -247,11 +248,11 @@ struct Product {
             [&](int i) {
                 multiply(acc, p + i % steps * P::T::ELEMENTS, stages + i % SWEEP_STAGES * Q::T::ELEMENTS);
                 if (i % steps + 1 < steps) return;
-                put(acc, out);  // nobody reads the last tile's any more: a barrier of the pipeline was in between
+                put(acc, out);  // no thread still reads the last output: the pipeline had a barrier in between
                 for_each_accumulator([&](int r, int n, int half, int, int) {
                     acc[r][n][half * 2] = acc[r][n][half * 2 + 1] = 0.f;
                 });
-                __syncthreads();  // the output is there for all
+                __syncthreads();  // all threads see the output
                 use(static_cast<const float*>(out), static_cast<int64_t>(i / steps) * COLS);
             });
     }
@@ -269,7 +270,7 @@ struct Product {
     // acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, BLOCK_K] @ [BLOCK_K, WARP_COLS]
     static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q) {
         if constexpr (sizeof(S) == 4) {
-            Accumulators part = {};  // of this step: one sum over thousands of products would round each time at its full size
+            Accumulators part = {};  // sums of this step only: a sum over thousands of products would lose more to rounding
 #pragma unroll 1
             for (int k = 0; k < BLOCK_K<S>; ++k) {
                 for_each_accumulator([&](int i, int n, int half, int row, int col) {
@@ -321,7 +322,7 @@ struct Product {
             }
         }
     }
-    // f(row, col, value) for the whole tile, consecutive threads on consecutive columns.
+    // f(row, col, value) for the whole tile; consecutive threads take consecutive columns.
     template <class F>
     static __device__ __forceinline__ void for_each(const float* out, F f) {
         for (int i = threadIdx.x; i < ROWS * COLS; i += THREADS) {

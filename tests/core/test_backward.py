@@ -37,7 +37,7 @@ def test_fp32_parameters_get_fp32_gradients(case: Case, dtype: torch.dtype, back
     for name in ("lora_a", "lora_b", "gate_weight"):
         gradient = ours[name]
         assert gradient.dtype == torch.float32
-        assert case.T == 1 or not torch.equal(gradient, gradient.to(dtype).float()), f"{name} went through {dtype}"
+        assert case.T == 1 or not torch.equal(gradient, gradient.to(dtype).float()), f"{name} was rounded to {dtype}"
 
 
 def _compare(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
@@ -82,7 +82,7 @@ def test_gradient_of_base(backend: str, exact: torch.dtype, watch) -> None:
     assert torch.equal(torch.autograd.grad(y, base, dy)[0], dy)
 
 
-def test_broadcast_and_strided_gradients_from_above(backend: str, exact: torch.dtype, watch) -> None:
+def test_broadcast_and_strided_incoming_gradients(backend: str, exact: torch.dtype, watch) -> None:
     problem = make_problem(Case(linear=True), exact)
     leaves = leaves_of(problem.tensors)
     y, _ = problem.call(backend, **leaves)
@@ -103,7 +103,7 @@ def test_rows_past_two_to_the_31_elements(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(grads, far, strict=True))
 
 
-def test_two_backwards_give_the_same_bits_and_leave_everything_alone(backend: str) -> None:
+def test_two_backwards_give_the_same_bits_and_do_not_change_saved_tensors(backend: str) -> None:
     problem = make_problem(Case(T=130, I=136, O=72, E=8, R=16, linear=True), torch.bfloat16)
     leaves = leaves_of(problem.tensors)
     saved: list[torch.Tensor] = []

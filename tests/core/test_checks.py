@@ -1,4 +1,4 @@
-"""Bad input that looks good, and good input that looks bad: counts, biases, autocast, sizes of nothing."""
+"""Input checks at their limits: bools as counts, bad biases, fp64 under autocast, empty dimensions."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.problems import good_arguments
 
 
 @pytest.mark.parametrize("count", ["num_experts", "rank", "top_k"])
-def test_true_is_no_count(count: str) -> None:
+def test_a_bool_is_not_a_count(count: str) -> None:
     with pytest.raises(TypeError) as caught:
         LMoELinear.from_linear(nn.Linear(8, 12), **{count: True})
     assert str(caught.value) == f"LMoELinear: {count} must be an int, got bool"
@@ -21,8 +21,8 @@ def test_true_is_no_count(count: str) -> None:
     ("bias", "error", "text"),
     [
         ([0.0] * 12, TypeError, "bias must be a torch.Tensor, got list"),
-        (torch.zeros(12).half(), TypeError, "bias must have dtype torch.float32 as x, got torch.float16"),
-        (torch.zeros(12, device="meta"), ValueError, "bias must be on cpu as x, got meta"),
+        (torch.zeros(12).half(), TypeError, "bias must have dtype torch.float32 like x, got torch.float16"),
+        (torch.zeros(12, device="meta"), ValueError, "bias must be on cpu like x, got meta"),
     ],
     ids=["no tensor", "dtype", "device"],
 )
@@ -32,8 +32,8 @@ def test_bad_bias(bias: Any, error: type[Exception], text: str) -> None:
     assert str(caught.value) == f"lmoe_linear: {text}"
 
 
-def test_autocast_leaves_fp64_alone() -> None:
-    """As it does in `torch.nn.functional.linear`."""
+def test_autocast_does_not_cast_fp64() -> None:
+    """Autocast does not cast fp64 in `torch.nn.functional.linear` either."""
     arguments: dict[str, Tensor] = {name: t.double() for name, t in good_arguments(base=torch.randn(2, 12)).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = lmoe(**arguments)
@@ -60,7 +60,7 @@ def test_explain_refuses_what_lmoe_refuses(changes: dict[str, Any], error: type[
 @pytest.mark.parametrize(("lead", "tokens"), [((), 1), ((6,), 6), ((2, 0, 3), 0), ((2, 3), 6)], ids=str)
 @pytest.mark.parametrize("features", [0, 16])
 def test_tokens_are_counted_in_the_leading_dims(lead: tuple[int, ...], tokens: int, features: int) -> None:
-    """Also where a token has no features, and so no element that could be counted."""
+    """Tokens without features count too, although they have no elements."""
     x, lora_a, gate_weight = torch.zeros(*lead, features), torch.zeros(8, 4, features), torch.zeros(8, features)
     arguments = good_arguments(x=x, lora_a=lora_a, gate_weight=gate_weight)
     assert explain(**arguments).startswith(f"lmoe: T={tokens} I={features} O=12 E=8 R=4, ")

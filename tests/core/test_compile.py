@@ -1,6 +1,6 @@
-"""The ops as PyTorch's machinery sees them: opcheck, torch.compile, torch.export, torch.func.
+"""The ops under opcheck, torch.compile, torch.export and torch.func.
 
-What is compared is compared in float64, where a wrong formula shows and the order of a sum does not.
+Results are compared in float64, so that a wrong formula shows and the order of a sum does not.
 """
 
 import pytest
@@ -71,7 +71,7 @@ def test_compiled_function_follows_dynamic_sizes_and_the_chosen_backend() -> Non
     compiled = torch.compile(
         lambda x: lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"]), fullgraph=True, dynamic=True, backend=keep
     )
-    for tokens in (6, 9, 40, 100):  # to both sides of 64, where the choice among a GPU's backends changes
+    for tokens in (6, 9, 40, 100):  # below and above 64, where the automatic choice on a GPU changes
         x = t["x"][:tokens]
         torch.testing.assert_close(compiled(x), lmoe(x, t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"]))
     assert len(graphs) == 1
@@ -80,8 +80,8 @@ def test_compiled_function_follows_dynamic_sizes_and_the_chosen_backend() -> Non
     assert "'reference'" in graphs[-1].code or "reference" in str(graphs[-1].graph)
 
 
-class _Taken:
-    """Two backends, one for few tokens and one for the others; they write down the tokens of every call."""
+class _Calls:
+    """Two backends, one for at most 8 tokens and one for more; each call and its number of tokens are recorded."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[tuple[str, str, int]] = []
@@ -112,8 +112,8 @@ def _drop_all(guards: list) -> list[bool]:
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_without_guards_every_call_takes_the_backend_of_its_own_size(compiler: str, monkeypatch) -> None:
-    """As in servers, which compile once and drop the guards: decode must not get prefill's kernel, nor prefill decode's."""
-    taken = _Taken(monkeypatch)
+    """Servers compile once and drop the guards: decode must not run prefill's kernel, nor prefill decode's."""
+    calls = _Calls(monkeypatch)
     t = make_problem(Case(T=100), torch.float64).tensors
     lora_b = t["lora_b"].clone().requires_grad_()
     compiled = torch.compile(
@@ -123,13 +123,13 @@ def test_without_guards_every_call_takes_the_backend_of_its_own_size(compiler: s
     for tokens in (100, 3, 40, 8):
         compiled(t["x"][:tokens]).sum().backward()
         name = "few" if tokens <= 8 else "many"
-        assert taken.seen == [(name, "forward", tokens), (name, "backward", tokens)]
-        taken.seen.clear()
+        assert calls.seen == [(name, "forward", tokens), (name, "backward", tokens)]
+        calls.seen.clear()
 
 
-def test_a_number_of_tokens_that_tracing_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows `nonzero` has sizes without a value, which no choice while tracing could compare."""
-    _Taken(monkeypatch)
+def test_an_unbacked_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size after `nonzero` has no value while torch.compile traces, so a choice made then could not compare it."""
+    _Calls(monkeypatch)
     t = make_problem(Case(T=100), torch.float64).tensors
     lora_b = t["lora_b"].clone().requires_grad_()
 
@@ -150,7 +150,7 @@ def test_an_exported_layer_runs_with_any_number_of_tokens() -> None:
     x = torch.randn(100, 12, dtype=torch.float64)
     exported = torch.export.export(layer, (x[:7],), dynamic_shapes=({0: torch.export.Dim("T")},))
     assert ops.forward in {node.target for node in exported.graph.nodes}
-    torch.testing.assert_close(exported.module()(x), layer(x))  # gradients are on here, and the parameters ask for them
+    torch.testing.assert_close(exported.module()(x), layer(x))  # with gradients enabled, and parameters that require them
 
 
 def test_func_grad_and_vmap() -> None:

@@ -1,4 +1,4 @@
-"""What torch.compile is told about the ops' results in half precision, with and without fp32 parameters."""
+"""The ops' fakes and compiled results in half precision, with and without fp32 parameters."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PARAMETERS = pytest.mark.parametrize("of_parameters", [torch.float32, None], ids
 
 
 class _Checked(TorchDispatchMode):
-    """Every call of the ops is compared with what their fakes foretell: shapes, strides and dtypes."""
+    """Compares shapes, strides and dtypes of every call of the ops with those of their fakes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,9 @@ class _Checked(TorchDispatchMode):
 @PARAMETERS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [Case(linear=True), Case(outside_logits=True, shared_a=True, mixing="outputs")], ids=str)
-def test_fakes_foretell_shapes_and_dtypes(case: Case, dtype: torch.dtype, of_parameters: torch.dtype | None) -> None:
+def test_fakes_have_the_shapes_and_dtypes_of_results(
+    case: Case, dtype: torch.dtype, of_parameters: torch.dtype | None
+) -> None:
     problem = make_problem(case, dtype, of_parameters)
     leaves = leaves_of(problem.tensors)
     with _Checked() as checked:
@@ -42,7 +44,7 @@ def test_fakes_foretell_shapes_and_dtypes(case: Case, dtype: torch.dtype, of_par
 
 @PARAMETERS
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_in_half_precision_it_gives_the_same_bits(compiler: str, of_parameters: torch.dtype | None) -> None:
+def test_compiled_half_precision_gives_the_same_bits(compiler: str, of_parameters: torch.dtype | None) -> None:
     torch._dynamo.reset()
     problem = make_problem(Case(T=12, linear=True), torch.bfloat16, of_parameters)
     names = list(problem.tensors)

@@ -1,4 +1,4 @@
-"""Which backend a call takes: the table on a GPU that is not there, and `use_backend` across blocks, errors and threads."""
+"""Which backend a call takes: the automatic choice on a simulated GPU; `use_backend` with errors, overlaps and threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
@@ -18,7 +18,7 @@ HERE = GPU._replace(device=torch.device("cpu"))
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """A GPU of compute capability 8.0, with Triton, a C compiler and the CUDA extension."""
+    """Simulates a GPU of compute capability 8.0, with Triton, a C compiler and the CUDA extension."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(availability, "_installed", lambda package: True)
@@ -29,14 +29,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A second backend that is taken by name alone."""
+    """A further backend, which a call takes only by name."""
     row = Backend("none.such", lambda problem: None, lambda problem: "only where it is asked for by name")
     monkeypatch.setitem(BACKENDS, "peer", row)
     return "peer"
 
 
 def taken(problem: Problem = HERE) -> str:
-    return dispatch.choose("lmoe", problem, dispatch.asked_for("lmoe", None))
+    return dispatch.choose("lmoe", problem, dispatch.requested_backend("lmoe", None))
 
 
 def gpu_with(**sizes: int) -> Problem:
@@ -69,7 +69,7 @@ def test_triton_takes_no_gpu_before_ampere(gpu, capability: tuple[int, int]) -> 
         dispatch.choose("lmoe", GPU, "triton")
 
 
-def test_a_block_is_undone_where_it_ends(peer: str) -> None:
+def test_a_block_is_undone_at_its_end(peer: str) -> None:
     assert taken() == "torch"
     with use_backend(peer):
         assert taken() == peer
@@ -81,14 +81,14 @@ def test_a_block_is_undone_where_it_ends(peer: str) -> None:
     assert taken() == "torch"
 
 
-def test_a_block_is_undone_where_an_error_leaves_it(peer: str) -> None:
+def test_a_block_is_undone_by_an_error_in_it(peer: str) -> None:
     with suppress(ZeroDivisionError), use_backend(peer):
         raise ZeroDivisionError
     assert taken() == "torch"
 
 
 def test_blocks_of_one_thread_may_end_in_any_order(peer: str) -> None:
-    """As those of two generators do."""
+    """Two generators that each hold a block end them in any order."""
     first, second, third = use_backend(peer), use_backend("reference"), use_backend(peer)
     for block in (first, second, third):
         block.__enter__()
@@ -100,7 +100,7 @@ def test_blocks_of_one_thread_may_end_in_any_order(peer: str) -> None:
 
 @pytest.fixture
 def threads():
-    """Two threads that do what they are given, one thing after another."""
+    """Two threads, each of which runs one given call after another."""
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         yield [lambda *call, of=pool: of.submit(*call).result() for pool in (one, other)]
 
@@ -141,7 +141,7 @@ def test_a_block_may_end_in_another_thread(threads, peer: str) -> None:
 
 
 def _compiled(graphs: list[str]):
-    """The operation compiled whole, on random tokens; it adds the code of every graph to the list."""
+    """The compiled operation on random tokens; it appends the code of every compiled graph to the list."""
     torch._dynamo.reset()
     t = make_problem(Case(), torch.float64).tensors
 

@@ -12,7 +12,7 @@ CASES = [
     Case(T=9, outside_logits=True, top_k=2, renormalize=False),
 ]
 
-# Triton's interpreter computes the exponentials of padded experts, too, which are masked after that.
+# Triton's interpreter also computes the exponentials of padded experts; they are masked afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 
@@ -23,7 +23,7 @@ def _run(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_large_logits(case: Case, every_plan: str, watch) -> None:
-    """Their exponentials overflow; those of their distances from the largest do not."""
+    """exp(logit) overflows; exp(logit - largest logit) does not."""
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"] += torch.tensor([1000.0, -1000.0, 100.0]).repeat(case.T)[: case.T, None]
     assert_all_no_worse(problem, _run(problem, every_plan))
@@ -32,13 +32,13 @@ def test_large_logits(case: Case, every_plan: str, watch) -> None:
 def test_large_logits_of_the_layers_own_gate(every_plan: str, watch) -> None:
     problem = make_problem(Case(T=9), torch.float32)
     x, gate_weight = problem.tensors["x"], problem.tensors["gate_weight"]
-    x.mul_(8).round_().div_(8)[:, 0] = 1.0  # the logits are exact: of one about 512 a rounding would be the whole error
+    x.mul_(8).round_().div_(8)[:, 0] = 1.0  # exact logits: one rounding near 512 would be the whole error
     gate_weight.mul_(64).round_().div_(64)[:, 0] = 512.0
     assert_all_no_worse(problem, _run(problem, every_plan))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_nan_in_the_logits_of_a_token_is_seen_in_that_token_alone(case: Case, every_plan: str) -> None:
+def test_a_nan_in_the_logits_of_a_token_affects_that_token_alone(case: Case, every_plan: str) -> None:
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"][2, 1] = float("nan")
     results = _run(problem, every_plan)
@@ -51,7 +51,7 @@ def test_a_nan_in_the_logits_of_a_token_is_seen_in_that_token_alone(case: Case, 
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_an_expert_masked_by_minus_infinity_is_not_there(case: Case, every_plan: str, watch) -> None:
+def test_an_expert_masked_by_minus_infinity_counts_as_absent(case: Case, every_plan: str, watch) -> None:
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"][:, 3] = float("-inf")
     results = _run(problem, every_plan)
@@ -64,7 +64,7 @@ def test_an_expert_masked_by_minus_infinity_is_not_there(case: Case, every_plan:
     assert_all_no_worse(problem.of_experts(kept), {"y": results["y"], "x": results["x"], **of_kept})
 
 
-@pytest.mark.parametrize("experts", [6, 40], ids=["one to a lane", "more than a warp has lanes"])
+@pytest.mark.parametrize("experts", [6, 40], ids=["fewer experts than lanes of a warp", "more experts than lanes"])
 def test_of_equal_logits_the_lower_expert_is_kept_forward_and_backward(experts: int, every_plan: str, watch) -> None:
     case = Case(T=9, I=16, O=16, E=experts, R=2, outside_logits=True, top_k=3)
     problem = make_problem(case, torch.float32)

@@ -25,7 +25,7 @@ def test_forward_is_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", CASES[:3] + CASES[5:9], ids=str)
-def test_fp32_parameters_beside_half_precision_tokens(case: Case, dtype: torch.dtype, backend: str, watch) -> None:
+def test_fp32_parameters_with_half_precision_tokens(case: Case, dtype: torch.dtype, backend: str, watch) -> None:
     problem = make_problem(case, dtype, param_dtype=torch.float32)
     y, _ = problem.call(backend)
     assert y.dtype == dtype
@@ -71,7 +71,7 @@ def test_rows_past_two_to_the_31_elements(tokens: int, backend: str) -> None:
 
 
 @pytest.mark.parametrize("lead", [(), (4,), (2, 3)], ids=str)
-def test_base_is_added_and_left_alone(lead: tuple[int, ...], backend: str) -> None:
+def test_base_is_added_and_not_changed(lead: tuple[int, ...], backend: str) -> None:
     problem = make_problem(Case(T=math.prod(lead)), torch.float32)
     t, base = problem.tensors, torch.randn(*lead, 41)
     x, kept, options = (
@@ -102,12 +102,12 @@ def test_bitwise_repeatable(backend: str) -> None:
 
 
 def test_nothing_but_v_is_rounded(backend: str) -> None:
-    """With u exact and B picking the first expert, y is gates[0] h, rounded once from fp32."""
+    """u is exact and B selects the first expert, so that y is gates[0] * h, rounded once from fp32."""
     x, lora_a = torch.randint(1, 16, (300, 1)).bfloat16(), torch.tensor([3.0, 7.0, 13.0]).bfloat16().view(3, 1, 1)
     lora_b, logits = torch.tensor([1.0, 0.0, 0.0]).bfloat16().view(3, 1, 1), torch.randn(300, 3)
     y = lmoe(x, lora_a, lora_b, gate_logits=logits, backend=backend)
     gates = logits.softmax(dim=1)
     h = (gates * (x.float() * lora_a.float().view(3))).sum(dim=1)
     once, twice = (gates[:, 0] * h).bfloat16(), (gates[:, 0] * h.bfloat16().float()).bfloat16()
-    assert (y[:, 0] == once).float().mean() > 0.97  # the last bit of an exponential may tip a rounding
+    assert (y[:, 0] == once).float().mean() > 0.97  # the last bit of an exponential may change a rounding
     assert (y[:, 0] == twice).float().mean() < 0.9

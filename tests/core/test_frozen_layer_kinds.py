@@ -1,4 +1,4 @@
-"""Frozen layers of every kind: what hooks, subclasses and quantised weights do is done beside experts too."""
+"""Frozen layers of every kind: their hooks, subclasses and quantised weights keep their effect in an L-MoE layer."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class _Doubles(nn.Linear):
 
 
 class _Packed(Tensor):
-    """A weight that only `F.linear` can unpack, as quantised ones are: it stands for the double of what it holds."""
+    """A weight that only `F.linear` can unpack, like a quantised one: its value is twice what it stores."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -54,13 +54,13 @@ def _hooked(frozen: nn.Linear) -> nn.Linear:
     "kind", [lambda: _Doubles(8, 12, dtype=F64), *(lambda f=f: f(nn.Linear(8, 12, dtype=F64)) for f in (_packed, _hooked))],
     ids=["subclass", "packed weight", "forward pre-hook"],
 )  # fmt: skip
-def test_what_the_frozen_layer_does_is_done_beside_experts(kind: Any) -> None:
+def test_the_frozen_layers_own_behaviour_is_kept(kind: Any) -> None:
     frozen, x = kind(), torch.randn(5, 8, dtype=F64)
     alone = frozen(x)
     layer = _with_experts(frozen)
     torch.testing.assert_close(layer(x), alone + _delta(layer, x))
     plain = F.linear(x, frozen.weight.detach().as_subclass(Tensor), frozen.bias)
-    assert (alone - plain).abs().max() > 0.1, "the kind does nothing of its own"
+    assert (alone - plain).abs().max() > 0.1, "this kind computes what a plain linear layer computes"
 
 
 @pytest.mark.parametrize("hook", ["register_full_backward_pre_hook", "register_full_backward_hook"])
@@ -73,7 +73,7 @@ def test_backward_hooks_of_the_frozen_layer_are_run(hook: str) -> None:
 
 
 class _Codes(nn.Module):
-    """A layer that has no `weight`: it holds its numbers under another name, as parameter or buffer, or not at all."""
+    """A layer without `weight`: it stores its numbers under another name, as a parameter or a buffer, or has none."""
 
     def __init__(self, codes: Tensor | None, as_parameter: bool) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Codes(nn.Module):
 
 @pytest.mark.parametrize("as_parameter", [True, False], ids=["parameter", "buffer"])
 @pytest.mark.parametrize("dtype", [F64, torch.int32], ids=str)
-def test_experts_stand_where_a_layer_without_weight_has_its_numbers(dtype: torch.dtype, as_parameter: bool) -> None:
+def test_experts_take_device_and_dtype_of_a_layer_without_weight(dtype: torch.dtype, as_parameter: bool) -> None:
     layer = _with_experts(_Codes(torch.zeros(3, device="meta", dtype=dtype), as_parameter))
     expected = F64 if dtype == F64 else torch.float32
     assert {(p.device.type, p.dtype) for p in (layer.lora_a, layer.lora_b, layer.gate_weight)} == {("meta", expected)}
@@ -101,7 +101,7 @@ def test_a_layer_without_any_tensor_gets_experts() -> None:
     assert torch.equal(layer(x), lmoe(x, layer.lora_a, layer.lora_b, **options))
 
 
-def test_a_new_bias_is_the_frozen_layers() -> None:
+def test_assigning_bias_sets_the_frozen_layers_bias() -> None:
     layer, bias = _with_experts(nn.Linear(8, 12)), nn.Parameter(torch.randn(12))
     layer.bias = bias
     assert layer.frozen_layer.bias is bias

@@ -1,4 +1,4 @@
-"""The functions' front: errors word for word, autocast, router logits, what is saved, which backend is taken."""
+"""The public functions: error messages, autocast, router logits, what is saved, which backend is taken."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ BAD = [
     (
         {"x": torch.zeros(2, 16, dtype=torch.int64)},
         TypeError,
-        "x must have a dtype of torch.float32, torch.bfloat16, torch.float16, torch.float64, got torch.int64",
+        "x must have one of the dtypes torch.float32, torch.bfloat16, torch.float16, torch.float64, got torch.int64",
     ),
     ({"x": torch.tensor(1.0)}, ValueError, "x must have shape (..., I), got a tensor without dimensions"),
     ({"x": torch.zeros(2, 15)}, ValueError, "lora_a must have shape (E, R, I) = (8, 4, 15), got (8, 4, 16)"),
@@ -26,18 +26,18 @@ BAD = [
     (
         {"x": torch.zeros(2, 16).bfloat16(), "lora_b": torch.zeros(8, 4, 12).half()},
         TypeError,
-        "lora_b must have dtype torch.bfloat16 as x, or torch.float32, got torch.float16",
+        "lora_b must have dtype torch.bfloat16 like x, or torch.float32, got torch.float16",
     ),
-    ({"lora_b": torch.zeros(8, 4, 12, device="meta")}, ValueError, "lora_b must be on cpu as x, got meta"),
+    ({"lora_b": torch.zeros(8, 4, 12, device="meta")}, ValueError, "lora_b must be on cpu like x, got meta"),
     (
         {"gate_weight": None},
         ValueError,
-        "gate_weight or gate_logits must be given, exactly one of the two, got neither",
+        "exactly one of gate_weight and gate_logits must be given, got neither",
     ),
     (
         {"gate_logits": torch.zeros(2, 8)},
         ValueError,
-        "gate_weight or gate_logits must be given, exactly one of the two, got both",
+        "exactly one of gate_weight and gate_logits must be given, got both",
     ),
     ({"gate_weight": torch.zeros(7, 16)}, ValueError, "gate_weight must have shape (E, I) = (8, 16), got (7, 16)"),
     ({"gate_bias": torch.zeros(8, 1)}, ValueError, "gate_bias must have shape (E) = (8,), got (8, 1)"),
@@ -45,7 +45,7 @@ BAD = [
     (
         {"gate_weight": None, "gate_logits": torch.zeros(2, 8), "gate_bias": torch.zeros(8)},
         ValueError,
-        "gate_bias must be given with gate_weight alone, got one with gate_logits",
+        "gate_bias must be None if gate_logits is given, got Tensor",
     ),
     (
         {"gate_weight": None, "gate_logits": torch.zeros(3, 8)},
@@ -62,7 +62,7 @@ BAD = [
     ({"renormalize": None}, TypeError, "renormalize must be a bool, got NoneType"),
     ({"return_router_logits": "yes"}, TypeError, "return_router_logits must be a bool, got str"),
     ({"base": torch.zeros(2, 11)}, ValueError, "base must have shape (..., O) = (2, 12), got (2, 11)"),
-    ({"base": torch.zeros(2, 12).half()}, TypeError, "base must have dtype torch.float32 as x, got torch.float16"),
+    ({"base": torch.zeros(2, 12).half()}, TypeError, "base must have dtype torch.float32 like x, got torch.float16"),
 ]
 
 
@@ -87,7 +87,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
     [
         ({"weight": torch.zeros(11, 16)}, "weight must have shape (O, I) = (12, 16), got (11, 16)"),
         ({"bias": torch.zeros(11)}, "bias must have shape (O) = (12,), got (11,)"),
-        ({"weight": torch.zeros(12, 16).half()}, "weight must have dtype torch.float32 as x, got torch.float16"),
+        ({"weight": torch.zeros(12, 16).half()}, "weight must have dtype torch.float32 like x, got torch.float16"),
     ],
 )
 def test_bad_linear_layer(changes: dict, text: str) -> None:
@@ -109,7 +109,7 @@ def test_bad_linear_layer(changes: dict, text: str) -> None:
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense(made: Callable, got: str, name: str) -> None:
-    """Under autocast too, which would cast them first."""
+    """The error is the same under autocast, which must not cast such tensors first."""
     function, arguments = lmoe, good_arguments()
     if name in ("weight", "bias"):
         function, arguments = lmoe_linear, arguments | {"weight": torch.zeros(12, 16), "bias": torch.zeros(12)}
@@ -136,7 +136,7 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
     expected, expected_logits = problem.call(backend, **half)
     assert torch.equal(y, expected)
     assert torch.equal(logits, expected_logits)
-    with torch.autocast("cpu", dtype=dtype):  # a backward within the region must not be cast a second time
+    with torch.autocast("cpu", dtype=dtype):  # inside the region, backward must not be cast again
         inside = torch.autograd.grad(y.sum(), list(leaves.values()), retain_graph=True)
     outside = torch.autograd.grad(y.sum(), list(leaves.values()))
     assert all(g.dtype == torch.float32 for g in outside)
@@ -144,8 +144,8 @@ def test_autocast_is_followed(dtype: torch.dtype, backend: str) -> None:
 
 
 @pytest.mark.parametrize("halves", [["gate_logits"], ["base"], ["x"], ["lora_a", "lora_b"]], ids=" ".join)
-def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
-    """Under autocast a router or a layer beside gives half precision while x is still fp32, or the other way round."""
+def test_autocast_accepts_inputs_of_mixed_precision(halves: list[str]) -> None:
+    """Under autocast an outside router or another layer may return half precision while x is still fp32, or the reverse."""
     arguments = good_arguments(gate_weight=None, gate_logits=torch.randn(2, 8), base=torch.randn(2, 12))
     arguments |= {name: arguments[name].bfloat16() for name in halves}
     cast = arguments | {name: arguments[name].bfloat16() for name in ("x", "base")}
@@ -157,11 +157,11 @@ def test_autocast_takes_what_fits_the_cast_tokens(halves: list[str]) -> None:
 
 def test_autocast_casts_no_integers() -> None:
     arguments = good_arguments(weight=torch.ones(12, 16, dtype=torch.int8), bias=None)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="weight must have a dtype of"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="weight must have one of the dtypes"):
         lmoe_linear(**arguments)
 
 
-def test_the_meta_device_tells_shapes() -> None:
+def test_the_meta_device_gives_shapes() -> None:
     arguments = {name: t.to("meta") for name, t in good_arguments().items()}
     y, logits = lmoe(**arguments, return_router_logits=True)
     assert (y.shape, y.device.type, logits.shape) == ((2, 12), "meta", (2, 8))
@@ -177,14 +177,14 @@ def test_outside_logits_are_returned_as_they_are(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_forward_mode_derivatives_are_refused(backend: str) -> None:
-    """Rather than lost: a kernel that writes into an empty tensor knows nothing of tangents."""
+    """The kernels compute no tangents: without this error they would be lost without notice."""
     arguments = good_arguments()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
         lmoe(**arguments | {"x": forward_ad.make_dual(arguments["x"], arguments["x"])}, backend=backend)
 
 
 def test_saved_bytes(backend: str) -> None:
-    """E=8, R=16 in bf16: at most 330 bytes a token beyond x, and the parameters themselves."""
+    """With E=8 and R=16 in bf16, at most 330 bytes a token are saved in addition to x and the parameters."""
     tokens, features = 64, 256
     x = torch.randn(tokens, features).bfloat16()
     weight, lora_a, lora_b = torch.randn(features, features), torch.randn(8, 16, features), torch.randn(8, 16, features)
@@ -201,7 +201,7 @@ def test_saved_bytes(backend: str) -> None:
 
 
 def test_only_what_a_gradient_needs_is_saved(backend: str) -> None:
-    """Where only the experts' B is trained and nothing below, neither x nor the frozen weight is kept."""
+    """If lora_b alone needs a gradient, neither x nor the frozen weight is saved."""
     problem = make_problem(Case(linear=True), torch.float32)
     t = problem.tensors
     saved: list[torch.Tensor] = []
@@ -218,12 +218,12 @@ def test_explain_names_every_backend_and_takes_one() -> None:
     assert lines[0] == "lmoe: T=2 I=16 O=12 E=8 R=4, torch.float32 on cpu"
     assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
     assert sum(line.split()[1] == "taken:" for line in lines[1:]) == 1
-    assert "  torch      taken: the first of this table that can" in lines
+    assert "  torch      taken: the first that can take the call" in lines
     assert "  reference  not taken: only where it is asked for by name" in lines
-    assert "reference  taken: asked for by name" in explain(**good_arguments(), backend="reference")
+    assert "reference  taken: selected by name" in explain(**good_arguments(), backend="reference")
     with use_backend("reference"):
-        assert "reference  taken: asked for by name" in explain(**good_arguments())
-        assert "torch      not taken: not asked for" in explain(**good_arguments())
+        assert "reference  taken: selected by name" in explain(**good_arguments())
+        assert "torch      not taken: 'reference' was selected by name" in explain(**good_arguments())
 
 
 def test_a_named_backend_that_cannot_raises_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Numerical differentiation in float64, through the public function, for every tensor that can want a gradient."""
+"""Numerical differentiation in float64, through the public function, for every tensor that can require a gradient."""
 
 import pytest
 import torch
@@ -32,6 +32,6 @@ def test_gradcheck(
             return_router_logits=True, backend=backend,
         )  # fmt: skip
 
-    fast = backend == "triton"  # the interpreter takes milliseconds a call: random projections, not every element
+    fast = backend == "triton"  # the interpreter takes milliseconds a call: check random projections, not every element
     arguments = tuple(leaves[name] for name in ("x", "lora_a", "lora_b", gate))
     assert torch.autograd.gradcheck(function, arguments, fast_mode=fast)

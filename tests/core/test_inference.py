@@ -1,4 +1,4 @@
-"""Without gradients nothing is written for a backward."""
+"""With gradients disabled nothing is saved for a backward."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,7 +13,7 @@ from tests.problems import Case, leaves_of, make_problem
 
 
 class _Results(TorchDispatchMode):
-    """What calls of the op `forward` return."""
+    """Records what calls of the op `forward` return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,9 +27,7 @@ class _Results(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("without", [torch.no_grad(), torch.inference_mode()], ids=["no_grad", "inference_mode"])
-def test_parameters_that_want_gradients_get_nothing_saved_without_them(
-    without: AbstractContextManager, backend: str
-) -> None:
+def test_nothing_is_saved_if_gradients_are_disabled(without: AbstractContextManager, backend: str) -> None:
     leaves = leaves_of(make_problem(Case(), torch.float32).tensors)
     arguments = leaves["x"], leaves["lora_a"], leaves["lora_b"]
     with without, _Results() as results:

@@ -1,4 +1,4 @@
-"""LMoELinear: a drop-in for nn.Linear that starts as the frozen layer and survives what users do to modules."""
+"""LMoELinear in the place of nn.Linear: it starts as the frozen layer; copies, casts, hooks and torch.compile work."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmoe_kernels import LMoELinear, lmoe
+from lmoe_kernels import LMoELinear, dispatch, lmoe
 from tests.problems import Case, Problem, plain_pytorch, truth
 from tools.error_rule import assert_no_worse
 
@@ -20,7 +20,7 @@ def _trained(layer: LMoELinear) -> LMoELinear:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_new_layer_is_the_frozen_layer(bias: bool, dtype: torch.dtype) -> None:
-    """To the last bit, or to roundings where the GEMM library sums in another order."""
+    """Bitwise, or up to rounding if the GEMM library sums in another order."""
     linear = nn.Linear(96, 80, bias=bias, dtype=dtype)
     layer = LMoELinear.from_linear(copy.deepcopy(linear), num_experts=4, rank=8)
     x = torch.randn(33, 96, dtype=dtype)
@@ -52,7 +52,7 @@ def test_only_experts_and_gate_are_trained() -> None:
     assert layer.num_trainable_parameters == 5 * (3 * (12 + 20) + 12)
 
 
-def test_initial_state_is_pefts() -> None:
+def test_the_initial_state_is_that_of_peft() -> None:
     layer = LMoELinear(4096, 64, num_experts=8, rank=16, gate_init_std=0.5)
     bound = 1 / 64
     assert layer.lora_a.abs().max() <= bound
@@ -62,7 +62,7 @@ def test_initial_state_is_pefts() -> None:
 
 
 class _Quantised(nn.Module):
-    """A layer of its own kind: int8 weight, own forward."""
+    """A layer that is not nn.Linear: an int8 weight and a forward of its own."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Quantised(nn.Module):
 def test_any_frozen_layer_is_called_and_gets_the_delta(dtype: torch.dtype) -> None:
     base = _Quantised(nn.Linear(16, 24, bias=False))
     layer = _trained(LMoELinear.from_linear(base, num_experts=4, rank=2))
-    assert layer.lora_a.dtype == torch.float32  # beside an int8 weight
+    assert layer.lora_a.dtype == torch.float32  # not the weight's int8
     x = torch.randn(5, 16, dtype=dtype, requires_grad=True)
     y = layer(x)
     assert (y.dtype, base.calls) == (dtype, 1)
@@ -114,7 +114,7 @@ def test_hooks_of_the_frozen_layer_are_run() -> None:
 
 
 def test_a_forward_that_replaces_the_frozen_layers_is_called() -> None:
-    """As accelerate replaces it, to bring an offloaded weight in."""
+    """Accelerate replaces it in order to load an offloaded weight."""
     layer = _trained(LMoELinear(8, 8, num_experts=2, rank=2, dtype=torch.float64))
     x = torch.randn(3, 8, dtype=torch.float64)
     plain, own = layer(x), layer.frozen_layer.forward
@@ -138,9 +138,9 @@ def test_deepcopy_state_dict_and_repr() -> None:
     y = layer(x)
     assert layer.router_logits is not None
     assert layer.router_logits.shape == (2, 5, 3)
-    twin = copy.deepcopy(layer)
-    assert twin.router_logits is None
-    assert torch.equal(twin(x), y)
+    copied = copy.deepcopy(layer)
+    assert copied.router_logits is None
+    assert torch.equal(copied(x), y)
     other = LMoELinear(8, 12, num_experts=3, rank=2, top_k=2, shared_a=True)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), y)
@@ -159,7 +159,7 @@ def test_to_dtype_and_meta_device() -> None:
     assert layer(torch.randn(4, 8).bfloat16()).isfinite().all()
 
 
-def test_master_weights_beside_a_half_precision_layer() -> None:
+def test_fp32_experts_on_a_half_precision_layer() -> None:
     linear = nn.Linear(8, 12, dtype=torch.bfloat16)
     layer = _trained(LMoELinear.from_linear(linear, dtype=torch.float32, num_experts=3, rank=2))
     layer(torch.randn(4, 8).bfloat16()).float().square().sum().backward()
@@ -186,21 +186,15 @@ def test_compiles_and_trains() -> None:
     ],
     ids=str,
 )
-def test_experts_are_master_weights_unless_asked_otherwise(frozen: torch.dtype, expected: torch.dtype) -> None:
-    """In half precision most steps of an optimizer are smaller than a rounding."""
+def test_experts_are_at_least_fp32_unless_a_dtype_is_given(frozen: torch.dtype, expected: torch.dtype) -> None:
+    """In half precision most updates of an optimizer are smaller than the rounding error."""
     layer = LMoELinear(8, 12, dtype=frozen, num_experts=3, rank=2)
     assert {p.dtype for p in layer.parameters(recurse=False)} == {expected}
     assert layer.weight.dtype == frozen
     wrapped = LMoELinear.from_linear(nn.Linear(8, 12, dtype=frozen), num_experts=3, rank=2)
     assert {p.dtype for p in wrapped.parameters(recurse=False)} == {expected}
-    asked = LMoELinear.from_linear(nn.Linear(8, 12, dtype=frozen), dtype=frozen, num_experts=3, rank=2)
-    assert {p.dtype for p in asked.parameters(recurse=False)} == {frozen}
-
-
-def test_a_gate_is_drawn_independent_of_the_width() -> None:
-    for width in (16, 4096):
-        logits = F.linear(torch.randn(200, width), LMoELinear(width, 4, num_experts=64, rank=1).gate_weight)
-        assert 0.8 < logits.std() < 1.2
+    given = LMoELinear.from_linear(nn.Linear(8, 12, dtype=frozen), dtype=frozen, num_experts=3, rank=2)
+    assert {p.dtype for p in given.parameters(recurse=False)} == {frozen}
 
 
 def test_router_logits_are_those_of_the_last_forward_or_none() -> None:
@@ -208,13 +202,14 @@ def test_router_logits_are_those_of_the_last_forward_or_none() -> None:
     layer(torch.randn(4, 8))
     with pytest.raises(ValueError, match="lora_a must have shape"):
         layer(torch.randn(4, 7))
-    assert layer.router_logits is None, "those of an older batch were kept"
+    assert layer.router_logits is None, "the logits of an earlier batch were kept"
     layer(torch.randn(4, 8))
     layer.output_router_logits = False
     layer(torch.randn(4, 8))
     assert layer.router_logits is None
 
 
+KNOWN_BACKENDS = ", ".join(map(repr, dispatch.BACKENDS))
 BAD = [
     ({"num_experts": 0}, ValueError, "num_experts must be at least 1, got 0"),
     ({"rank": 2.0}, TypeError, "rank must be an int, got float"),
@@ -228,11 +223,9 @@ BAD = [
     ({"alpha": float("nan")}, ValueError, "alpha must be None or a finite number, got nan"),
     ({"alpha": 10**400}, ValueError, "alpha must be None or a finite number, got an integer beyond the range of a float"),
     ({"gate_init_std": float("inf")}, ValueError, "gate_init_std must be None or a number of at least 0, got inf"),
-    ({"shared_a": 1}, TypeError, "shared_a must be a bool, got int"),
-    ({"gate_bias": 1.0}, TypeError, "gate_bias must be a bool, got float"),
     ({"gate_init_std": -0.1}, ValueError, "gate_init_std must be None or a number of at least 0, got -0.1"),
-    ({"backend": 3}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got 3"),
-    ({"backend": []}, ValueError, "backend must be None or one of 'cuda', 'triton', 'torch', 'reference', got []"),
+    ({"backend": 3}, ValueError, f"backend must be None or one of {KNOWN_BACKENDS}, got 3"),
+    ({"backend": []}, ValueError, f"backend must be None or one of {KNOWN_BACKENDS}, got []"),
     (
         {"r": 8, "lora_alpha": 16},
         TypeError,

@@ -1,4 +1,4 @@
-"""What a layer is that is given no alpha and no gate_init_std, and that files keep the meaning they were written with."""
+"""The defaults of alpha and gate_init_std; checkpoints keep the values that they were written with."""
 
 import json
 from pathlib import Path
@@ -31,19 +31,19 @@ def test_gates_that_are_not_renormalised_are_as_small_as_without_top_k() -> None
 
 
 @pytest.mark.parametrize("alpha", [0, -3.5, 16])
-def test_an_alpha_that_is_given_is_taken(alpha: float) -> None:
+def test_a_given_alpha_is_used(alpha: float) -> None:
     layer = LMoELinear(6, 5, num_experts=8, rank=4, alpha=alpha)
     assert (layer.alpha, layer.scaling) == (alpha, alpha / 4)
 
 
 @pytest.mark.parametrize("options", [{"top_k": "2"}, {"top_k": 9}, {"mixing": "mean"}])
-def test_bad_options_are_told_where_alpha_is_not_given(options: dict) -> None:
+def test_bad_options_are_refused_if_alpha_is_not_given(options: dict) -> None:
     with pytest.raises((TypeError, ValueError), match=f"LMoELinear: {next(iter(options))} must be"):
         LMoELinear(6, 5, num_experts=8, rank=4, **options)
 
 
 @pytest.mark.parametrize("mixing", MIXINGS)
-def test_experts_that_are_all_alike_are_one_lora_of_the_layers_scaling(mixing: str) -> None:
+def test_equal_experts_are_one_lora_with_the_layers_scaling(mixing: str) -> None:
     layer = LMoELinear(6, 5, num_experts=8, rank=4, mixing=mixing, gate_init_std=0.0, dtype=torch.float64)
     with torch.no_grad():
         layer.lora_b.normal_()
@@ -62,7 +62,7 @@ def test_router_logits_of_a_new_layer_do_not_depend_on_the_width(in_features: in
     assert logits.std().item() == pytest.approx(1.0, rel=0.1)
 
 
-def test_a_file_says_its_alpha_and_keeps_it(tmp_path: Path) -> None:
+def test_a_file_holds_its_alpha(tmp_path: Path) -> None:
     model = llama()
     apply_lmoe(model, "q_proj", num_experts=3, rank=2)
     save_lmoe(model, tmp_path)
@@ -77,7 +77,7 @@ def test_a_file_of_version_1_without_alpha_keeps_a_scaling_of_one(tmp_path: Path
     for options in layers.values():
         options.pop("renormalize", None)  # version 1 had no such option
     (tmp_path / "lmoe_config.json").write_text(json.dumps({"format": config["format"], "version": 1, "layers": layers}))
-    save_file(load_file(tmp_path / "lmoe.safetensors"), tmp_path / "lmoe.safetensors")  # and nothing in the metadata
+    save_file(load_file(tmp_path / "lmoe.safetensors"), tmp_path / "lmoe.safetensors")  # without the metadata of version 2
 
     read = read_adapter("load_lmoe", tmp_path).layers
     assert len(read) == 4

@@ -1,4 +1,4 @@
-"""Losses on router logits: of given ones, of a model's layers, under masks."""
+"""Losses on router logits: on given tensors, on a model's layers, with masks."""
 
 import warnings
 
@@ -88,7 +88,7 @@ def test_losses_of_half_precision_logits_have_the_error_of_fp32(loss, dtype: tor
 
 @LOSSES
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")], ids=str)
-def test_what_a_masked_token_holds_changes_nothing(loss, poison: float) -> None:
+def test_the_logits_of_masked_tokens_change_nothing(loss, poison: float) -> None:
     logits, mask = torch.randn(3, 6, 4), torch.rand(3, 6) > 0.4
     mask[0, 0], mask[0, 1] = True, False
     for weights in (mask, mask.long(), mask.half()):
@@ -113,7 +113,7 @@ def test_a_mask_of_weights(loss) -> None:
 
 @LOSSES
 @pytest.mark.parametrize("tokens", [0, 5])
-def test_where_no_token_counts_the_loss_is_zero(loss, tokens: int) -> None:
+def test_the_loss_is_zero_if_no_token_counts(loss, tokens: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for mask in (torch.zeros(tokens, dtype=torch.bool), torch.zeros(tokens), None):
             if mask is None and tokens:
@@ -125,7 +125,7 @@ def test_where_no_token_counts_the_loss_is_zero(loss, tokens: int) -> None:
 
 @LOSSES
 def test_losses_over_layers_on_several_devices(loss) -> None:
-    """As of a model whose layers are spread over GPUs; the meta device stands for another one."""
+    """The layers of a model may be spread over GPUs; the meta device is the second device here."""
     assert loss([torch.empty(7, 3, device="meta"), torch.randn(7, 3)]).device.type == "meta"
 
 
@@ -139,9 +139,9 @@ def test_losses_over_layers_on_several_devices(loss) -> None:
         ((torch.zeros(2, 3), 1, [1, 1]), "mask must be a torch.Tensor, got list"),
         ((torch.zeros(2, 3), 4), "top_k must be in 1 .. E = 3, got 4"),
         ((torch.zeros(2, 3), 1, torch.ones(3)), "mask must have the tokens' shape (2,), got (3,)"),
-        ((torch.zeros(2, 3), 1, torch.tensor([1, -1])), "mask must be at least 0, got -1 among its numbers"),
-        ((torch.zeros(2, 3), 1, torch.tensor([0.0, -torch.inf])), "mask must be at least 0, got -inf among its numbers"),
-        ((torch.zeros(2, 3), 1, torch.ones(2, device="meta")), "mask must hold numbers, got one on the meta device"),
+        ((torch.zeros(2, 3), 1, torch.tensor([1, -1])), "mask must be at least 0 for every token, got -1"),
+        ((torch.zeros(2, 3), 1, torch.tensor([0.0, -torch.inf])), "mask must be at least 0 for every token, got -inf"),
+        ((torch.zeros(2, 3), 1, torch.ones(2, device="meta")), "mask must have data, got one on the meta device"),
         (
             (torch.zeros(2, 3), 1, torch.ones(2).to_sparse()),
             "mask must be a dense tensor, got one of layout torch.sparse_coo",
@@ -167,9 +167,9 @@ def test_dtypes_without_an_order_are_refused(loss, dtype: torch.dtype) -> None:
         ("router_logits", (torch.ones(2, 3).to(dtype), None)),
         ("mask", (torch.ones(2, 3), torch.ones(2).to(dtype))),
     ):
-        with pytest.raises(TypeError, match=rf"{loss.__name__}: {argument} must have a dtype of .*, got {dtype}"):
+        with pytest.raises(TypeError, match=rf"{loss.__name__}: {argument} must have one of the dtypes .*, got {dtype}"):
             loss(tensors[0], mask=tensors[1])
-    with pytest.raises(TypeError, match=r"router_logits must have a dtype of .*, got torch.int64"):
+    with pytest.raises(TypeError, match=r"router_logits must have one of the dtypes .*, got torch.int64"):
         loss(torch.ones(2, 3, dtype=torch.int64))
 
 
@@ -187,7 +187,7 @@ def test_trains_under_gradient_checkpointing() -> None:
         torch.testing.assert_close(a, b)
 
 
-def written_out(model: nn.Module, balance: float, z: float, mask: Tensor | None = None) -> Tensor:
+def expected_loss(model: nn.Module, balance: float, z: float, mask: Tensor | None = None) -> Tensor:
     layers = lmoe_layers(model)
     losses = [
         balance * balance_loss(logits, layers[name].top_k or 1, mask) + z * router_z_loss(logits, mask)
@@ -203,9 +203,9 @@ def test_the_loss_of_a_model() -> None:
     apply_lmoe(model, "v_proj", num_experts=5, rank=2)
     mask = torch.arange(12) < torch.tensor([[7], [12]])
     model(IDS)
-    assert torch.equal(auxiliary_loss(model), written_out(model, 0.01, 0.0))
+    assert torch.equal(auxiliary_loss(model), expected_loss(model, 0.01, 0.0))
     loss = auxiliary_loss(model, balance=0.3, z=0.2, mask=mask)
-    assert torch.equal(loss, written_out(model, 0.3, 0.2, mask))
+    assert torch.equal(loss, expected_loss(model, 0.3, 0.2, mask))
     assert torch.equal(loss, auxiliary_loss(model, balance=0.3, z=0.2, mask=lambda name: mask))
     assert loss != auxiliary_loss(model, balance=0.3, z=0.2)
     loss.backward()
@@ -214,7 +214,7 @@ def test_the_loss_of_a_model() -> None:
 
 
 class Flat(nn.Module):
-    """Sees all tokens of a batch in one row, as some models' feed-forward layers do."""
+    """Flattens a batch into one row of tokens, as the feed-forward layers of some models do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -229,13 +229,15 @@ def test_a_layer_that_sees_all_tokens_in_one_row() -> None:
     mask[0, 0] = True
     apply_lmoe(model, "fc", num_experts=3, rank=2, output_router_logits=True)
     model(torch.randn(3, 5, 4))
-    assert torch.equal(auxiliary_loss(model, mask=mask), written_out(model, 0.01, 0.0, mask.flatten()))
-    with pytest.raises(ValueError, match=r"auxiliary_loss: mask must have the shape \(15,\) of the tokens that 'fc' sees"):
+    assert torch.equal(auxiliary_loss(model, mask=mask), expected_loss(model, 0.01, 0.0, mask.flatten()))
+    with pytest.raises(
+        ValueError, match=r"auxiliary_loss: mask must have the shape \(15,\) of the tokens that 'fc' processes"
+    ):
         auxiliary_loss(model, mask=mask.t()[:4])
 
 
-class TwoSides(nn.Module):
-    """An encoder, a decoder with cross-attention, and a layer whose name tells nothing."""
+class EncoderDecoder(nn.Module):
+    """An encoder, a decoder with cross-attention, and a head whose name belongs to neither."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,8 +252,8 @@ class TwoSides(nn.Module):
 
 @pytest.mark.parametrize("of_decoder", [5, 3], ids=["of one length", "shorter"])
 def test_masks_of_an_encoder_and_a_decoder(of_decoder: int) -> None:
-    model = TwoSides()
-    targets = ["fc", "k_proj"] if of_decoder == 5 else "all-linear"  # the head's name tells nothing, its tokens' shape does
+    model = EncoderDecoder()
+    targets = ["fc", "k_proj"] if of_decoder == 5 else "all-linear"  # the head's mask is found by the shape of its tokens
     apply_lmoe(model, targets, num_experts=3, rank=2, output_router_logits=True)
     mask, other = torch.arange(5) < torch.tensor([[3], [5]]), torch.arange(of_decoder) < torch.tensor([[2], [1]])
     model(torch.randn(2, 5, 4), torch.randn(2, of_decoder, 4))
@@ -271,16 +273,17 @@ def test_masks_of_an_encoder_and_a_decoder(of_decoder: int) -> None:
         (torch.ones(2, 5), "be {'encoder': ..., 'decoder': ...} for a model that has both, or a function of a layer's name, "
          "got one tensor"),
         ({"encoder": torch.ones(2, 5), "decoder": torch.ones(2, 5)},
-         "be a function of a layer's name where names do not tell which tokens 'head' sees, got two that fit"),
+         "be a function of a layer's name if the name of a layer (here 'head') does not show its tokens, "
+         "got two masks that fit"),
         ({"encoder": torch.ones(2, 4), "decoder": torch.ones(2, 5)},
-         "have the shape (2, 5) of the tokens that 'encoder.fc' sees, got (2, 4)"),
+         "have the shape (2, 5) of the tokens that 'encoder.fc' processes, got (2, 4)"),
         ({"encoder": torch.ones(2, 5)}, "have the keys ['encoder', 'decoder'], got ['encoder']"),
-        (lambda name: 1, "have the shape (2, 5) of the tokens that 'encoder.fc' sees, got int"),
+        (lambda name: 1, "have the shape (2, 5) of the tokens that 'encoder.fc' processes, got int"),
         (5, "be a tensor, {'encoder': ..., 'decoder': ...} or a function of a layer's name, got int"),
     ],
 )  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(mask, text: str) -> None:
-    model = TwoSides()
+    model = EncoderDecoder()
     apply_lmoe(model, "all-linear", num_experts=3, rank=2, output_router_logits=True)
     model(torch.randn(2, 5, 4), torch.randn(2, 5, 4))
     with pytest.raises((ValueError, TypeError)) as caught:
@@ -299,7 +302,7 @@ def test_bad_weights_and_no_router_logits() -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_router_logits_without_a_graph_are_told_of(use_reentrant: bool) -> None:
+def test_router_logits_without_a_graph_give_a_warning(use_reentrant: bool) -> None:
     model = with_experts(llama(), output_router_logits=True).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
@@ -322,5 +325,5 @@ def test_router_logits_without_a_graph_are_told_of(use_reentrant: bool) -> None:
         with torch.no_grad():
             model(IDS)
         collect_router_logits(model)
-    told = [warning for warning in caught if "say use_reentrant=False" in str(warning.message)]
-    assert [(warning.filename, warning.category) for warning in told] == [(__file__, UserWarning)] * use_reentrant
+    warned = [warning for warning in caught if "pass use_reentrant=False" in str(warning.message)]
+    assert [(warning.filename, warning.category) for warning in warned] == [(__file__, UserWarning)] * use_reentrant

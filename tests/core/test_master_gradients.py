@@ -1,8 +1,8 @@
-"""fp32 parameters beside bf16 tokens: their gradients are fp32 sums to the last bit, on every plan.
+"""The gradients of fp32 parameters with bf16 tokens are exact fp32 sums, on every plan.
 
-In these problems every number that a kernel may round to bf16 is exact in it, and every sum is exact in fp32: two experts
-with gates of one half, factors that pick one feature, tokens and gradients of small integers. An error that is left is a
-rounding that should not be there.
+In these problems every number that a kernel may round to bf16 is exact in bf16, and every sum is exact in fp32: each token
+keeps two experts with gates of one half, each factor selects one feature, tokens and gradients are small integers. Any error
+is therefore a rounding that should not happen.
 """
 
 import pytest
@@ -23,10 +23,10 @@ CASES = [
 def _exact_problem(case: Case) -> Problem:
     problem = make_problem(case, torch.bfloat16, param_dtype=torch.float32)
     t = problem.tensors
-    t["x"].random_(1, 8 if case.outside_logits else 4)  # of an own gate the logits' gradient is rounded to bf16, too
+    t["x"].random_(1, 8 if case.outside_logits else 4)  # with gate_weight the logits' gradient is rounded to bf16 too
     for factor in (t["lora_a"], t["lora_b"]):
         factor.zero_().scatter_(2, torch.randint(factor.shape[2], (*factor.shape[:2], 1)), 1.0)
-    if case.outside_logits:  # two of the experts, others from token to token
+    if case.outside_logits:  # each token keeps two experts of its own
         kept = torch.rand(case.T, case.E).argsort(dim=1)[:, :2]
         t["gate_logits"] = torch.full((case.T, case.E), -1.0).scatter_(1, kept, 0.0)
     else:
@@ -43,5 +43,5 @@ def test_gradients_of_fp32_parameters_are_exact_fp32_sums(case: Case, every_plan
     results = outcome(problem, problem.call(every_plan, **leaves), leaves)
     for name in leaves.keys() & {"lora_a", "lora_b", "gate_weight"}:
         assert results[name].dtype == torch.float32
-        assert torch.equal(results[name].double(), true[name]), f"{name} was rounded on the way"
-        assert not torch.equal(true[name].bfloat16().double(), true[name]), f"{name} would be exact in bf16, too"
+        assert torch.equal(results[name].double(), true[name]), f"{name} was rounded"
+        assert not torch.equal(true[name].bfloat16().double(), true[name]), f"{name} would be exact in bf16 too"

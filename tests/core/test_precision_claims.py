@@ -1,4 +1,4 @@
-"""What is rounded and what is not, claim by claim, on numbers where a rounding too many shows."""
+"""What is rounded and what is not: a test for each claim, on numbers for which one more rounding changes the result."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 
 @HALVES
-@pytest.mark.parametrize("outside", [True, False], ids=["outside logits", "own gate"])
-def test_gates_are_rounded_with_what_they_multiply(outside: bool, dtype: torch.dtype, backend: str) -> None:
-    """Forward and backward know the gates unrounded: B that picks an expert, and dy that picks a token, show gate times u.
+@pytest.mark.parametrize("outside", [True, False], ids=["gate_logits", "gate_weight"])
+def test_gates_are_not_rounded_before_they_are_multiplied(outside: bool, dtype: torch.dtype, backend: str) -> None:
+    """Forward and backward use unrounded gates: B selects an expert and dy selects a token, so that both show gate * u.
 
-    With an own gate the logits are exact in fp32 and in no half precision; logits from outside come in half precision.
+    With gate_weight the logits are exact in fp32 but not in half precision; an outside router's are given in half precision.
     """
     tokens, experts = 200, 4
     u, other = torch.randint(1, 64, (tokens,)), torch.randn(tokens).to(dtype)
@@ -30,21 +30,21 @@ def test_gates_are_rounded_with_what_they_multiply(outside: bool, dtype: torch.d
     exact = logits.double() if outside else other.double()[:, None] * of_other.double()
     once = (exact.softmax(dim=1) * u[:, None]).to(dtype)
     twice = (exact.softmax(dim=1).to(dtype).double() * u[:, None]).to(dtype)
-    assert (once == twice).float().mean() < 0.9, "the numbers do not tell"
+    assert (once == twice).float().mean() < 0.9, "these numbers do not distinguish one rounding from two"
     for name, v in (("forward", y[:, :experts]), ("backward", dlora_b[:, 0].t())):
         share = (v == once).float().mean()
-        assert share > 0.97, f"{name}: {share} rounded once"  # the last bit of an exponential may tip a rounding
+        assert share > 0.97, f"{name}: {share} rounded once"  # the last bit of an exponential may change a rounding
 
 
 def _signs(tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random signs and powers of two: they change no rounding."""
+    """Random signs and powers of two: multiplying by them changes no rounding."""
     return torch.ldexp(torch.randint(2, (tokens, 1)) * 2.0 - 1, torch.randint(-3, 4, (tokens, 1))).to(dtype)
 
 
 @HALVES
 @pytest.mark.parametrize("tokens", [5, 70], ids=["few tokens", "many tokens"])
 def test_base_and_delta_are_summed_before_they_are_rounded(tokens: int, dtype: torch.dtype, backend: str) -> None:
-    """1 + (half an epsilon + a little) is above the middle: rounded by itself, the delta would lose the little."""
+    """base + delta is a little more than 1 + eps / 2 and rounds up; with a delta rounded first it is a tie, rounded to 1."""
     eps = torch.finfo(dtype).eps
     x = _signs(tokens, dtype).expand(-1, 2).contiguous()
     lora_a, gate_weight = torch.eye(2, dtype=dtype)[None], torch.zeros(1, 2, dtype=dtype)
@@ -56,7 +56,7 @@ def test_base_and_delta_are_summed_before_they_are_rounded(tokens: int, dtype: t
 @HALVES
 @pytest.mark.parametrize("tokens", [5, 70], ids=["few tokens", "many tokens"])
 def test_the_frozen_product_is_not_rounded_before_the_sum(tokens: int, dtype: torch.dtype, backend: str) -> None:
-    """The product 1 + half an epsilon is in the middle: rounded by itself it would be 1, whatever the delta adds."""
+    """The frozen product is 1 + eps / 2, a tie: rounded by itself it is 1, and the small delta no longer changes the sum."""
     eps = torch.finfo(dtype).eps
     x = _signs(tokens, dtype) * torch.tensor([1.0, eps / 2], dtype=dtype)
     weight, lora_a = torch.ones(1, 2, dtype=dtype), torch.tensor([[[1.0, 0.0]]], dtype=dtype)
@@ -65,11 +65,11 @@ def test_the_frozen_product_is_not_rounded_before_the_sum(tokens: int, dtype: to
     assert torch.equal(y, x[:, :1] * (1 + eps))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # in the interpreter: lanes past E, masked
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of padded experts in the interpreter
 @pytest.mark.parametrize("offset", [-5e4, 5e4])
 @pytest.mark.parametrize("case", [Case(outside_logits=True), Case(T=19, E=8, top_k=2, outside_logits=True)], ids=str)
 def test_router_logits_may_be_far_from_zero(case: Case, offset: float, backend: str, watch) -> None:
-    """The softmax does not overflow, and an expert that is dropped has no gate however low those kept stand."""
+    """The softmax does not overflow, and the gate of a dropped expert is 0 however low the kept logits are."""
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"] += offset
     leaves = leaves_of(problem.tensors)

@@ -1,4 +1,4 @@
-"""The definition itself: against a loop over tokens and experts, against autograd, and what the mathematics promises."""
+"""The reference, compared with a loop over tokens and experts, with autograd, with PEFT and with mathematical identities."""
 
 from copy import deepcopy
 
@@ -18,7 +18,7 @@ F64 = torch.float64
 
 
 def _by_loop(problem) -> torch.Tensor:
-    """One token and one expert at a time, in the words of the paper."""
+    """One token and one expert at a time, as the paper defines it."""
     case, t = problem.case, problem.tensors
     rows = []
     for token, x in enumerate(t["x"]):
@@ -54,7 +54,7 @@ def test_explicit_backward_is_the_gradient_of_the_definition(case: Case) -> None
 
 
 def test_gate_gradient_has_two_terms_under_factors() -> None:
-    """The tempting formula, one term, is wrong; the two terms are right; Euler's identity holds."""
+    """A formula with the first term alone is wrong, the two terms are right, and Euler's identity holds."""
     t = make_problem(Case(E=4), F64).tensors
     gates = torch.rand(7, 4, dtype=F64).softmax(dim=-1).requires_grad_()
     a, b = torch.einsum("te,eri->tri", gates, t["lora_a"]), torch.einsum("te,ero->tro", gates, t["lora_b"])
@@ -67,8 +67,8 @@ def test_gate_gradient_has_two_terms_under_factors() -> None:
     through_b, through_a = torch.einsum("ter,tr->te", dv, h), torch.einsum("ter,tr->te", u, dh)
     torch.testing.assert_close(through_b + through_a, true)
     torch.testing.assert_close((gates * true).sum(dim=-1), 2 * (dy * delta).sum(dim=-1))
-    tempting = torch.einsum("ter,ter->te", dv, u)
-    assert (tempting - true).abs().max() > 0.1 * true.abs().max()
+    one_term = torch.einsum("ter,ter->te", dv, u)
+    assert (one_term - true).abs().max() > 0.1 * true.abs().max()
 
 
 @pytest.mark.parametrize("mixing", ["factors", "outputs"])
@@ -113,7 +113,7 @@ def test_gate_softmax_keeps_the_largest() -> None:
 
 
 def test_fp32_parameters_of_the_reference_never_pass_through_half_precision() -> None:
-    """Beside bf16 tokens, logits and gradients have the error of fp32 sums over the same numbers."""
+    """With bf16 tokens, logits and gradients have the error of fp32 sums over the same numbers."""
     case = Case(T=19, E=4, gate_bias=True)
     problem = make_problem(case, torch.bfloat16, param_dtype=torch.float32)
     t, options = problem.tensors, case.options

@@ -1,4 +1,4 @@
-"""Gates that are not renormalised: what reaches the gate, what changes nothing, and sums of exponentials at their limits."""
+"""renormalize=False: the gate's gradient, calls in which it changes nothing, and logits at the limits of the exponential."""
 
 import json
 import warnings
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lmoe_kernels import LMoELinear, explain, lmoe, load_lmoe, reference, save_lmoe
 from tests.problems import Case, Problem, assert_all_no_worse, gradients, leaves_of, make_problem, outcome
 
-GROUPED = {"T": 40, "I": 20, "O": 24, "E": 12, "R": 6}  # by expert, in Triton, where one expert is kept
+GROUPED = {"T": 40, "I": 20, "O": 24, "E": 12, "R": 6}  # Triton groups these tokens by expert if top_k is 1
 SHAPES = [Case(T=9, E=4, top_k=1), Case(**GROUPED, top_k=1)]
 
 
@@ -22,7 +22,7 @@ def _of(case: Case, **options) -> Case:
 @pytest.mark.parametrize("mixing", ["factors", "outputs"])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_the_gate_of_one_kept_expert_learns_from_the_output(case: Case, mixing: str, backend: str, watch) -> None:
-    """Renormalised it is 1, whatever the logits: they get exactly zero."""
+    """A renormalised gate of one expert is always 1, so that the gradient of the logits is exactly zero."""
     problem = make_problem(_of(case, mixing=mixing), torch.float32)
     for renormalize in (True, False):
         problem.case = _of(problem.case, renormalize=renormalize)
@@ -32,8 +32,8 @@ def test_the_gate_of_one_kept_expert_learns_from_the_output(case: Case, mixing: 
         assert (gradient == 0).all() if renormalize else (gradient != 0).all()
 
 
-def test_dropped_experts_are_told_by_the_denominator(backend: str, watch) -> None:
-    """Their logits have a gradient, and a token's gradients still sum to zero."""
+def test_dropped_experts_get_gradients_through_the_denominator(backend: str, watch) -> None:
+    """Their logits get a gradient, and the gradients of all logits of a token sum to zero."""
     problem = make_problem(Case(T=40, E=6, top_k=2, renormalize=False, outside_logits=True), torch.float32)
     problem.dlogits.zero_()
     leaves = leaves_of(problem.tensors)
@@ -45,7 +45,7 @@ def test_dropped_experts_are_told_by_the_denominator(backend: str, watch) -> Non
 
 @pytest.mark.parametrize("shared_a", [False, True], ids=["own_a", "shared_a"])
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_where_all_experts_are_kept_it_changes_nothing(top_k: int | None, shared_a: bool, backend: str) -> None:
+def test_renormalize_changes_nothing_if_all_experts_are_kept(top_k: int | None, shared_a: bool, backend: str) -> None:
     problem = make_problem(Case(E=4, top_k=top_k, shared_a=shared_a), torch.bfloat16)
     results = []
     for renormalize in (True, False):
@@ -61,7 +61,7 @@ def _compare(problem: Problem, backend: str) -> None:
     assert_all_no_worse(problem, {"y": y.detach()} | gradients(problem, (y, logits), leaves))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Triton's interpreter, of experts that are not there
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # Triton's interpreter computes padded experts too
 @pytest.mark.parametrize("far", [-300.0, 300.0])
 @pytest.mark.parametrize("shape", [{}, GROUPED], ids=["few", "many experts"])
 def test_logits_far_from_zero(shape: dict, far: float, backend: str, watch) -> None:
@@ -74,14 +74,14 @@ def test_logits_far_from_zero(shape: dict, far: float, backend: str, watch) -> N
 
 @pytest.mark.parametrize("masked", [1, 4])
 def test_experts_masked_by_minus_infinity(masked: int, backend: str, watch) -> None:
-    """Of five experts four are masked where two are kept: the second gate is 0, and nothing is NaN."""
+    """If four of five experts are masked and two are kept, the second gate is 0 and nothing is NaN."""
     problem = make_problem(Case(top_k=2, renormalize=False, outside_logits=True), torch.float32)
     problem.tensors["gate_logits"][:, -masked:] = float("-inf")
     _compare(problem, backend)
 
 
 @pytest.mark.parametrize("place", [0, 3], ids=["kept", "dropped without it"])
-def test_a_nan_in_the_logits_is_seen_in_its_token_alone(place: int, backend: str) -> None:
+def test_a_nan_in_the_logits_affects_its_token_alone(place: int, backend: str) -> None:
     t = make_problem(Case(outside_logits=True), torch.float32).tensors
     logits = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]).repeat(7, 1)
     logits[2, place] = float("nan")
@@ -93,19 +93,19 @@ def test_a_nan_in_the_logits_is_seen_in_its_token_alone(place: int, backend: str
         assert result[[0, 1, 3, 4, 5, 6]].isfinite().all()
 
 
-def test_gate_softmax_keeps_what_a_softmax_over_all_gives() -> None:
+def test_gate_softmax_keeps_gates_of_the_softmax_over_all_experts() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
     softmax = logits.softmax(dim=-1)
     kept = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 0]])
     torch.testing.assert_close(reference.gate_softmax(logits, 2, renormalize=False), softmax * kept)
 
 
-def test_explain_takes_it() -> None:
+def test_explain_accepts_renormalize() -> None:
     t = make_problem(Case(), torch.float32).tensors
     assert "taken" in explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], top_k=1, renormalize=False)
 
 
-def test_the_layer_hands_it_on_and_keeps_it() -> None:
+def test_the_layer_keeps_renormalize_and_passes_it_on() -> None:
     layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=1, renormalize=False, dtype=torch.float64)
     torch.nn.init.normal_(layer.lora_b)
     x = torch.randn(5, 8, dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_the_layer_hands_it_on_and_keeps_it() -> None:
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_checkpoint_keeps_it_and_one_of_version_1_meant_renormalised_gates(version: int, tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_renormalize_and_version_1_means_renormalised_gates(version: int, tmp_path: Path) -> None:
     layer = LMoELinear(8, 12, num_experts=4, rank=2, top_k=2, renormalize=version == 1)
     torch.nn.init.normal_(layer.lora_b)
     save_lmoe(torch.nn.Sequential(layer), tmp_path)

@@ -1,4 +1,4 @@
-"""Tensors of any strides, forward and backward: they compute what their contiguous copies compute."""
+"""Tensors with any strides give the results of their contiguous copies, forward and backward."""
 
 from collections.abc import Callable
 
@@ -11,37 +11,37 @@ from tests.problems import Case, assert_all_no_worse, make_problem
 
 
 def _transposed(t: Tensor) -> Tensor:
-    """The same numbers, the last dims stored the other way round."""
+    """The same numbers with the last two dims stored in the opposite order."""
     return t.mT.contiguous().mT if t.dim() > 1 else t
 
 
 def _every_second(t: Tensor) -> Tensor:
-    """The same numbers with others between them."""
+    """The same numbers with NaN between them."""
     return torch.stack([t, torch.full_like(t, float("nan"))], dim=-1)[..., 0]
 
 
 def _of_wider_rows(t: Tensor) -> Tensor:
-    """The same numbers, the left part of a matrix whose right part is another's."""
+    """The same numbers as the left part of wider rows, whose right part is NaN."""
     return torch.cat([t, torch.full_like(t, float("nan"))], dim=-1)[..., : t.shape[-1]]
 
 
-WAYS = pytest.mark.parametrize("way", [_transposed, _every_second, _of_wider_rows])
+LAYOUTS = pytest.mark.parametrize("layout", [_transposed, _every_second, _of_wider_rows])
 
 
-@WAYS
+@LAYOUTS
 @pytest.mark.parametrize(
     "case",
     [Case(T=19, linear=True), Case(T=19, outside_logits=True), Case(T=19, outside_logits=True, top_k=2, mixing="outputs")],
     ids=str,
 )
-def test_strided_tensors_and_gradients_from_above(
-    way: Callable[[Tensor], Tensor], case: Case, backend: str, exact: torch.dtype, watch
+def test_strided_tensors_and_incoming_gradients(
+    layout: Callable[[Tensor], Tensor], case: Case, backend: str, exact: torch.dtype, watch
 ) -> None:
     problem = make_problem(case, exact)
-    leaves = {name: way(t).detach().requires_grad_() for name, t in problem.tensors.items()}
+    leaves = {name: layout(t).detach().requires_grad_() for name, t in problem.tensors.items()}
     results = problem.call(backend, **leaves)
-    arriving = [way(problem.dy), way(problem.dlogits.to(results[1].dtype))]
-    gradients = torch.autograd.grad(results, list(leaves.values()), arriving)
+    incoming = [layout(problem.dy), layout(problem.dlogits.to(results[1].dtype))]
+    gradients = torch.autograd.grad(results, list(leaves.values()), incoming)
     ours = {"y": results[0].detach(), "router_logits": results[1].detach(), **dict(zip(leaves, gradients, strict=True))}
     assert_all_no_worse(problem, ours)
 
@@ -56,11 +56,11 @@ def test_a_sum_of_router_logits_gives_them_an_expanded_gradient(backend: str, ex
     assert_all_no_worse(problem, dict(zip(leaves, gradients, strict=True)))
 
 
-@WAYS
-def test_a_strided_base(way: Callable[[Tensor], Tensor], backend: str, exact: torch.dtype, watch) -> None:
+@LAYOUTS
+def test_a_strided_base(layout: Callable[[Tensor], Tensor], backend: str, exact: torch.dtype, watch) -> None:
     t, base = make_problem(Case(), exact).tensors, torch.randn(7, 41, dtype=exact)
     contiguous, strided = (
         lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], base=some, backend=backend)
-        for some in (base, way(base))
+        for some in (base, layout(base))
     )
     assert torch.equal(strided, contiguous)

@@ -1,4 +1,4 @@
-"""torch.func around the operation: first derivatives are right, second ones are refused, never zeros."""
+"""torch.func on the operation: first derivatives are right; second ones raise an error instead of returning zeros."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ CASE = Case(T=4, I=5, O=6, E=4, R=2, top_k=2, renormalize=False)
 
 
 class _Call:
-    """A problem as functions of x: y, the sum of its squares, and that by plain autograd."""
+    """One problem as functions of x: y, a loss, the squared gradient of the loss, and the gradient by plain autograd."""
 
     def __init__(self) -> None:
         t = make_problem(CASE, torch.float64).tensors
@@ -97,7 +97,7 @@ def test_a_gradient_may_be_used_as_a_constant() -> None:
 
 
 def test_under_compile() -> None:
-    """Dynamo does not trace the transforms into the operation: it leaves them to eager, where they are right or refused."""
+    """Dynamo does not trace the transforms of the operation: they run eagerly, with the same results and errors."""
     torch._dynamo.reset()
     layer = LMoELinear(5, 6, num_experts=3, rank=2, dtype=torch.float64)
     torch.nn.init.normal_(layer.lora_b)

@@ -1,4 +1,4 @@
-"""The emulator itself: the kernels are clean under its sanitizers, and every bug put into them is caught."""
+"""The emulator: the kernels are clean under its sanitizers, and every bug that is put into them is caught."""
 
 from pathlib import Path
 

@@ -1,40 +1,38 @@
-"""Where the CUDA launchers put their kernels, as the emulated runtime saw it: device, stream, shared memory, and errors."""
+"""How the CUDA launchers launch: device, stream, shared memory and errors, as the emulated runtime recorded them."""
 
 import ctypes
-from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from lmoe_kernels import lmoe
-from lmoe_kernels.backends.cuda import configs, extension
+from lmoe_kernels.backends.cuda import configs, extension, forward
 from tests import plans
 from tests.problems import Case, gradients, leaves_of, make_problem
 from tools.emulator.launches import Launch, current_device, recorded
 
-FORWARD = import_module("lmoe_kernels.backends.cuda.forward")
 SECOND = 1  # of the emulated devices; the current one is the first
-KERNELS = {  # of a forward on each way, and of its backward
+KERNELS = {  # of a forward on each path, and of its backward
     "decode": {"cooperative", "shrink_bwd_kernel"},
     "one pass": {"forward_kernel", "shrink_bwd_kernel"},
     "stages": {"shrink_fwd_kernel", "expand_kernel", "shrink_bwd_kernel"},
     "parts": {"shrink_kernel", "mix_fwd_kernel", "expand_kernel", "mix_bwd_kernel", "wgrad_sum_bwd_kernel"},
 }
 OF_ALL = {"expand_kernel", "wgrad_bwd_kernel"}
-MOST = 48 << 10  # bytes of shared memory that a kernel may take without an attribute
+MOST = 48 << 10  # bytes of shared memory that CUDA allows a kernel by default
 TAKE_MORE = {"cooperative", "forward_kernel", "shrink_fwd_kernel", "shrink_bwd_kernel", "shrink_kernel"}
 
 
 @pytest.fixture(params=KERNELS)
-def way(request: pytest.FixtureRequest, emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+def path(request: pytest.FixtureRequest, emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
     plans.force("cuda", request.param, monkeypatch)
     return request.param
 
 
-def _train(way: str, library: ModuleType) -> list[Launch]:
+def _train(path: str, library: ModuleType) -> list[Launch]:
     """The launches of a forward and a backward."""
-    T, O = (2, 500) if way == "decode" else (40, 80)  # noqa: E741
+    T, O = (2, 500) if path == "decode" else (40, 80)  # noqa: E741
     problem = make_problem(Case(T=T, I=72, O=O, E=8, R=16), torch.bfloat16)
     leaves = leaves_of(problem.tensors)
     with recorded(library) as launches:
@@ -42,31 +40,31 @@ def _train(way: str, library: ModuleType) -> list[Launch]:
     return launches
 
 
-def test_every_kernel_goes_to_the_tensors_device_and_the_callers_stream(way: str, emulated_cuda, monkeypatch) -> None:
+def test_every_kernel_goes_to_the_tensors_device_and_the_callers_stream(path: str, emulated_cuda, monkeypatch) -> None:
     monkeypatch.setattr(extension, "queue", lambda tensor: (SECOND, 0x5EED0))
-    launches = _train(way, emulated_cuda)
-    assert {launch.kernel for launch in launches} == KERNELS[way] | OF_ALL
+    launches = _train(path, emulated_cuda)
+    assert {launch.kernel for launch in launches} == KERNELS[path] | OF_ALL
     assert {(launch.device, launch.stream) for launch in launches} == {(SECOND, 0x5EED0)}
-    assert current_device(emulated_cuda) == 0, "the caller's device is not put back"
+    assert current_device(emulated_cuda) == 0, "the caller's device is not restored"
 
 
-def test_the_attribute_of_a_kernel_is_set_where_it_takes_more_than_48_kb(way: str, emulated_cuda, monkeypatch) -> None:
+def test_the_attribute_of_a_kernel_is_set_where_it_takes_more_than_48_kb(path: str, emulated_cuda, monkeypatch) -> None:
     """The emulated runtime refuses such a launch on a device where the attribute is not set, as CUDA does."""
     for device in (0, SECOND):
         monkeypatch.setattr(extension, "queue", lambda tensor, device=device: (device, 0))
-        more = {launch.kernel for launch in _train(way, emulated_cuda) if launch.shared_bytes > MOST}
-        assert more == KERNELS[way] & TAKE_MORE
+        more = {launch.kernel for launch in _train(path, emulated_cuda) if launch.shared_bytes > MOST}
+        assert more == KERNELS[path] & TAKE_MORE
 
 
-def test_the_device_is_put_back_after_an_error(emulated_cuda, monkeypatch) -> None:
+def test_the_device_is_restored_after_an_error(emulated_cuda, monkeypatch) -> None:
     monkeypatch.setattr(extension, "queue", lambda tensor: (SECOND, 0))
-    monkeypatch.setattr(FORWARD, "decode_plan", lambda *sizes: configs.DecodePlan(1, 256, 1, 48, 4096))
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: configs.DecodePlan(1, 256, 1, 48, 4096))
     with pytest.raises(RuntimeError, match="count shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
     assert current_device(emulated_cuda) == 0
 
 
-def test_a_device_that_is_not_there_is_refused(emulated_cuda, monkeypatch) -> None:
+def test_a_device_that_does_not_exist_is_refused(emulated_cuda, monkeypatch) -> None:
     monkeypatch.setattr(extension, "queue", lambda tensor: (2, 0))
     with recorded(emulated_cuda) as launches, pytest.raises(RuntimeError, match="cudaSetDevice: invalid device ordinal"):
         make_problem(Case(), torch.bfloat16).call("cuda")
@@ -86,15 +84,17 @@ def test_the_queue_is_the_current_stream_of_the_tensors_device(monkeypatch) -> N
         assert extension.queue(tensor) == (index, stream)
 
 
-@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "gate_weight", "gate_logits", "base"])
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "gate_weight", "gate_bias", "gate_logits", "base"])
 @pytest.mark.parametrize("tokens", [3, 70], ids=["few tokens", "many tokens"])
 def test_an_address_between_two_elements_is_refused(tokens: int, name: str, emulated_cuda) -> None:
-    """A view of bytes may start anywhere; the error names the tensor, and no kernel runs."""
-    tensors = make_problem(Case(T=tokens, outside_logits=name == "gate_logits"), torch.bfloat16).tensors
+    """A view of bytes may start at any address; the error names the tensor, and no kernel runs."""
+    tensors = make_problem(
+        Case(T=tokens, outside_logits=name == "gate_logits", gate_bias=name == "gate_bias"), torch.bfloat16
+    ).tensors
     tensors["base"] = torch.randn(tokens, 41).bfloat16()
     tensors[name] = _off_by_a_byte(tensors[name])
-    said = "logits" if name == "gate_logits" else name
-    with recorded(emulated_cuda) as launches, pytest.raises(ValueError, match=f"lmoe: {said} must lie on a multiple of"):
+    named = "logits" if name == "gate_logits" else name
+    with recorded(emulated_cuda) as launches, pytest.raises(ValueError, match=f"lmoe: {named} must lie on a multiple of"):
         lmoe(tensors.pop("x"), tensors.pop("lora_a"), tensors.pop("lora_b"), **tensors, backend="cuda")
     assert launches == []
 

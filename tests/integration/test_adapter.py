@@ -1,4 +1,4 @@
-"""The two files of an adapter: one of them decides, older ones mean what they meant, several fill one model."""
+"""The two files of an adapter: interrupted saves, version 1, several adapters in one model, another model's adapter."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ def _trained(model: nn.Module, target: str, **options) -> nn.Module:
 
 
 def test_a_save_that_stops_between_the_files_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """New tensors are never read under old options; without the old options they are read under their own."""
+    """New tensors are never loaded with old options; once the file of old options is removed, they load with their own."""
     plain = llama()
     save_lmoe(with_experts(copy.deepcopy(plain), mixing="factors"), tmp_path)
     model = with_experts(copy.deepcopy(plain), mixing="outputs")
@@ -43,7 +43,7 @@ def test_a_save_that_stops_between_the_files_is_noticed(tmp_path: Path, monkeypa
     fresh = copy.deepcopy(plain)
     before = state(fresh)
     with pytest.raises(
-        ValueError, match=r"got another: a save was interrupted, .* remove it to go by lmoe.safetensors alone"
+        ValueError, match=r"got another: a save was interrupted or .* remove it to use lmoe.safetensors alone"
     ):
         load_lmoe(fresh, tmp_path)
     assert state(fresh) == before
@@ -61,7 +61,7 @@ def _as_version_1(folder: Path, alpha: float | None) -> None:
 
 
 @pytest.mark.parametrize(("alpha", "scaling"), [(None, 1.0), (6, 3.0)])
-def test_version_1_means_what_it_meant(alpha: float | None, scaling: float, tmp_path: Path) -> None:
+def test_files_of_version_1_keep_their_meaning(alpha: float | None, scaling: float, tmp_path: Path) -> None:
     plain = llama()
     model = _trained(copy.deepcopy(plain), "q_proj", alpha=2 * scaling, top_k=2)
     save_lmoe(model, tmp_path)
@@ -99,19 +99,19 @@ def test_two_directories_of_one_layer_clash(has_layers: bool, tmp_path: Path) ->
     got = f"two, the second {tmp_path / 'second'}"
     assert str(caught.value) == f"load_lmoe: layer {Q!r} must come from one directory, got {got}"
     assert state(target) == before
-    with pytest.raises(ValueError, match="load_lmoe: directory must be one or several, got none"):
+    with pytest.raises(ValueError, match="load_lmoe: directory must be one path or several, got none"):
         load_lmoe(target, [])
 
 
 @pytest.mark.parametrize("directory", [None, 5, ["a", None]], ids=repr)
-def test_a_directory_is_a_path(directory) -> None:
+def test_a_directory_must_be_a_path(directory) -> None:
     with pytest.raises(TypeError) as caught:
         load_lmoe(llama(), directory)
-    assert str(caught.value) == f"load_lmoe: directory must be a path or several, got {directory!r}"
+    assert str(caught.value) == f"load_lmoe: directory must be one path or several, got {directory!r}"
 
 
 def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the memory is too small for the last of them."""
+    """The memory may not suffice for the last layer."""
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     model, made = llama(), []
     before, real = state(model), LMoELinear.from_config
@@ -129,7 +129,7 @@ def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(tmp_path: Pat
     assert state(model) == before
 
 
-def test_convolutions_of_gpt2_get_their_experts_back(tmp_path: Path) -> None:
+def test_experts_of_gpt2s_convolutions_are_loaded(tmp_path: Path) -> None:
     plain = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16)).eval()
     model = _trained(copy.deepcopy(plain), "c_attn")
     save_lmoe(model, tmp_path)
@@ -138,7 +138,7 @@ def test_convolutions_of_gpt2_get_their_experts_back(tmp_path: Path) -> None:
 
 
 def test_the_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    """Its layers may have the names and shapes that this model's have."""
+    """Its layers may have the same names and shapes as the layers of this model."""
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     config = llama().config
     deeper = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 3}))
@@ -154,7 +154,7 @@ def test_the_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         load_lmoe(nn.Sequential(nn.Linear(16, 16)), tmp_path)
 
 
-def test_the_base_is_known_whatever_its_head_its_dtype_and_its_experts(tmp_path: Path) -> None:
+def test_the_base_is_recognised_with_another_head_dtype_or_experts(tmp_path: Path) -> None:
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     model = llama().bfloat16()
     model.resize_token_embeddings(40)
@@ -168,13 +168,15 @@ def _tied() -> nn.ModuleDict:
 
 
 def test_two_trained_layers_do_not_become_one(tmp_path: Path) -> None:
-    """A model that ties two layers has room for one set of experts: the other would be lost."""
+    """A model that ties two layers holds one set of experts: one of two different sets would be lost."""
     apart = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     apply_lmoe(apart, "all-linear", num_experts=2, rank=1)
     save_lmoe(apart, tmp_path)
     tied = _tied()
     before = state(tied)
-    with pytest.raises(ValueError, match="model must have two layers 'a' and 'b', got one that is shared, for two sets"):
+    with pytest.raises(
+        ValueError, match="model must have two layers 'a' and 'b', got one shared layer for two different sets"
+    ):
         load_lmoe(tied, tmp_path)
     assert state(tied) == before
     for key in ("lora_a", "lora_b", "gate_weight"):
@@ -185,8 +187,8 @@ def test_two_trained_layers_do_not_become_one(tmp_path: Path) -> None:
     assert torch.equal(tied["a"].lora_a, apart["b"].lora_a)
 
 
-def test_an_adapter_is_data(tmp_path: Path) -> None:
-    """JSON and safetensors, for whoever wants to read them."""
+def test_an_adapter_is_json_and_safetensors(tmp_path: Path) -> None:
+    """Other programs can read it."""
     save_lmoe(_trained(llama(), "q_proj"), tmp_path)
     config = json.loads((tmp_path / "lmoe_config.json").read_text())
     assert (config["format"], config["version"], config["modules_to_save"]) == ("lmoe_kernels", 2, [])

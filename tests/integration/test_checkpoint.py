@@ -1,4 +1,4 @@
-"""Saving and loading experts and gates: round trips, files that are not what they should be, models that differ."""
+"""Saving and loading experts and gates: round trips, damaged files, models that differ."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ def test_save_and_load(options: dict, tmp_path: Path) -> None:
 
 
 def _edit(change_config=lambda config: None, change_tensors=lambda tensors: None):
-    """Both files, as a save under that configuration would have written them."""
+    """A change of both files that leaves them consistent, as if one save had written them."""
 
     def edit(folder: Path) -> None:
         config, tensors = json.loads((folder / "lmoe_config.json").read_text()), load_file(folder / "lmoe.safetensors")
@@ -63,10 +63,14 @@ DAMAGES = {
     "another format": (
         _edit_config(lambda c: c.update(format="peft")),
         ValueError,
-        "must say format 'lmoe_kernels', got 'peft'",
+        "must have format 'lmoe_kernels', got 'peft'",
     ),
-    "a later version": (_edit_config(lambda c: c.update(version=3)), ValueError, "must be of version 2 or 1, got 3"),
-    "no layers": (_edit_config(lambda c: c.update(layers=[])), ValueError, "must map layers to their options, got []"),
+    "a later version": (_edit_config(lambda c: c.update(version=3)), ValueError, "must have version 1 or 2, got 3"),
+    "no layers": (
+        _edit_config(lambda c: c.update(layers=[])),
+        ValueError,
+        "must map the names of layers to their options, got []",
+    ),
     "unknown layer": (
         _edit_config(lambda c: c["layers"].update(foo=c["layers"][Q])),
         ValueError,
@@ -78,10 +82,10 @@ DAMAGES = {
         f"layer {Q!r} must have the options",
     ),
     "bad option": (_edit_config(lambda c: c["layers"][Q].update(top_k=7)), ValueError, "top_k must be in 1 .. E = 3, got 7"),
-    "options of a layer that are no object": (
+    "options of a layer that are not an object": (
         _edit_config(lambda c: c["layers"].update({Q: [1]})),
         ValueError,
-        "must map layers to their options, got {",
+        "must map the names of layers to their options, got {",
     ),
     "alpha beyond a float": (
         _edit_config(lambda c: c["layers"][Q].update(alpha=10**400)),
@@ -93,7 +97,7 @@ DAMAGES = {
         ValueError,
         f"layer {Q!r}: alpha must be a finite number, got NoneType",
     ),
-    "experts without end": (
+    "too many experts": (
         _edit_config(lambda c: c["layers"][Q].update(num_experts=10**19)),
         ValueError,
         f"tensor '{Q}.lora_a' must have shape (10000000000000000000, 2, 16), got (3, 2, 16)",
@@ -103,7 +107,7 @@ DAMAGES = {
         ValueError,
         f"layer {Q!r}: rank must be an int, got str",
     ),
-    "nesting without end": (
+    "deep nesting": (
         lambda f: (f / "lmoe_config.json").write_text("[" * 100_000),
         ValueError,
         "lmoe_config.json must be JSON, got",
@@ -136,7 +140,7 @@ DAMAGES = {
         FileNotFoundError,
         "lmoe_config.json does not exist",
     ),
-    "tensors of version 1 beside options of version 2": (
+    "tensors of version 1 with options of version 2": (
         lambda f: save_file(load_file(f / "lmoe.safetensors"), f / "lmoe.safetensors"),
         ValueError,
         "lmoe.safetensors must hold the configuration that it was saved with, got none: save again",
@@ -156,8 +160,12 @@ DAMAGES = {
         ValueError,
         "must be a safetensors file, got",
     ),
-    "missing tensor": (_edit_tensors(lambda t: t.pop(f"{Q}.lora_a")), ValueError, f"got 1 missing: '{Q}.lora_a'"),
-    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 foreign: 'alien'"),
+    "missing tensor": (
+        _edit_tensors(lambda t: t.pop(f"{Q}.lora_a")),
+        ValueError,
+        f"lmoe.safetensors must hold '{Q}.lora_a', got none of that name",
+    ),
+    "foreign tensor": (_edit_tensors(lambda t: t.update(alien=torch.ones(1))), ValueError, "got 1 unknown: 'alien'"),
     "misshapen tensor": (
         _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 15)})),
         ValueError,
@@ -166,13 +174,13 @@ DAMAGES = {
     "integer tensor": (
         _edit_tensors(lambda t: t.update({f"{Q}.lora_a": torch.ones(3, 2, 16, dtype=torch.int8)})),
         ValueError,
-        f"tensor '{Q}.lora_a' must have a dtype of",
+        f"tensor '{Q}.lora_a' must have one of the dtypes",
     ),
 }
 
 
-# where the model has the layer, its options are compared before they are looked at one by one
-OF_OTHER_OPTIONS = ("bad option", "alpha beyond a float", "no alpha", "experts without end", "a rank that is text")
+# a model with layers compares the options with those of its layers, before each of them is checked
+OF_OTHER_OPTIONS = ("bad option", "alpha beyond a float", "no alpha", "too many experts", "a rank that is text")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -224,7 +232,7 @@ def test_a_failed_save_keeps_the_old_files(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_a_model_of_another_dtype(saved: torch.dtype, loaded: torch.dtype, tmp_path: Path) -> None:
-    """The layers run there: experts in fp32 stay master weights, others take the model's dtype."""
+    """Experts saved in fp32 stay in fp32 as master weights; others take the model's dtype."""
     source = with_experts(llama().to(saved), dtype=saved)
     save_lmoe(source, tmp_path)
     model = llama().to(loaded)
@@ -246,7 +254,7 @@ def test_a_layer_under_two_names_is_loaded_under_both(tmp_path: Path) -> None:
     assert plain["a"] is plain["b"][0]
 
 
-def test_what_the_user_trains_beside_stays_trained_where_layers_are_filled(tmp_path: Path) -> None:
+def test_loading_into_layers_keeps_the_rest_of_the_model_trained(tmp_path: Path) -> None:
     model = with_experts(llama())
     save_lmoe(model, tmp_path)
     model.lm_head.requires_grad_(True)
@@ -256,13 +264,13 @@ def test_what_the_user_trains_beside_stays_trained_where_layers_are_filled(tmp_p
 
 @pytest.mark.parametrize("has_layers", [False, True], ids=["plain model", "model with layers"])
 def test_a_model_on_the_meta_device_is_refused(has_layers: bool, tmp_path: Path) -> None:
-    """Nothing can be copied there, and nothing would complain."""
+    """Copying numbers to the meta device does nothing and raises no error."""
     save_lmoe(with_experts(llama()), tmp_path)
     model = (with_experts(llama()) if has_layers else llama()).to("meta")
     before = state(model)
     with pytest.raises(ValueError) as caught:
         load_lmoe(model, tmp_path)
-    must = "must hold numbers (see torch.nn.Module.to_empty), got one on the meta device"
+    must = "must have data (see torch.nn.Module.to_empty), got one on the meta device"
     assert str(caught.value) == f"load_lmoe: layer {Q!r} {must}"
     assert state(model) == before
 
@@ -274,8 +282,8 @@ def test_a_compiled_model_keeps_its_own_names(tmp_path: Path) -> None:
     assert load_lmoe(torch.compile(fresh), tmp_path) == list(lmoe_layers(model)) == list(lmoe_layers(fresh))
 
 
-def test_several_may_save_to_one_place(tmp_path: Path) -> None:
-    """As the processes of one training do."""
+def test_several_threads_may_save_to_one_place(tmp_path: Path) -> None:
+    """The processes of one training may do so."""
     model = with_experts(llama())
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: save_lmoe(model, tmp_path), range(40)))

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: how they come to be in their place, and damage that leaves every count as it was."""
+"""The files of a checkpoint: how they are written, and damage that does not change the number of elements."""
 
 import json
 import tempfile
@@ -29,8 +29,8 @@ def _trained() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_who_has_opened_a_file_reads_it_to_its_end_whatever_is_saved_meanwhile(name: str, tmp_path: Path) -> None:
-    """A file is renamed into its place, never written over."""
+def test_an_open_file_can_be_read_to_its_end_after_another_save(name: str, tmp_path: Path) -> None:
+    """A save renames a new file into place and never overwrites the old one."""
     save_lmoe(_trained(), tmp_path)
     old = (tmp_path / name).read_bytes()
     other = _plain()
@@ -42,8 +42,8 @@ def test_who_has_opened_a_file_reads_it_to_its_end_whatever_is_saved_meanwhile(n
     assert (tmp_path / name).read_bytes() != old
 
 
-def test_files_are_made_beside_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not in the system's temporary folder, which may be full, or on another file system, where no renaming leads from."""
+def test_files_are_written_on_the_file_system_of_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's temporary folder may be full or on another file system, from which files cannot be renamed into place."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "there is no such folder"))
     save_lmoe(_trained(), tmp_path / "adapter")
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {WEIGHTS, CONFIG}
@@ -57,7 +57,7 @@ def _change_tensor(directory: Path, key: str, change: Callable[[torch.Tensor], t
 
 
 def _error_of_loading(directory: Path) -> str:
-    """The message; the model stays as it was."""
+    """The message of the error that loading raises; the model must stay unchanged."""
     model = _plain()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError) as caught:
@@ -72,19 +72,19 @@ def _error_of_loading(directory: Path) -> str:
     ("key", "shape", "got"),
     [("0.lora_a", (3, 2, 16), (2, 3, 16)), ("0.gate_weight", (3, 16), (16, 3)), ("1.weight", (8, 12), (12, 8))],
 )
-def test_a_tensor_of_another_shape_and_as_many_numbers(key: str, shape: Any, got: Any, tmp_path: Path) -> None:
+def test_a_tensor_of_another_shape_with_as_many_elements(key: str, shape: Any, got: Any, tmp_path: Path) -> None:
     save_lmoe(_trained(), tmp_path)
     _change_tensor(tmp_path, key, lambda t: t.reshape(got))
     assert _error_of_loading(tmp_path) == f"load_lmoe: tensor {key!r} must have shape {shape}, got {got}"
 
 
 @pytest.mark.parametrize("options", [None, 8, "rank", ["rank"]], ids=repr)
-def test_a_layer_whose_options_are_none(options: Any, tmp_path: Path) -> None:
+def test_options_of_a_layer_that_are_not_an_object(options: Any, tmp_path: Path) -> None:
     save_lmoe(_trained(), tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())
     config["layers"]["0"] = options
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    expected = f"load_lmoe: {tmp_path / CONFIG} must map layers to their options, got {{'0': {options!r}}}"
+    expected = f"load_lmoe: {tmp_path / CONFIG} must map the names of layers to their options, got {{'0': {options!r}}}"
     assert _error_of_loading(tmp_path) == expected
 
 

@@ -57,7 +57,7 @@ def test_a_layer_under_two_names_stays_one() -> None:
         ("(", "match linear layers of the model, got '('; nearest: "),
     ],
 )
-def test_a_target_that_matches_nothing_leaves_the_model_alone(targets, text: str) -> None:
+def test_a_target_that_matches_nothing_leaves_the_model_unchanged(targets, text: str) -> None:
     model = llama()
     before = state(model)
     with pytest.raises(ValueError) as caught:
@@ -72,11 +72,11 @@ def test_a_target_that_matches_nothing_leaves_the_model_alone(targets, text: str
 @pytest.mark.parametrize(
     ("target", "text"),
     [
-        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' has its experts already"),
+        ("q_proj", "got 'q_proj'; 'model.layers.0.self_attn.q_proj' already has experts"),
         ("embed_tokens", "got 'embed_tokens'; 'model.embed_tokens' (Embedding) has no in_features and out_features"),
     ],
 )
-def test_a_target_that_cannot_be_wrapped_is_told_why(target: str, text: str) -> None:
+def test_the_error_says_why_a_target_cannot_be_wrapped(target: str, text: str) -> None:
     model = llama()
     apply_lmoe(model, "q_proj", num_experts=2, rank=2)
     with pytest.raises(ValueError) as caught:
@@ -102,7 +102,7 @@ def test_gpt2s_convolutions_are_linear_layers() -> None:
 
 
 @pytest.mark.parametrize("target", [None, 5, ["q_proj", 1], b"q_proj"], ids=repr)
-def test_a_target_is_a_name(target) -> None:
+def test_a_target_must_be_a_name(target) -> None:
     with pytest.raises(TypeError) as caught:
         apply_lmoe(llama(), target)
     assert str(caught.value) == f"apply_lmoe: target_modules must be a str or several, got {target!r}"
@@ -111,7 +111,7 @@ def test_a_target_is_a_name(target) -> None:
 
 
 def test_a_model_that_reads_the_weight_of_its_layers() -> None:
-    """T5 asks its last linear layer for the weight's dtype."""
+    """T5 reads the dtype of the weight of its last linear layer."""
     config = T5Config(
         vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
     )  # fmt: skip
@@ -124,7 +124,7 @@ def test_a_model_that_reads_the_weight_of_its_layers() -> None:
 
 
 def test_layers_that_are_never_called_are_not_wrapped() -> None:
-    """Attention multiplies by out_proj.weight itself, and an encoder layer by its linears' where no gradient is wanted."""
+    """Attention multiplies by out_proj.weight itself; without gradients an encoder layer does the same with its weights."""
     model = nn.Transformer(16, 2, 1, 1, 24, batch_first=True, dropout=0.0, dtype=torch.float64)
     assert apply_lmoe(model, "all-linear", num_experts=2, rank=2) == ["decoder.layers.0.linear1", "decoder.layers.0.linear2"]
     for layer in lmoe_layers(model).values():
@@ -134,7 +134,7 @@ def test_layers_that_are_never_called_are_not_wrapped() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x, x), expected)
     for target, name in (("out_proj", "MultiheadAttention"), ("encoder.layers.0.linear1", "TransformerEncoderLayer")):
-        with pytest.raises(ValueError, match=f"is not called: {name} multiplies by its weight itself"):
+        with pytest.raises(ValueError, match=f"is not called: {name} uses its weight directly"):
             apply_lmoe(model, target)
 
 

@@ -1,4 +1,4 @@
-"""Names in the plain model, whatever is put around it or its parts."""
+"""A module has the name of the plain model, whatever wraps the model or its parts."""
 
 import copy
 
@@ -44,8 +44,8 @@ def test_names_are_those_of_the_plain_model(wrapping: str) -> None:
     for name, module in plain.named_modules():
         assert type(modules[name]) is type(module), name
         assert wrapped.get_submodule(actual_names(wrapped)[name]) is modules[name]
-    beside = set(modules) - set(dict(plain.named_modules()))
-    assert all("q_proj.lora_" in name for name in beside)
+    added = set(modules) - set(dict(plain.named_modules()))
+    assert all("q_proj.lora_" in name for name in added)
     assert type(unwrapped(wrapped)) is type(plain)
 
 

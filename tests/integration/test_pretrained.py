@@ -1,4 +1,4 @@
-"""transformers' own save_pretrained and from_pretrained around models with L-MoE layers: nothing is drawn anew."""
+"""save_pretrained and from_pretrained of transformers restore models with L-MoE layers: nothing is initialised again."""
 
 import copy
 from pathlib import Path
@@ -45,13 +45,13 @@ def _names_saved(model: LlamaForCausalLM, folder: Path) -> set[str]:
 
 
 def test_the_base_has_its_own_names(tmp_path: Path) -> None:
-    """Programs that know nothing of L-MoE read it as the plain model."""
+    """Programs without L-MoE load it as the plain model."""
     plain = llama()
     model = copy.deepcopy(plain)
     apply_lmoe(model, "q_proj", num_experts=2, rank=1)
     saved = _names_saved(model, tmp_path)
-    beside = {key for key in saved if key.rpartition(".")[2] in ("lora_a", "lora_b", "gate_weight")}
-    assert set(saved) - beside == _names_saved(plain, tmp_path / "plain")
+    added = {key for key in saved if key.rpartition(".")[2] in ("lora_a", "lora_b", "gate_weight")}
+    assert set(saved) - added == _names_saved(plain, tmp_path / "plain")
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path)(IDS).logits, plain(IDS).logits)
 
 
@@ -65,8 +65,8 @@ def test_modules_to_save_and_shards(tmp_path: Path) -> None:
     assert again.lm_head.weight.requires_grad
 
 
-def test_a_state_dict_of_ones_own_is_written(tmp_path: Path) -> None:
-    """As the processes of a sharded training gather it; its numbers are written, not the model's."""
+def test_a_given_state_dict_is_written(tmp_path: Path) -> None:
+    """The processes of a sharded training gather one; its tensors are written instead of the model's."""
     model = _model("q_proj")
     tensors = {f"_orig_mod.{key}": tensor + 1 for key, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=tensors)
@@ -83,15 +83,15 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("lmoe*"))
 
 
-def test_copies_save_themselves(tmp_path: Path) -> None:
+def test_a_copy_saves_its_own_tensors(tmp_path: Path) -> None:
     model = _model("q_proj")
-    twin = copy.deepcopy(model)
-    nn.init.normal_(lmoe_layers(twin)["model.layers.0.self_attn.q_proj"].lora_b)
-    twin.save_pretrained(tmp_path)
-    assert torch.equal(_restored(tmp_path)(IDS).logits, twin(IDS).logits)
+    copied = copy.deepcopy(model)
+    nn.init.normal_(lmoe_layers(copied)["model.layers.0.self_attn.q_proj"].lora_b)
+    copied.save_pretrained(tmp_path)
+    assert torch.equal(_restored(tmp_path)(IDS).logits, copied(IDS).logits)
 
 
-def test_a_model_within_saves_itself(tmp_path: Path) -> None:
+def test_an_inner_model_saves_its_own_tensors(tmp_path: Path) -> None:
     model = _model("q_proj")
     model.model.save_pretrained(tmp_path)
     again = LlamaModel.from_pretrained(tmp_path).eval()
@@ -99,14 +99,14 @@ def test_a_model_within_saves_itself(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
 
 
-def test_a_part_without_experts_saves_as_ever(tmp_path: Path) -> None:
+def test_a_part_without_experts_saves_no_adapter(tmp_path: Path) -> None:
     model = _model("lm_head")
     model.model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("lmoe*"))
 
 
-def test_a_state_dict_of_the_plain_model_is_taken() -> None:
-    """As Trainer resumes from the files that save_pretrained wrote."""
+def test_a_state_dict_of_the_plain_model_can_be_loaded() -> None:
+    """Trainer loads one when it resumes from files that save_pretrained wrote."""
     model = _model("q_proj")
     plain = {key.replace(".frozen_layer", ""): tensor + 1 for key, tensor in model.state_dict().items()}
     kept = dict(plain)
@@ -124,8 +124,8 @@ def test_an_output_embedding_with_experts_is_not_resized(tied: bool) -> None:
     before, sizes = state(model), [p.shape for p in model.parameters()]
     with pytest.raises(ValueError) as caught:
         model.resize_token_embeddings(40)
-    must = "be resized before its output embedding gets experts (remove_lmoe, resize, apply_lmoe)"
-    assert str(caught.value) == f"resize_token_embeddings: model must {must}, got one that has them"
+    must = "be resized before its output embedding gets experts (call remove_lmoe, resize, apply_lmoe)"
+    assert str(caught.value) == f"resize_token_embeddings: model must {must}, got one whose output embedding has experts"
     assert state(model) == before
     assert [p.shape for p in model.parameters()] == sizes
     assert model.resize_token_embeddings() is model.get_input_embeddings()
@@ -134,7 +134,7 @@ def test_an_output_embedding_with_experts_is_not_resized(tied: bool) -> None:
     assert model(IDS).logits.shape[-1] == 40
 
 
-def test_embeddings_are_resized_beside_experts(tmp_path: Path) -> None:
+def test_embeddings_without_experts_can_be_resized(tmp_path: Path) -> None:
     model = _model("q_proj")
     model.resize_token_embeddings(40)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Experts over a base that transformers has quantised: training, checkpoints, saving, each bitwise."""
+"""Experts on a base that transformers quantised: training, checkpoints and saving, each bitwise."""
 
 import copy
 import pickle
@@ -48,7 +48,7 @@ def llama_config() -> LlamaConfig:
 
 @pytest.fixture(params=QUANTISED)
 def load(request: pytest.FixtureRequest, tmp_path: Path):
-    """Loads the same quantised model, whenever it is called."""
+    """A function that loads the same quantised model at every call."""
     LlamaForCausalLM(llama_config()).save_pretrained(tmp_path / "base")
     quantisation = QUANTISED[request.param]
     return lambda: LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantisation())
@@ -61,7 +61,7 @@ def with_experts(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def logits_of(model: nn.Module) -> Tensor:
-    """In training mode: in the other bitsandbytes packs 4-bit weights anew for some CPUs, and rounds their scales."""
+    """Computed in training mode: in eval mode bitsandbytes repacks 4-bit weights on some CPUs and rounds their scales."""
     with torch.no_grad():
         return model.train()(IDS).logits
 
@@ -99,7 +99,7 @@ def test_a_new_layer_gives_what_the_quantised_one_gives(load) -> None:
     assert torch.equal(logits_of(model), expected)
 
 
-def test_packed_numbers_are_counted_one_by_one(load, capsys: pytest.CaptureFixture[str]) -> None:
+def test_packed_weights_are_counted_unpacked(load, capsys: pytest.CaptureFixture[str]) -> None:
     print_trainable_parameters(load())
     plain = LlamaForCausalLM(llama_config())
     assert f"all params: {plain.num_parameters():,d} " in capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_trainer_resumes_bitwise_from_the_adapter_alone(load, tmp_path: Path) ->
 
 
 def test_the_adapter_alone_is_not_taken_for_a_model(load, tmp_path: Path) -> None:
-    """from_pretrained would draw the base anew."""
+    """from_pretrained would initialise the base at random."""
     model = with_experts(load())
     model.save_pretrained(tmp_path / "adapter")
     before = {file.name: file.read_bytes() for file in (tmp_path / "adapter").iterdir()}

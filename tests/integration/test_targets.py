@@ -1,4 +1,4 @@
-"""What "all-linear" leaves out, what stays trained beside the experts, and what a model says of what it cannot have."""
+"""What "all-linear" leaves out, which other parameters stay trained, and the errors and warnings about targets."""
 
 import copy
 import warnings
@@ -38,9 +38,9 @@ def classifier(kind: str) -> tuple[nn.Module, str]:
 
 
 @pytest.mark.parametrize("kind", ["BERT", "ViT", "Llama"])
-def test_all_linear_leaves_a_classifier_to_itself(kind: str) -> None:
+def test_all_linear_skips_a_classifier(kind: str) -> None:
     model, head = classifier(kind)
-    with pytest.warns(UserWarning, match=f"the head '{head}' is frozen; if it is newly initialised, give modules_to_save"):
+    with pytest.warns(UserWarning, match=f"the head '{head}' is frozen; if it is newly initialised, pass modules_to_save"):
         names = apply_lmoe(model, "all-linear", num_experts=2, rank=2)
     assert names
     assert not isinstance(model.get_submodule(head), LMoELinear)
@@ -64,7 +64,7 @@ def test_modules_to_save_are_trained_saved_and_loaded(kind: str, tmp_path) -> No
     assert load_lmoe(plain, tmp_path) == names
     assert state(plain) == state(model)
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in model.state_dict().items())
-    copied = copy.deepcopy(plain)  # copies know what is saved with the experts
+    copied = copy.deepcopy(plain)  # a copy saves modules_to_save too
     save_lmoe(copied, tmp_path / "again")
     assert (tmp_path / "again" / "lmoe_config.json").read_text() == (tmp_path / "lmoe_config.json").read_text()
 
@@ -88,7 +88,7 @@ def test_buffers_of_modules_to_save_are_saved(tmp_path) -> None:
         ("bert", "modules_to_save must name modules without L-MoE layers, got 'bert'"),
     ],
 )
-def test_bad_modules_to_save_leave_the_model_alone(saved, text: str) -> None:
+def test_bad_modules_to_save_leave_the_model_unchanged(saved, text: str) -> None:
     model = bert()
     apply_lmoe(model, "query", modules_to_save="classifier", num_experts=2, rank=1)
     before = state(model)
@@ -114,9 +114,12 @@ def test_a_module_to_save_of_another_shape_is_refused(tmp_path) -> None:
     [
         (
             lambda tensors: tensors.pop("classifier.bias"),
-            "hold the tensors of modules_to_save, got 1 missing: 'classifier.bias'",
+            "lmoe.safetensors must hold 'classifier.bias', got none of that name",
         ),
-        (lambda tensors: tensors.update({"classifier.more": torch.ones(1)}), "no more and no less, got 1 foreign"),
+        (
+            lambda tensors: tensors.update({"classifier.more": torch.ones(1)}),
+            "hold only tensors of its layers and modules_to_save, got 1 unknown",
+        ),
     ],
     ids=["missing", "foreign"],
 )
@@ -136,7 +139,7 @@ def test_tensors_of_modules_to_save_are_complete(change, text: str, tmp_path) ->
 
 
 def test_a_second_call_changes_nothing_that_the_user_set() -> None:
-    """Neither what was unfrozen is frozen, nor what was frozen is trained."""
+    """It neither freezes what the user unfroze nor unfreezes what the user froze."""
     model = llama()
     apply_lmoe(model, "q_proj", num_experts=2, rank=2)
     model.lm_head.requires_grad_(True)
@@ -148,8 +151,8 @@ def test_a_second_call_changes_nothing_that_the_user_set() -> None:
     assert lmoe_layers(model)["model.layers.0.self_attn.k_proj"].num_trainable_parameters
 
 
-def test_parts_of_adapted_layers_are_no_targets() -> None:
-    """PEFT keeps two small linear layers and the frozen one in each that it adapts."""
+def test_parts_of_layers_of_peft_are_not_targets() -> None:
+    """A layer of PEFT holds the frozen layer and two small linear ones; none of these parts gets experts."""
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"]))
     lora = {name for name, p in model.named_parameters() if p.requires_grad}
     names = apply_lmoe(model, "all-linear", num_experts=2, rank=2)
@@ -162,7 +165,7 @@ def test_parts_of_adapted_layers_are_no_targets() -> None:
 
 
 def test_an_error_in_one_of_many_layers_changes_none() -> None:
-    """The last layer fails, when the others are made already."""
+    """The last layer fails after the others were made."""
     model = nn.ModuleDict({"first": nn.Linear(4, 4), "last": nn.Linear(4, 4)})
     model["last"].in_features = -1  # no shape that a parameter could have
     before = state(model)
@@ -175,7 +178,7 @@ def _mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(MixtralConfig(vocab_size=32, num_key_value_heads=2, num_local_experts=3, **SMALL))
 
 
-def test_stacked_experts_of_a_model_are_named_when_they_are_passed_by() -> None:
+def test_a_warning_names_stacked_experts_that_are_skipped() -> None:
     with pytest.warns(
         UserWarning, match=r"'model.layers.0.mlp.experts.gate_up_proj', .* hold the weights of several"
     ) as seen:

@@ -1,4 +1,4 @@
-"""The auxiliary loss under transformers' Trainer: once a step, in training alone, on the tokens that count."""
+"""The auxiliary loss under transformers' Trainer: added once a step, in training alone, on the tokens of the mask."""
 
 import copy
 import os
@@ -24,7 +24,7 @@ from lmoe_kernels import (
 )
 from tests.models import llama, with_experts
 
-WEIGHTS = {"balance": 3.0, "z": 0.5}  # large beside the model's loss, so that counting twice shows
+WEIGHTS = {"balance": 3.0, "z": 0.5}  # large compared with the model's loss, so that counting twice shows
 
 
 def rows(count: int) -> list[dict[str, Tensor]]:
@@ -46,7 +46,7 @@ def arguments(folder: Path, **options) -> TrainingArguments:
 
 
 class Recorder(TrainerCallback):
-    """The gradients of the last step, and the batches that they came from."""
+    """Records the gradients of the last step and its batches."""
 
     def __init__(self, model: nn.Module) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -78,7 +78,7 @@ def gradients_of_a_step(model: nn.Module, folder: Path, added: bool, trainer_cla
 
 
 def expected_gradients(model: nn.Module, batches: list[dict]) -> dict[str, Tensor]:
-    """The gradients of the mean over batches of the auxiliary loss, written out."""
+    """The gradients of the auxiliary loss, averaged over the batches."""
     model.train().zero_grad()
     for batch in batches:
         model(**batch)
@@ -107,9 +107,9 @@ CASES = {
     "scaled by the model": {},
     "scaled by Trainer": {"model_class": WithoutLossArguments},
     "scaled by a function": {"compute_loss_func": summed_loss},
-    "scaled by a function, the model none": {"compute_loss_func": summed_loss, "model_class": WithoutLossArguments},
+    "scaled by a function, not by the model": {"compute_loss_func": summed_loss, "model_class": WithoutLossArguments},
     "label smoothing": {"label_smoothing_factor": 0.1},
-    "a Trainer that says it is": {"trainer_class": SaysItIsScaled, "model_class": WithoutLossArguments},
+    "a Trainer that says the loss is scaled": {"trainer_class": SaysItIsScaled, "model_class": WithoutLossArguments},
     "checkpointing": {"activation_checkpointing": True},
     "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
 }
@@ -128,7 +128,9 @@ def test_the_loss_counts_once_a_step(case: str, accumulated: int, tmp_path: Path
     expected = expected_gradients(model, batches)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for name, gradient in expected.items():
-        torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)  # its norms are in fp32
+        torch.testing.assert_close(
+            both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7
+        )  # the model's norms compute in fp32
 
 
 def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
@@ -159,7 +161,7 @@ def test_the_loss_counts_once_on_two_processes(tmp_path: Path) -> None:
 
 
 def test_replicas_of_data_parallel_keep_their_losses() -> None:
-    """DataParallel runs copies of the modules that are gone when compute_loss returns: here made as it makes them."""
+    """DataParallel runs copies of the modules, which are deleted before compute_loss returns; the test makes such copies."""
     model = with_experts(llama(), output_router_logits=True).train()
     trainer = Trainer(model, arguments(Path("unused")), train_dataset=rows(2))
     alone = trainer.compute_loss
@@ -191,7 +193,7 @@ def _replica(module: nn.Module) -> nn.Module:
     return replica
 
 
-def test_evaluation_and_generation_know_nothing_of_it(tmp_path: Path) -> None:
+def test_evaluation_and_generation_add_no_loss(tmp_path: Path) -> None:
     model, data = with_experts(llama(), output_router_logits=True), rows(6)
     trainer = Trainer(model, arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1), train_dataset=data,
                       eval_dataset=data)  # fmt: skip
@@ -227,7 +229,7 @@ def test_under_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_reentrant_checkpointing_is_told_of_once(use_reentrant: bool, tmp_path: Path) -> None:
+def test_reentrant_checkpointing_warns_once(use_reentrant: bool, tmp_path: Path) -> None:
     model, data = with_experts(llama(), output_router_logits=True), rows(8)
     kwargs = {"use_reentrant": use_reentrant}
     trainer = Trainer(
@@ -239,9 +241,9 @@ def test_reentrant_checkpointing_is_told_of_once(use_reentrant: bool, tmp_path: 
         warnings.simplefilter("default")
         trainer.train()
         trainer.evaluate()
-    told = [str(warning.message) for warning in caught if "router logits" in str(warning.message)]
-    assert len(told) == (1 if use_reentrant else 0)
-    assert all("use_reentrant=False" in text for text in told)
+    warned = [str(warning.message) for warning in caught if "router logits" in str(warning.message)]
+    assert len(warned) == (1 if use_reentrant else 0)
+    assert all("use_reentrant=False" in text for text in warned)
 
 
 def t5(**options) -> nn.Module:
@@ -280,7 +282,7 @@ def test_an_encoder_decoder_model(decoder_length: int, tmp_path: Path) -> None:
             torch.testing.assert_close(both[name] - alone[name], parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_mask_of_ones_own(tmp_path: Path) -> None:
+def test_a_mask_function_of_the_user(tmp_path: Path) -> None:
     model, data = with_experts(llama(), output_router_logits=True), rows(2)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=data)
     seen = []
@@ -315,11 +317,11 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="balance must be a number of at least 0, got -1"):
         add_auxiliary_loss(trainer, balance=-1)
     handle = add_auxiliary_loss(trainer)
-    with pytest.raises(ValueError, match="get one auxiliary loss"):
+    with pytest.raises(ValueError, match="have at most one auxiliary loss"):
         add_auxiliary_loss(trainer)
     with disable_lmoe(trainer.model), pytest.raises(ValueError, match="kept router logits in its last forward, got none"):
         trainer.train()
     handle.remove()
     made = Trainer(args=arguments(tmp_path), model_init=lambda: with_experts(llama(), output_router_logits=True))
-    with pytest.raises(ValueError, match="be given its model, got model_init"):
+    with pytest.raises(ValueError, match="be created with its model, got model_init"):
         add_auxiliary_loss(made)

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' Trainer: a run that is resumed ends where one that was not stopped does, bit for bit."""
+"""Checkpoints of transformers' Trainer: a resumed run ends bitwise as a run that was not stopped."""
 
 import copy
 import pickle
@@ -45,7 +45,7 @@ def with_checkpointed_blocks(base: nn.Module) -> nn.Module:
 
 
 def with_blocks_compiled_and_checkpointed(base: nn.Module) -> nn.Module:
-    """In either order."""
+    """One block for each order of the two wrappers."""
     model = with_experts(base)
     first, second = model.model.layers
     model.model.layers[0] = checkpoint_wrapper(torch.compile(first, backend="eager"))
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(make, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("make", [on_peft, below_peft])
-def test_experts_that_are_not_the_models_are_refused_beside_peft(make, tmp_path: Path) -> None:
+def test_a_peft_model_refuses_experts_of_another_model(make, tmp_path: Path) -> None:
     model = made(make, llama())
     model.save_pretrained(tmp_path)
     other = peft.get_peft_model(llama(), peft.LoraConfig(**LORA))
@@ -123,7 +123,7 @@ def test_experts_that_are_not_the_models_are_refused_beside_peft(make, tmp_path:
             refused.load_adapter(tmp_path, "default")
         assert all(torch.equal(tensor, before[name]) for name, tensor in refused.state_dict().items())
     (tmp_path / "lmoe.safetensors").unlink()
-    other.load_adapter(tmp_path, "default")  # PEFT's alone
+    other.load_adapter(tmp_path, "default")  # only PEFT's adapter is left
 
 
 def wider_llama() -> nn.Module:
@@ -134,7 +134,7 @@ def wider_llama() -> nn.Module:
 
 @pytest.mark.parametrize("make", [on_peft, one_layer_with_both])
 def test_a_gathered_state_dict_of_a_peft_model_is_saved(make, tmp_path: Path) -> None:
-    """As Trainer hands it over under FSDP."""
+    """Trainer passes one under FSDP."""
     model = made(make, llama())
     model.save_pretrained(tmp_path / "given", state_dict=model.state_dict())
     model.save_pretrained(tmp_path / "own")
@@ -148,7 +148,7 @@ def test_a_gathered_state_dict_of_a_peft_model_is_saved(make, tmp_path: Path) ->
 @pytest.mark.parametrize("make", [plain, on_peft])
 @pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
                          ids=["itself", "a copy", "pickled"])  # fmt: skip
-def test_removing_the_layers_gives_the_methods_back(make, copied, tmp_path: Path) -> None:
+def test_removing_the_layers_restores_the_methods_of_the_model(make, copied, tmp_path: Path) -> None:
     model = copied(made(make, llama()))
     model.save_pretrained(tmp_path / "with")
     assert (tmp_path / "with" / "lmoe.safetensors").exists()

@@ -1,4 +1,4 @@
-"""What was put into a model can be switched off, taken out, and looked at."""
+"""The experts of a model can be disabled, removed, counted and unfrozen."""
 
 import copy
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_remove_gives_the_frozen_model_back() -> None:
     assert remove_lmoe(model) == []
 
 
-def test_nothing_is_left_of_layers_that_were_put_in_one_after_the_other() -> None:
+def test_remove_undoes_several_calls_of_apply() -> None:
     model = llama()
     apply_lmoe(model, "q_proj", num_experts=2, rank=1)
     apply_lmoe(model, "k_proj", num_experts=2, rank=1)
@@ -63,14 +63,14 @@ def test_remove_finds_every_name_of_a_shared_layer() -> None:
     assert model["b"][0] is linear
 
 
-def test_a_layer_alone_has_nowhere_to_put_its_frozen_layer() -> None:
+def test_a_layer_that_is_the_whole_model_cannot_be_removed() -> None:
     with pytest.raises(
-        ValueError, match=r"remove_lmoe: model must hold L-MoE layers, got one of them \(take its frozen_layer"
+        ValueError, match=r"remove_lmoe: model must contain L-MoE layers, got an LMoELinear \(use its frozen_layer"
     ):
         remove_lmoe(LMoELinear(4, 4, num_experts=2, rank=1))
 
 
-def test_disabled_the_model_computes_as_the_frozen_one() -> None:
+def test_a_disabled_model_computes_as_the_frozen_one() -> None:
     plain = llama()
     model = with_experts(copy.deepcopy(plain))
     trained = model(IDS).logits
@@ -102,7 +102,7 @@ def test_trainable_parameters_are_counted(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
 
 
-def test_train_thaws_experts_gates_and_modules_to_save_alone() -> None:
+def test_train_unfreezes_experts_gates_and_modules_to_save_alone() -> None:
     model = llama()
     apply_lmoe(model, "q_proj", modules_to_save="lm_head", num_experts=2, rank=1)
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}

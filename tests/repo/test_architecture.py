@@ -1,4 +1,4 @@
-"""Imports run one way, files and functions stay small, and the package says nothing of the machine it was made on."""
+"""Imports run one way, files and functions stay small, and the package works without its optional dependencies."""
 
 import ast
 import subprocess
@@ -7,36 +7,51 @@ from pathlib import Path
 
 import pytest
 
+from lmoe_kernels import dispatch
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lmoe_kernels"
 
-# Every module of the package, from the top storey to the bottom: a module imports only from storeys below its own.
-STOREYS = [
+# Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
+LEVELS = [
     {"__init__", "info"},
     {"auxiliary", "checkpoint"},
     {"model"},
     {"pretrained"},
-    {"beside_peft"},
+    {"peft_interop"},
     {"contents"},
     {"adapter", "targets"},
     {"layer"},
-    {"functional", "losses"},
+    {"config", "functional", "losses"},
     {"autograd"},
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"checks", "distributed", "naming", "quantised", "reference", "version"},
+    {"checks", "reference"},
+    {"distributed", "naming", "options", "quantised", "version"},
 ]
-LEVEL = {module: level for level, storey in enumerate(STOREYS) for module in storey}
+LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
+# The same for the benchmarks, which import the package and tools in addition.
+BENCHMARK_LEVELS = [
+    {"gpu", "test_rows"},
+    {"__main__"},
+    {"defaults", "inspect", "showing"},
+    {"measuring"},
+    {"rows"},
+    {"__init__"},
+]
+BENCHMARK_LEVEL = {module: level for level, modules in enumerate(BENCHMARK_LEVELS) for module in modules}
+# What a backend may import in addition to its own modules.
+COMMON = ("lmoe_kernels.options",)
 
 
 def _sources(*folders: str) -> list[Path]:
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
-def _room(path: Path) -> str:
+def _module(path: Path, package: Path = PACKAGE) -> str:
     """The module or folder right under the package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return path.relative_to(package).parts[0].removesuffix(".py")
 
 
 def _imports(path: Path) -> set[str]:
@@ -56,30 +71,46 @@ def _own_imports(path: Path) -> set[str]:
     return {name for name in _imports(path) if name.startswith("lmoe_kernels.")}
 
 
-def test_every_module_has_a_storey() -> None:
-    assert {_room(path) for path in PACKAGE.rglob("*.py")} == set(LEVEL)
+def test_every_module_has_one_level() -> None:
+    assert {_module(path) for path in PACKAGE.rglob("*.py")} == set(LEVEL)
+    assert sum(map(len, LEVELS)) == len(LEVEL)
 
 
 @pytest.mark.parametrize("path", _sources("lmoe_kernels"), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_one_way(path: Path) -> None:
-    here = _room(path)
+    here = _module(path)
     for name in _own_imports(path):
         there = name.split(".")[1]
         if there in LEVEL and there != here:
-            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which stands on its own storey or above"
+            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on the same level or above"
+
+
+@pytest.mark.parametrize("path", _sources("benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_of_the_benchmarks_run_one_way(path: Path) -> None:
+    here = _module(path, ROOT / "benchmarks")
+    for name in _imports(path):
+        root, _, inner = name.partition(".")
+        there = inner.partition(".")[0]
+        assert root not in ("tests", "examples"), f"{path.name} imports {name}"
+        if root == "benchmarks" and there in BENCHMARK_LEVEL and there != here:
+            assert BENCHMARK_LEVEL[here] < BENCHMARK_LEVEL[there], f"{path.name} imports {name}"
+    assert here in BENCHMARK_LEVEL
 
 
 def test_backends_import_neither_one_another_nor_anything_above() -> None:
     for path in (PACKAGE / "backends").rglob("*.py"):
         own = ".".join(path.relative_to(ROOT).parts[:3]).removesuffix(".py")
+        common = (*COMMON, "lmoe_kernels.reference") if own.endswith(".reference") else COMMON
         for name in _own_imports(path):
-            assert name.startswith(own), f"{path.relative_to(ROOT)} imports {name}"
+            assert name.startswith((own, *common)), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def test_every_backend_has_the_same_rooms() -> None:
-    for folder in (PACKAGE / "backends").iterdir():
-        if folder.is_dir() and folder.name != "__pycache__":
-            assert {"__init__.py", "forward.py", "backward.py"} <= {f.name for f in folder.iterdir()}, folder.name
+def test_every_backend_has_the_same_files_and_a_row_in_the_table() -> None:
+    folders = {path.name: path for path in (PACKAGE / "backends").iterdir() if (path / "__init__.py").exists()}
+    assert folders.keys() == dispatch.BACKENDS.keys()
+    for folder in folders.values():
+        files = {path.name for path in folder.iterdir()}
+        assert {"__init__.py", "availability.py", "forward.py", "backward.py"} <= files, folder.name
 
 
 @pytest.mark.parametrize("path", _sources("tools"), ids=lambda p: str(p.relative_to(ROOT)))
@@ -87,15 +118,15 @@ def test_the_tools_import_neither_tests_nor_benchmarks(path: Path) -> None:
     assert not {name.split(".")[0] for name in _imports(path)} & {"tests", "benchmarks"}
 
 
-def test_the_reference_imports_torch_alone() -> None:
-    tree = ast.parse((PACKAGE / "reference.py").read_text(encoding="utf-8"))
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    modules |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    assert modules == {"torch"}
+def test_the_reference_imports_torch_and_the_tuples_alone() -> None:
+    names = _imports(PACKAGE / "reference.py")
+    assert {name for name in names if "." not in name} | {name for name in names if name.startswith("lmoe")} - {
+        name for name in names if name.startswith("lmoe_kernels.options.")
+    } == {"torch", "lmoe_kernels.options"}
 
 
 @pytest.mark.parametrize("absent", ["triton", "safetensors", "transformers", "peft"])
-def test_the_package_works_without(absent: str) -> None:
+def test_the_package_works_without_optional_packages(absent: str) -> None:
     program = f"""
 import sys
 sys.modules[{absent!r}] = None
@@ -109,7 +140,7 @@ layer(torch.randn(3, 8)).sum().backward()
 def test_importing_the_package_loads_nothing_heavy() -> None:
     program = "import sys, torch; before = set(sys.modules); import lmoe_kernels; print(*(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT, capture_output=True, text=True)
-    heavy = {"triton", "peft", "transformers", "safetensors", "lmoe_kernels.backends.torch"}
+    heavy = {"triton", "peft", "transformers", "safetensors", "lmoe_kernels.backends.torch.forward"}
     assert not heavy & set(loaded.stdout.split())
 
 
@@ -124,7 +155,3 @@ def test_sizes(path: Path) -> None:
             kernel = any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
             lines = (node.end_lineno or 0) - node.lineno + 1
             assert lines <= (120 if kernel else 80), f"{node.name} has {lines} lines"
-
-
-def test_the_storeys_name_each_module_once() -> None:
-    assert sum(map(len, STOREYS)) == len(LEVEL)

@@ -1,4 +1,4 @@
-"""The demo on a tiny budget, and the commands and code of the README as they stand."""
+"""The demo with a tiny budget, and the commands and code of the README."""
 
 import importlib
 import json
@@ -69,7 +69,7 @@ def test_readme_commands_exist() -> None:
 
 
 def test_readme_number_of_the_two_mixings() -> None:
-    """The README shows how far the mixings lie apart; the number is that of its own code."""
+    """The README says how much the mixings differ; the code here computes that number."""
     stated = float(re.findall(r"differ by ([\d.]+)\s+of their norm", README)[0])
     torch.manual_seed(0)
     x, a, b = torch.randn(64, 256), torch.randn(8, 16, 256) / 16, torch.randn(8, 16, 256) / 4

@@ -1,4 +1,4 @@
-"""setup.py: what the environment tells it, and building in place as `make gpu` does, with a compiler that is a script."""
+"""setup.py: its environment variables, and a build in place as in `make gpu`, with a shell script for nvcc."""
 
 import json
 import os
@@ -45,15 +45,15 @@ def _make_nvcc(home: Path, script: str) -> None:
     nvcc.chmod(0o755)
 
 
-@pytest.mark.parametrize("wish", ["yes", "2"])
-def test_a_wish_that_is_none_is_refused_in_one_line(wish: str) -> None:
+@pytest.mark.parametrize("value", ["yes", "2"])
+def test_an_unknown_value_of_lmoe_build_cuda_is_refused_in_one_line(value: str) -> None:
     pytest.importorskip("setuptools")
-    done = _setup(LMOE_BUILD_CUDA=wish)
+    done = _setup(LMOE_BUILD_CUDA=value)
     assert done.returncode == 1
-    assert done.stderr == f"lmoe_kernels: LMOE_BUILD_CUDA must be auto, 0 or 1, got {wish!r}\n"
+    assert done.stderr == f"lmoe_kernels: LMOE_BUILD_CUDA must be auto, 0 or 1, got {value!r}\n"
 
 
-def test_an_empty_variable_is_none(tmp_path: Path) -> None:
+def test_an_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     _make_nvcc(tmp_path, "#!/bin/sh\necho release 13.0, compute_80 compute_90\n")
     program = "import runpy, sys; sys.argv = ['setup.py', '--version']; print(runpy.run_path('setup.py')['COMPILER'].archs)"
@@ -66,7 +66,7 @@ def test_an_empty_variable_is_none(tmp_path: Path) -> None:
     [({"CUDA_HOME": "home"}, "41.0"), ({"CUDA_PATH": "path"}, "42.0"), ({"CUDA_HOME": "home", "CUDA_PATH": "path"}, "41.0")],
     ids=str,
 )
-def test_the_compiler_is_that_of_cuda_home_or_else_cuda_path(tmp_path: Path, homes: dict[str, str], version: str) -> None:
+def test_the_compiler_is_that_of_cuda_home_or_else_of_cuda_path(tmp_path: Path, homes: dict[str, str], version: str) -> None:
     for folder, release in (("home", "41.0"), ("path", "42.0")):
         _make_nvcc(tmp_path / folder, NVCC.replace("13.0", release))
     variables = {"CUDA_HOME": "", "CUDA_PATH": ""} | {name: str(tmp_path / folder) for name, folder in homes.items()}
@@ -86,7 +86,7 @@ def test_an_architecture_without_bf16_or_unknown_to_the_compiler_is_refused(tmp_
     assert done.stderr == f"lmoe_kernels: LMOE_CUDA_ARCHS must name some of 80, 90 (nvcc 13.0), got {got!r}\n"
 
 
-def test_a_compiler_that_is_asked_for_and_missing_is_an_error_in_one_line(tmp_path: Path) -> None:
+def test_a_required_compiler_that_is_missing_is_an_error_in_one_line(tmp_path: Path) -> None:
     pytest.importorskip("setuptools")
     done = _setup(LMOE_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
     assert done.returncode == 1
@@ -121,7 +121,7 @@ def _record(tree: Path) -> dict[str, str]:
     return json.loads((tree / "lmoe_kernels" / "_build_info.json").read_text())
 
 
-def test_a_build_is_recorded_beside_its_sources(tmp_path: Path) -> None:
+def test_a_build_is_recorded_next_to_its_sources(tmp_path: Path) -> None:
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     done = _build(tmp_path)
@@ -130,15 +130,15 @@ def test_a_build_is_recorded_beside_its_sources(tmp_path: Path) -> None:
     assert (tmp_path / "lmoe_kernels" / LIBRARY).read_text() == "compiled\n"
     compiled, linked = _nvcc_calls(tmp_path)
     assert len(compiled) == len([*tmp_path.glob("csrc/cuda/*.cu"), *tmp_path.glob("csrc/*.cpp")])
-    for call in (*compiled, linked):  # machine code for every architecture, and PTX for chips to come
+    for call in (*compiled, linked):  # machine code for every architecture, and PTX for later GPUs
         assert [word for word in call.split() if word.startswith("arch=")] == [
             "arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90", "arch=compute_90,code=compute_90",
         ]  # fmt: skip
         assert "-ccbin" not in call
-    assert "-cudart static" in linked, "the extension must not look for a CUDA runtime of its own"
+    assert "-cudart static" in linked, "the extension must not depend on an installed CUDA runtime"
 
 
-def test_the_build_takes_the_host_compiler_and_the_jobs_that_it_is_told(tmp_path: Path) -> None:
+def test_the_build_uses_cxx_and_max_jobs(tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
     modules = tmp_path / "modules"
     modules.mkdir()
@@ -165,7 +165,7 @@ def test_a_failed_build_is_recorded_and_leaves_no_older_one(tmp_path: Path) -> N
     assert not (tmp_path / "lmoe_kernels" / LIBRARY).exists()
 
 
-def test_a_build_that_is_asked_for_and_fails_is_an_error(tmp_path: Path) -> None:
+def test_a_required_build_that_fails_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("ninja")
     pytest.importorskip("pybind11")
     done = _build(tmp_path, ERROR="fatal error: Python.h: No such file or directory", LMOE_BUILD_CUDA="1")
@@ -174,7 +174,7 @@ def test_a_build_that_is_asked_for_and_fails_is_an_error(tmp_path: Path) -> None
     assert done.stderr.splitlines()[-1] == f"lmoe_kernels: LMOE_BUILD_CUDA=1, but {reason}"
 
 
-def test_a_missing_requirement_of_the_build_is_told(tmp_path: Path) -> None:
+def test_a_missing_requirement_of_the_build_is_recorded(tmp_path: Path) -> None:
     modules = tmp_path / "modules"
     modules.mkdir()
     (modules / "ninja.py").write_text("raise ImportError(\"No module named 'ninja'\")")

@@ -1,4 +1,4 @@
-"""What a type checker says of a user's file: nothing where a call is right, an error where it is wrong."""
+"""A type checker accepts the right calls of a user's file and reports every wrong one."""
 
 import json
 import subprocess
@@ -32,8 +32,8 @@ lmoe(x, a, b, gate_weight=g, mixing="mean")  # wrong
 lmoe_linear(x, g, None, a, b, gate_weight=g, gate_bias=torch.zeros(4)).sum()
 y, router_logits = lmoe_linear(x, g, None, a, b, gate_weight=g, return_router_logits=True)
 lmoe_linear(x, g, None, a, b, gate_weight=g, top_k=2.0)  # wrong
-asked: bool = y.sum().item() > 0
-lmoe(x, a, b, gate_weight=g, return_router_logits=asked).sum()  # wrong
+with_logits: bool = y.sum().item() > 0
+lmoe(x, a, b, gate_weight=g, return_router_logits=with_logits).sum()  # wrong
 explain(x, a, b, gate_weight=g, backend="cublas")  # wrong
 with use_backend("reference"):
     layer(x)

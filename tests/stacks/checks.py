@@ -1,4 +1,4 @@
-"""All checks that take two processes, by name: generators of the parts that have held."""
+"""All checks on two processes, by name; each yields the names of its parts that passed."""
 
 import copy
 import re
@@ -28,7 +28,7 @@ SHARDED = DISTRIBUTED[1:]
 
 
 def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
-    """One adapter goes through every wrapping of an fp64 model, and comes out as it went in."""
+    """One adapter is loaded into every wrapping of an fp64 model and saved from it in turn; it stays bitwise the same."""
     first = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(first, folder / "0")
@@ -44,24 +44,24 @@ def from_each_into_the_next(seed: int, folder: Path) -> Iterator[str]:
         yield name
 
 
-def beside_peft(seed: int, folder: Path) -> Iterator[str]:
-    """A LoRA of PEFT's is trained in the same model; saving and loading that one is PEFT's affair."""
+def peft_interop(seed: int, folder: Path) -> Iterator[str]:
+    """A LoRA of PEFT is trained in the same model; PEFT itself saves and loads it."""
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     for name in ("DDP", "FSDP1", "FSDP2"):
-        parts = flow(STACKS[name]._replace(beside=lambda model: get_peft_model(model, config)), seed, folder / name)
+        parts = flow(STACKS[name]._replace(adapter=lambda model: get_peft_model(model, config)), seed, folder / name)
         for part in ("trains", "saves", "loads elsewhere"):
             assert next(parts) == part
         yield name
 
 
 def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
-    """Large models are sharded before they have any numbers: layers, their names and shapes are there already."""
+    """Large models are sharded on the meta device, where layers have names and shapes but no numbers yet."""
     plain = plain_model(ONE_PROCESS["plain"], seed)
     if rank() == 0:
         save_lmoe(plain, folder)
     barrier()
     model = STACKS["FSDP2"].wrap(copy.deepcopy(plain).to("meta"))
-    with pytest.raises(ValueError, match="must hold numbers"):
+    with pytest.raises(ValueError, match="must have data"):
         load_lmoe(model, folder)
     model.to_empty(device="cpu")
     for layer in lmoe_layers(model).values():
@@ -71,11 +71,11 @@ def from_the_meta_device(seed: int, folder: Path) -> Iterator[str]:
     save_lmoe(model, folder / "again")
     barrier()
     equal(load_file(folder / "again" / "lmoe.safetensors"), load_file(folder / "lmoe.safetensors"), "from the meta device")
-    yield "holds"
+    yield "passes"
 
 
 def no_new_layers(seed: int, folder: Path) -> Iterator[str]:
-    """A model that is distributed gets no L-MoE layers, and is left as it was."""
+    """A distributed model gets no L-MoE layers and stays unchanged."""
     saved = plain_model(STACKS["DDP"], seed)
     save_lmoe(saved, folder)
     barrier()
@@ -84,7 +84,7 @@ def no_new_layers(seed: int, folder: Path) -> Iterator[str]:
         for change in (partial(apply_lmoe, model, "q_proj"), partial(load_lmoe, model, folder)):
             refuses(model, change, "before it is distributed, got one")
         with_layers, _ = wrapped(STACKS[name], seed)
-        refuses(with_layers, partial(remove_lmoe, with_layers), "be taken out of what distributes it, got one")
+        refuses(with_layers, partial(remove_lmoe, with_layers), "not be distributed, got one")
         yield name
     model = llama()
     fully_shard(model.model.layers[1])
@@ -101,13 +101,13 @@ def refuses(model: nn.Module, change: Callable[[], object], text: str) -> None:
     assert list(model.state_dict()) == names
 
 
-def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
-    """The module inside of FSDP1's cannot be gathered by itself: neither saved nor loaded."""
+def module_inside_fsdp1(seed: int, folder: Path) -> Iterator[str]:
+    """The module inside of FSDP1 cannot be gathered by itself, so that it is neither saved nor loaded."""
     save_lmoe(plain_model(ONE_PROCESS["plain"], seed), folder / f"plain-{rank()}")
     for name in ("FSDP1", "FSDP1 whole", "FSDP1, flat parameters"):
         model, _ = wrapped(STACKS[name], seed)
         inside = extract_model_from_parallel(model)  # Accelerate's unwrap_model
-        text = "must be what FullyShardedDataParallel returned, got the module inside of that"
+        text = "must be the module that FullyShardedDataParallel returned, got the module inside it"
         refuses(inside, partial(save_lmoe, inside, folder / "none"), text)
         refuses(inside, partial(load_lmoe, inside, folder / f"plain-{rank()}"), text)
         refuses(inside, partial(apply_lmoe, inside, "k_proj"), "got one in FullyShardedDataParallel")
@@ -116,18 +116,18 @@ def what_fsdp1_holds(seed: int, folder: Path) -> Iterator[str]:
 
 
 def unwrapped_by_accelerate(seed: int, folder: Path) -> Iterator[str]:
-    """Where each process holds the whole model, what is inside of the wrapper can be saved too."""
+    """If each process holds the whole model, the module inside of the wrapper can be saved too."""
     model, _ = wrapped(STACKS["Accelerate"], seed)
     save_lmoe(model, folder / "prepared")
     save_lmoe(Accelerator().unwrap_model(model), folder / "unwrapped")
     barrier()
     prepared, inside = (load_file(folder / name / "lmoe.safetensors") for name in ("prepared", "unwrapped"))
     equal(inside, prepared, "unwrapped")
-    yield "holds"
+    yield "passes"
 
 
 def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
-    """It raises on every process, and none waits for another."""
+    """It raises on every process, and no process waits for another."""
     folder.mkdir(exist_ok=True)
     blocked = folder / "file"
     blocked.write_text("not a directory")
@@ -143,7 +143,7 @@ def a_save_that_fails(seed: int, folder: Path) -> Iterator[str]:
 
 
 def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
-    """A directory that one process cannot read, of a disk of its own, is an error of all."""
+    """If one process cannot read the directory, for example on a disk of its own, all processes raise."""
     adapter = folder / str(rank())
     save_lmoe(plain_model(ONE_PROCESS["plain"], seed), adapter)
     if rank() == 1:
@@ -158,9 +158,9 @@ def a_load_that_fails(seed: int, folder: Path) -> Iterator[str]:
 
 
 def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
-    """Every process of a data-parallel training writes the same two files to one place; at no time is one partial."""
+    """Every process of a data-parallel training writes the same two files to one place; no reader sees a partial file."""
     torch.manual_seed(seed)
-    layers = nn.Sequential(nn.Linear(2048, 2048, bias=False))  # large enough to be met half-written
+    layers = nn.Sequential(nn.Linear(2048, 2048, bias=False))  # large enough for a reader to see a partial file
     apply_lmoe(layers, "0", num_experts=8, rank=16)
     model = nn.parallel.DistributedDataParallel(layers)
     save_lmoe(model, folder)
@@ -173,7 +173,7 @@ def all_save_at_once(seed: int, folder: Path) -> Iterator[str]:
             equal(load_file(folder / "lmoe.safetensors"), true, "while another writes")
     barrier()
     assert sorted(file.name for file in folder.iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
-    yield "holds"
+    yield "passes"
 
 
 def torch_distributed_checkpoint(seed: int, folder: Path) -> Iterator[str]:
@@ -207,10 +207,10 @@ Check = Callable[[int, Path], Iterator[str]]
 CHECKS: dict[str, Check] = {
     **{name: partial(flow, stack) for name, stack in STACKS.items()},
     "from each into the next": from_each_into_the_next,
-    "beside PEFT": beside_peft,
+    "with PEFT": peft_interop,
     "from the meta device": from_the_meta_device,
     "no new layers": no_new_layers,
-    "what FSDP1 holds": what_fsdp1_holds,
+    "module inside FSDP1": module_inside_fsdp1,
     "unwrapped by Accelerate": unwrapped_by_accelerate,
     "a save that fails": a_save_that_fails,
     "a load that fails": a_load_that_fails,

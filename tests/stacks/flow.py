@@ -1,4 +1,4 @@
-"""What must hold in every stack: it trains, is saved whole, loaded elsewhere, and resumed bitwise."""
+"""What is checked in every stack: it trains, saves whole tensors, loads into a plain model, and resumes bitwise."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ HALVES = 2
 
 
 class Stack(NamedTuple):
-    """What is put around a model, and how the same numbers are computed without it."""
+    """A wrapper of a model, and how a plain training computes the same numbers."""
 
     wrap: Callable[[nn.Module], nn.Module]
     base: torch.dtype = torch.float64  # of the frozen layers
     computed: torch.dtype | None = None  # what parameters are cast to for forward and backward
-    beside: Callable[[nn.Module], nn.Module] | None = None  # puts another library's adapter into the plain model too
+    adapter: Callable[[nn.Module], nn.Module] | None = None  # adds another library's adapter to the plain model
     apart: bool = False  # the frozen layers are wrapped themselves: their products are rounded before the delta is added
 
 
 def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
-    """Yield the name of each part that has held. On two processes each takes half of every batch; one takes both halves."""
+    """Yield the name of each part that passed. Each of two processes takes half of every batch; a single one takes both."""
     model, optimizer = wrapped(stack, seed)
     train(model, optimizer, seed, 0, STEPS)
     plain = plain_training(stack, seed, STEPS)
@@ -37,8 +37,8 @@ def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
     barrier()
     found = load_file(folder / "adapter" / "lmoe.safetensors")
     equal(found, plain, "after training")
-    if not is_sharded(model):  # each process holds the whole: all must hold the same
-        equal(learned(model), plain, "here")
+    if not is_sharded(model):  # each process holds the whole model: all must be the same
+        equal(learned(model), plain, "on this process")
     yield "trains"
 
     assert sorted(file.name for file in (folder / "adapter").iterdir()) == ["lmoe.safetensors", "lmoe_config.json"]
@@ -72,8 +72,8 @@ def flow(stack: Stack, seed: int, folder: Path) -> Iterator[str]:
 def plain_model(stack: Stack, seed: int, experts: bool = True) -> nn.Module:
     torch.manual_seed(seed)
     model = llama().to(stack.base)
-    if experts and stack.beside is not None:
-        model = stack.beside(model)
+    if experts and stack.adapter is not None:
+        model = stack.adapter(model)
     if experts:
         with_experts(model, modules_to_save=["lm_head"])
     return model.train()
@@ -112,7 +112,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, first: 
 
 
 def plain_training(stack: Stack, seed: int, steps: int) -> dict[str, Tensor]:
-    """The same arithmetic in one process: the halves' gradients are averaged, bitwise as two processes do it."""
+    """The same arithmetic in one process: it averages the gradients of the two halves, bitwise as two processes do."""
     model = plain_model(stack, seed)
     for layer in lmoe_layers(model).values() if stack.apart else ():
         layer.frozen_layer.register_forward_hook(lambda *_: None)  # a layer with a hook is called by itself
@@ -134,7 +134,7 @@ def plain_training(stack: Stack, seed: int, steps: int) -> dict[str, Tensor]:
 
 
 def learned(model: nn.Module) -> dict[str, Tensor]:
-    """What L-MoE trains, of a model that lies whole on this process."""
+    """The parameters that L-MoE trains, of a model that is whole on this process."""
     owners = {**lmoe_layers(model), "lm_head": plain_modules(model)["lm_head"]}
     return {
         f"{name}.{key}": p.detach() for name, owner in owners.items() for key, p in owner.named_parameters(recurse=False)

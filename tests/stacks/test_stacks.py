@@ -1,4 +1,4 @@
-"""Real training stacks: each trains as the plain model does, bitwise, and nothing of what it has learned is lost.
+"""Real training stacks: each trains bitwise as the plain model does, and saves, loads and resumes without any loss.
 
 Two processes run all checks of tests/stacks once; the tests here read what they report.
 """
@@ -32,7 +32,7 @@ Reports = dict[str, list[Outcome]]
 
 @pytest.fixture(scope="module")
 def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reports]:
-    """What came of every check: on each of two processes, or in this one."""
+    """The outcome of every check: on each of two processes, or in this one."""
     folder, seed = tmp_path_factory.mktemp("stacks"), request.config.option.seed
     command = [sys.executable, "-W", "ignore", "-m", "tests.stacks.worker"]
     address = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(WORLD)}
@@ -56,82 +56,82 @@ def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     files = [folder / f"report-{rank}.json" for rank in range(WORLD)]
     found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     end = (folder / "log").read_text()[-2000:]
-    unreached = Outcome(held=[], error=f"not reached; the log's end: {end}")
+    unreached = Outcome(passed=[], error=f"not reached; the log's end: {end}")
     return {**alone, **{name: [report.get(name, unreached) for report in found] for name in CHECKS}}
 
 
-def _hold(outcomes: list[Outcome], part: str | None = None) -> None:
-    """Whether a part of a check, or all of it, has held on every process."""
+def _assert_passed(outcomes: list[Outcome], part: str | None = None) -> None:
+    """Raise unless a part of a check, or all of it, passed on every process."""
     for rank, outcome in enumerate(outcomes):
-        assert outcome["error"] is None or part in outcome["held"], f"on process {rank}: {outcome['error']}"
+        assert outcome["error"] is None or part in outcome["passed"], f"on process {rank}: {outcome['error']}"
 
 
 @pytest.mark.parametrize("stack", STACKS_AND_PLAIN)
 def test_trains(stack: str, reports: Reports) -> None:
     """After two steps all that is trained is bitwise what the plain model's training gives, on every process."""
-    _hold(reports[stack], "trains")
+    _assert_passed(reports[stack], "trains")
 
 
 @pytest.mark.parametrize("stack", STACKS_AND_PLAIN)
 def test_saves(stack: str, reports: Reports) -> None:
-    """The file holds that, under the plain model's names."""
-    _hold(reports[stack], "saves")
+    """The file holds the trained tensors under the plain model's names."""
+    _assert_passed(reports[stack], "saves")
 
 
 @pytest.mark.parametrize("stack", STACKS_AND_PLAIN)
 def test_loads_elsewhere(stack: str, reports: Reports) -> None:
-    """A plain model takes what was saved."""
-    _hold(reports[stack], "loads elsewhere")
+    """A plain model loads the file."""
+    _assert_passed(reports[stack], "loads elsewhere")
 
 
 @pytest.mark.parametrize("stack", STACKS_AND_PLAIN)
 def test_resumes(stack: str, reports: Reports) -> None:
-    """Saved and loaded into a new model, two further steps give bitwise what they give without."""
-    _hold(reports[stack], "resumes")
+    """A new model that loads the file takes the same two further steps, bitwise."""
+    _assert_passed(reports[stack], "resumes")
 
 
 def test_from_each_wrapping_into_the_next(reports: Reports) -> None:
-    _hold(reports["from each into the next"])
+    _assert_passed(reports["from each into the next"])
 
 
-def test_beside_peft(reports: Reports) -> None:
-    _hold(reports["beside PEFT"])
+def test_peft_interop(reports: Reports) -> None:
+    _assert_passed(reports["with PEFT"])
 
 
 def test_from_the_meta_device(reports: Reports) -> None:
-    _hold(reports["from the meta device"])
+    _assert_passed(reports["from the meta device"])
 
 
 def test_a_distributed_model_gets_no_new_layers(reports: Reports) -> None:
-    _hold(reports["no new layers"])
+    _assert_passed(reports["no new layers"])
 
 
-def test_what_fsdp1_holds_is_refused(reports: Reports) -> None:
-    _hold(reports["what FSDP1 holds"])
+def test_the_module_inside_fsdp1_is_refused(reports: Reports) -> None:
+    _assert_passed(reports["module inside FSDP1"])
 
 
 def test_unwrapped_by_accelerate(reports: Reports) -> None:
-    _hold(reports["unwrapped by Accelerate"])
+    _assert_passed(reports["unwrapped by Accelerate"])
 
 
 def test_a_save_that_fails_raises_on_every_process(reports: Reports) -> None:
-    _hold(reports["a save that fails"])
+    _assert_passed(reports["a save that fails"])
 
 
 def test_a_load_that_fails_raises_on_every_process(reports: Reports) -> None:
-    _hold(reports["a load that fails"])
+    _assert_passed(reports["a load that fails"])
 
 
 def test_all_processes_may_save_to_one_place(reports: Reports) -> None:
-    _hold(reports["all save at once"])
+    _assert_passed(reports["all save at once"])
 
 
 def test_checkpoints_of_torch_distributed(reports: Reports) -> None:
-    _hold(reports["torch.distributed.checkpoint"])
+    _assert_passed(reports["torch.distributed.checkpoint"])
 
 
 def test_a_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
-    """As those of a model have that is sharded by something we do not know."""
+    """A tensor may have another shape if an unknown library sharded the model."""
     model = with_experts(llama())
     layer = lmoe_layers(model)["model.layers.0.self_attn.q_proj"]
     layer.lora_b = nn.Parameter(layer.lora_b.data.flatten()[:17])
@@ -142,8 +142,8 @@ def test_a_tensor_of_another_shape_is_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_what_others_hang_on_a_layer_is_not_saved(tmp_path: Path) -> None:
-    """A counter, say, that a hook keeps: loading would not know where it belongs."""
+def test_buffers_that_others_add_to_a_layer_are_not_saved(tmp_path: Path) -> None:
+    """A hook may keep a counter in a buffer; a plain model has no place for it."""
     model = with_experts(llama())
     layer = lmoe_layers(model)["model.layers.0.self_attn.q_proj"]
     layer.register_buffer("seen", torch.tensor(5))

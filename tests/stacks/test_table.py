@@ -13,7 +13,7 @@ MODULES = {
     "test_stacks": "tests.stacks.test_stacks",
     **{
         name: f"tests.integration.{name}"
-        for name in ("test_beside_peft", "test_trainer", "test_trainer_checkpoints", "test_quantised")
+        for name in ("test_peft_interop", "test_trainer", "test_trainer_checkpoints", "test_quantised")
     },
 }
 LINES = [line for line in PAGE.splitlines() if line.startswith("| ")]

@@ -1,4 +1,4 @@
-"""One of two processes: runs every check, and writes what came of each."""
+"""One of two processes: runs every check and writes its outcome."""
 
 import json
 import os
@@ -17,18 +17,18 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class Outcome(TypedDict):
-    """The parts of a check that have held, and the error of the next one."""
+    """The parts of a check that passed, and the error of the next part."""
 
-    held: list[str]
+    passed: list[str]
     error: str | None
 
 
 def outcome_of(check: Callable[[int, Path], Iterator[str]], seed: int, folder: Path) -> Outcome:
-    outcome = Outcome(held=[], error=None)
+    outcome = Outcome(passed=[], error=None)
     try:
         for part in check(seed, folder):
-            outcome["held"].append(part)
-    except BaseException:  # of pytest too, whose failures are no Exceptions
+            outcome["passed"].append(part)
+    except BaseException:  # the failures of pytest are not Exceptions
         outcome["error"] = traceback.format_exc()
     torch._dynamo.reset()
     return outcome
@@ -39,7 +39,7 @@ def main(rank: int, seed: int, folder: Path) -> None:
 
     report: dict[str, Outcome] = {}
     for name, check in CHECKS.items():
-        # a group of its own: what one check leaves behind does not meet the next
+        # a group for each check: no check receives messages of another one
         store = distributed.PrefixStore(name, distributed.FileStore(str(folder / "store"), WORLD))
         distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=TIMEOUT)
         report[name] = outcome_of(check, seed, folder / name)
@@ -51,5 +51,5 @@ if __name__ == "__main__":
     os.environ |= {
         "RANK": sys.argv[1],
         "LOCAL_RANK": sys.argv[1],
-    }  # for Accelerate, which takes the group that is there
+    }  # for Accelerate, which uses the existing group
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,4 +1,4 @@
-"""What real trainings put around a model, on each of two processes."""
+"""The wrappers that real trainings put around a model."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def compiled_blocks(model: nn.Module) -> nn.Module:
-    """torch.compile a block at a time; aot_eager traces and partitions as the default backend does, without its code."""
+    """torch.compile a block at a time; aot_eager traces and partitions like the default backend, but generates no code."""
     for i, block in enumerate(model.model.layers):
         model.model.layers[i] = torch.compile(block, backend="aot_eager")
     return model
@@ -32,7 +32,7 @@ def checkpointed_blocks(model: nn.Module) -> nn.Module:
 
 def transformers_checkpointing(model: nn.Module, use_reentrant: bool) -> nn.Module:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()  # the reentrant kind trains nothing where no input of a block wants a gradient
+    model.enable_input_require_grads()  # the reentrant kind trains nothing if no input of a block requires a gradient
     return model
 
 
@@ -55,7 +55,7 @@ def fsdp2(model: nn.Module, blocks: bool = True, **options) -> nn.Module:
 
 
 def fsdp2_over_all(model: nn.Module) -> nn.Module:
-    """As large trainings stack them: checkpointed, compiled, sharded blocks."""
+    """Checkpointed, compiled, sharded blocks, as in large trainings."""
     return fsdp2(compiled_blocks(checkpointed_blocks(model)))
 
 

@@ -139,7 +139,7 @@ def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
     assert "triton     not taken: on a CPU only where it is asked for by name" in automatic
     assert "torch      taken" in automatic
     named = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")
-    assert "triton     taken: asked for by name" in named
+    assert "triton     taken: selected by name" in named
 
 
 @pytest.mark.parametrize("compiler, include, reason", [(None, None, "C compiler"), ("/bin/gcc", "nowhere", "Python.h")])

@@ -1,4 +1,4 @@
-"""Bugs put into copies of the kernels, one at a time: what the emulator must catch."""
+"""Bugs that are put into copies of the kernels, one at a time, and must be caught by the emulator."""
 
 import re
 import shutil
@@ -12,21 +12,21 @@ PROBLEMS = 4
 
 @dataclass(frozen=True)
 class Bug:
-    """A change of one place in csrc/, and what is said where it is caught.
+    """A change of one place in csrc/, and the message that shows that it was caught.
 
-    The place is code within one function, which the copy has without its comments: another comment, or another function with
-    the same line, is none of a bug's business.
+    The place is found by its code within one function, in a copy without comments. So neither a new comment nor the same
+    line in another function makes the place ambiguous.
     """
 
     name: str
     file: str
-    function: str  # enough of its head to find it by, with the opening parenthesis
+    function: str  # the part of its signature that ends with the opening parenthesis
     right: str
     wrong: str
     caught_as: str  # a part of the driver's output
     target: str = "plain"
-    is_race: bool = False  # in these problems, whatever the schedule: ThreadSanitizer sees it
-    first_problem: int = 1  # of PROBLEMS that go where the bug is
+    is_race: bool = False  # ThreadSanitizer finds it, whatever the schedule
+    first_problem: int = 1  # the first of PROBLEMS that execute the place
 
     def __str__(self) -> str:
         return self.name
@@ -39,14 +39,14 @@ class Bug:
         text = re.sub(r"[ \t]*//.*", "", path.read_text())
         begin, end = self._body(text)
         body, place = text[begin:end], f"{self.name}: {self.function}...)"
-        assert body.count(self.right) == 1, f"{place} has {body.count(self.right)} times {self.right!r}"
+        assert body.count(self.right) == 1, f"{place} contains {self.right!r} {body.count(self.right)} times"
         path.write_text(text[:begin] + body.replace(self.right, self.wrong) + text[end:])
         return csrc
 
     def _body(self, text: str) -> tuple[int, int]:
-        """Where the function's body begins and ends."""
+        """The positions where the function's body begins and ends."""
         count = text.count(self.function)
-        assert count == 1, f"{self.name}: {self.file} has {count} times {self.function!r}"
+        assert count == 1, f"{self.name}: {self.file} contains {self.function!r} {count} times"
         begin = text.index("{\n", text.index(self.function))
         depth = 0
         for at in range(begin, len(text)):
@@ -84,7 +84,7 @@ BUGS = (
         "is off by",
     ),
     Bug(
-        "an output over stages that are still being read",
+        "an output written over stages that are still being read",
         "cuda/tiles.cuh",
         "float* run(",
         "__syncthreads();\n        float* out",
@@ -93,7 +93,7 @@ BUGS = (
         is_race=True,
     ),
     Bug(
-        "a first step that waits for nobody, not for mix either",
+        "a first step without its wait, which is also the barrier after mix",
         "cuda/tiles.cuh",
         "void pipeline(",
         "        if (step >= 0) {\n",
@@ -102,7 +102,7 @@ BUGS = (
         is_race=True,
     ),
     Bug(
-        "a swept output read before it is whole",
+        "a swept output read before it is complete",
         "cuda/tiles.cuh",
         "void sweep(",
         "__syncthreads();",
@@ -111,7 +111,7 @@ BUGS = (
         is_race=True,
     ),
     Bug(
-        "gates mixed before they are there",
+        "gates mixed before they are stored",
         "cuda/stages.cuh",
         "void gate_softmax(",
         "__syncthreads();",
@@ -120,7 +120,7 @@ BUGS = (
         is_race=True,
     ),
     Bug(
-        "sums of parts mixed before they are stored",
+        "reduced partial sums mixed before they are stored",
         "cuda/stages.cuh",
         "void sum_parts(",
         "__syncthreads();",
@@ -132,7 +132,7 @@ BUGS = (
     Bug(
         "a load without a mask",
         "cuda/tiles.cuh",
-        "Place of(",
+        "Span of(",
         "row < last_row ? m.columns - col : 0;",
         "m.columns - col;",
         "AddressSanitizer: heap-buffer-overflow",
@@ -178,5 +178,25 @@ BUGS = (
         'check("decode_fwd_kernel", launch_cooperative(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p));',
         'LAUNCH(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p); check_launch("decode_fwd_kernel");',
         "a grid-wide barrier in a launch that is not cooperative",
+    ),
+    Bug(
+        "a bias added once for each part of a split sum",
+        "cuda/forward.cuh",
+        "mix_fwd_kernel(",
+        "save_projection<S>(p, t, column, sum);",
+        "const int64_t e = column - p.experts_of_a * p.R;\n"
+        "for (int64_t part = 1; e >= 0 && part < p.shrink_parts; ++part) sum = logit_of<S>(p, e, sum);\n"
+        "save_projection<S>(p, t, column, sum);",
+        "logits is off by",
+        first_problem=17,
+    ),
+    Bug(
+        "a bias missing in decode",
+        "cuda/decode.cuh",
+        "void mix_decode(",
+        "logit_of<S>(p, c - u_columns, sums[j])",
+        "sums[j]",
+        "y is off by",
+        first_problem=35,
     ),
 )

@@ -1,12 +1,11 @@
-"""Backward of the `cuda` backend: workspaces, results, one call of the launcher for all of it."""
+"""Backward of the `cuda` backend: allocates gradients and workspaces; one call of the launcher computes nearly all of it."""
 
 import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import padded, shrink_parts, wgrad_splits
-from lmoe_kernels.backends.cuda.forward import set_problem
-from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Sizes, Wanted
 
 
 def backward(
@@ -20,61 +19,50 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
-    lora_a, lora_b, gate_weight, _, _ = factors
-    logits, u = saved.router_logits(factors), saved.u
-    scaling, mixing, top_k, renormalize = options
-    output_mask = wanted.x, wanted.lora_a, wanted.lora_b, wanted.gate
-    tokens, out_features = dy.shape
-    experts, rank, _ = lora_b.shape
-    in_features = lora_a.shape[2]
-    want_x, want_a, want_b, want_gate = output_mask
-    new = torch.zeros_like if tokens == 0 else torch.empty_like  # without tokens no kernel runs
-    dx = dy.new_empty(tokens, in_features) if want_x else None
-    dlora_a = new(lora_a) if want_a else None
-    dlora_b = new(lora_b) if want_b else None
-    dgate = new(logits if gate_weight is None else gate_weight) if want_gate else None
-    if tokens == 0:
-        return _gradients(factors, dx, dlora_a, dlora_b, dgate)
+    sizes, has_gate = factors.sizes(dy.shape[0]), factors.gate_logits is None
+    T, I, O, E, R, experts_of_a = sizes  # noqa: E741
+    grads = _allocate(dy, I, factors, wanted)
+    if T == 0:
+        return grads
 
-    rank_columns = lora_a.shape[0] * rank
-    gate_columns = 0 if gate_weight is None else experts
-    v = dy.new_empty(tokens, padded(experts * rank))
-    scratch = dy.new_empty(tokens, 2 * (experts + rank), dtype=torch.float32)
-    dv = torch.empty_like(v)
-    z = dy.new_empty(tokens, padded(rank_columns + gate_columns))
+    du_columns, dlogits_columns = experts_of_a * R, E if has_gate else 0
+    v = dy.new_empty(T, padded(E * R))
+    scratch = dy.new_empty(T, 2 * (E + R), dtype=torch.float32)
+    dv = du_dlogits = None
+    if wanted.x or wanted.lora_a or wanted.gate:
+        dv, du_dlogits = torch.empty_like(v), dy.new_empty(T, padded(du_columns + dlogits_columns))
     device, stream = extension.queue(dy)
-    parts = shrink_parts(tokens, out_features, extension.processors(device))
-    splits = wgrad_splits(tokens, experts * rank, min(in_features, out_features))
-    largest = max((rank_columns + gate_columns) * in_features, experts * rank * out_features)
-    sums = max(parts * tokens * experts * rank if parts > 1 else 0, splits * largest if splits > 1 else 0)
-    partial = dy.new_empty(sums, dtype=torch.float32)
+    parts = shrink_parts(T, O, extension.processors(device))
+    splits = wgrad_splits(T, E * R, min(I, O))
+    partial = dy.new_empty(_partial_sums(sizes, parts, splits, du_columns + dlogits_columns), dtype=torch.float32)
+    dlogits_in = None if dlogits_in is None else dlogits_in.float()
 
     library = extension.library()
     params = library.BackwardParams()
-    set_problem(
-        params, x, lora_a, lora_b, gate_weight, logits, None, u, dy, tokens, scaling, mixing, top_k, renormalize
-    )  # fmt: skip
-    params.set_workspaces(v.data_ptr(), v.stride(0), scratch.data_ptr(), scratch.stride(0), partial.data_ptr(), parts)
-    params.dy = dy.data_ptr()
-    params.dy_stride = dy.stride(0)
-    if dlogits_in is not None:
-        dlogits_in = dlogits_in.float()
-        params.dlogits_in = dlogits_in.data_ptr()
-    if want_x or want_a or want_gate:
-        params.dv, params.z = dv.data_ptr(), z.data_ptr()
-    params.z_stride = z.stride(0)
-    params.wgrad_splits = splits
-    for name, grad in (
-        ("dx", dx),
-        ("dlora_a", dlora_a),
-        ("dlora_b", dlora_b),
-        ("dlogits" if gate_weight is None else "dgate_weight", dgate),
-    ):
-        if grad is not None:
-            setattr(params, name, grad.data_ptr())
+    params.set_problem(extension.DTYPES[dy.dtype], sizes, options, factors, x, saved.logits, saved.u)
+    params.set_workspaces(v, scratch, partial, parts)
+    params.set_backward(dy, dlogits_in, dv, du_dlogits, splits, grads)
     library.backward(params, device, stream)
-    return _gradients(factors, dx, dlora_a, dlora_b, dgate)
+    if grads.gate_bias is not None and du_dlogits is not None:
+        dlogits = du_dlogits[:, du_columns : du_columns + E]
+        grads.gate_bias.copy_(dlogits.sum(dim=0, dtype=torch.float32))
+    return grads
 
 
-def _gradients(factors: Factors, dx: Tensor | None, da: Tensor | None, db: Tensor | None, dgate: Tensor | None) -> Gradients:
-    return Gradients(dx, da, db, None, None, dgate) if factors.gate_weight is None else Gradients(dx, da, db, dgate)
+def _allocate(dy: Tensor, in_features: int, factors: Factors, wanted: Wanted) -> Gradients:
+    """Memory for the gradients that are wanted: zeros where there are no tokens, since no kernel runs then."""
+    tokens = dy.shape[0]
+    new = torch.zeros_like if tokens == 0 else torch.empty_like
+    of_factors = (
+        new(factor) if asked and factor is not None else None
+        for factor, asked in zip(factors, wanted[1:], strict=True)
+    )  # fmt: skip
+    return Gradients(dy.new_empty(tokens, in_features) if wanted.x else None, *of_factors)
+
+
+def _partial_sums(sizes: Sizes, parts: int, splits: int, columns: int) -> int:
+    """How many partial sums the largest of the split products has: dv, the weight gradients over x, and that over dy."""
+    T, I, O, E, R, _ = sizes  # noqa: E741
+    dv = parts * T * E * R if parts > 1 else 0
+    weights = splits * max(columns * I, E * R * O) if splits > 1 else 0
+    return max(dv, weights)

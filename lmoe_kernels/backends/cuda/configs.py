@@ -1,75 +1,80 @@
-"""Sizes that the launchers are given: pure functions of the problem. None is measured yet; each says what it expects."""
+"""Plans and workspace sizes of the launchers: pure functions of the problem. They are expected to be good, not measured."""
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
-BLOCK_T, BLOCK_C, BLOCK_F = 64, 64, 128  # of csrc/cuda/stages.cuh
-STEP_BYTES = 64  # of a row of an operand, in one step of a product: csrc/cuda/tiles.cuh
-ONE_PASS_STAGES = 59392  # bytes that the products of the one-pass forward take: csrc/cuda/forward.cuh
-ONE_PASS_SMEM = 99 << 10  # what every GPU from sm_80 on gives to one block
+BLOCK_T, BLOCK_C, BLOCK_F = 64, 64, 128  # as in csrc/cuda/stages.cuh
+STEP_BYTES = 64  # bytes of an operand's row in one pipeline step: csrc/cuda/tiles.cuh
+ONE_PASS_STAGES = 59392  # shared memory of the one-pass forward's products, in bytes: csrc/cuda/forward.cuh
+ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
 DECODE_TOKENS = 64
-DECODE_WARPS, TOKEN_GROUP, WARP_FEATURES = 8, 8, 256  # of csrc/cuda/decode.cuh
-DECODE_SMEM = 96 << 10  # what every GPU from sm_80 on gives to one block, less what the system keeps
+DECODE_WARPS, TOKEN_GROUP, WARP_FEATURES = 8, 8, 256  # as in csrc/cuda/decode.cuh
+DECODE_SMEM = 96 << 10  # the same, less a reserve for what the system keeps
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-value // divisor)
 
 
 def padded(columns: int) -> int:
     """Row stride of a workspace: whole 16-byte vectors in every dtype."""
-    return (columns + 7) // 8 * 8
+    return _multiple(columns, 8)
 
 
 def wgrad_splits(tokens: int, coefficients: int, features: int) -> int:
-    """Into how many parts wgrad cuts the sum over the tokens.
+    """Split-K factor of wgrad, which sums over the tokens.
 
-    Expected: enough blocks for two on each of some 132 processors, and at least 512 tokens in each part, since every part
-    writes and reads its fp32 sums once.
+    Expected: enough blocks for two on each of about 132 processors, and at least 512 tokens in each part, since the partial
+    sums of every part are written and read once in fp32.
     """
-    blocks = -(-coefficients // BLOCK_C) * -(-features // BLOCK_F)
+    blocks = ceil_div(coefficients, BLOCK_C) * ceil_div(features, BLOCK_F)
     return max(1, min(264 // max(blocks, 1), tokens // 512))
 
 
 def shrink_parts(tokens: int, features: int, processors: int) -> int:
-    """Into how many parts shrink cuts the sum over the features, x's in the forward and dy's in the backward.
+    """Split-K factor of shrink, which sums over the features of x in the forward and of dy in the backward.
 
-    A block owns 64 tokens, so that few tokens leave most processors without one. Expected: a block on each of them is worth
-    the parts' fp32 sums, which cost 8 bytes a coefficient, token and part against 2 a feature and token (E = 8, R = 16,
-    4096 features: 13 % a part, all of it within the L2 where so few tokens are), and a launch that adds them up, four tokens
-    a block: of a tile, the last block to be done would have to read 35 KB of every part alone. A part of less than 512
-    features, 16 steps of the pipeline, costs more to add up than it saves: unsplit, 64 tokens of 4096 features are 128 steps
-    one after the other, in eight parts 16.
+    A block computes 64 tokens, so few tokens leave most processors idle. Expected: a block on each of them is worth the
+    partial sums, 8 bytes for each column, token and part against 2 for each feature and token (13 % a part at E = 8, R = 16
+    and 4096 features, and in the L2 with so few tokens), and worth a second kernel that reduces them, four tokens a block.
+    Reducing them in the last block of each tile instead would make that block alone read 35 KB of every part. A part of
+    less than 512 features, 16 pipeline steps, costs more to reduce than it saves: 64 tokens of 4096 features take 128 steps
+    in sequence unsplit, and 16 in eight parts.
     """
     return max(1, min(_parts_that_fill(tokens, processors), features // 512))
 
 
 def _parts_that_fill(tokens: int, processors: int) -> int:
-    """Processors for each tile of tokens, to the nearest: one where tiles fill more than two thirds of them."""
-    tiles = max(1, -(-tokens // BLOCK_T))
+    """Processors for each tile of tokens, rounded: one where tiles fill more than two thirds of the processors."""
+    tiles = max(1, ceil_div(tokens, BLOCK_T))
     return (2 * processors + tiles) // (2 * tiles)
 
 
 def one_pass_smem(tokens: int, experts: int, rank: int, size: int, processors: int) -> int:
-    """Bytes of shared memory of a block of the one-pass forward, or 0 where the forward runs stage by stage.
+    """Shared memory in bytes of a block of the one-pass forward, or 0 where the forward runs stage by stage.
 
-    One pass spares v (in bf16 2 E R bytes a token written, and read again for every 128 columns of y: at E = 8, R = 16 a
-    third of what expand draws from the L2), a launch or two, and three workspaces. Expected: it pays where tiles of tokens
-    fill the chip, because a block does all of a tile's work from x to y. Up to two thirds of the processors the stages win:
-    shrink in parts, and expand with a block for every 128 columns. At E = 8, R = 16 in bf16 a block takes 78 KB: two fit on
-    the 164 KB of a processor of sm_80 and the 228 KB of sm_90, one on the 100 KB of sm_120.
+    One pass saves the traffic of v (in bf16 2 E R bytes a token, written once and read for every 128 columns of y: at E = 8,
+    R = 16 a third of what expand reads from the L2), one or two launches, and three workspaces. Expected: it is faster where
+    tiles of tokens fill the GPU, because one block does all the work of a tile, from x to y. With tiles for up to two thirds
+    of the processors the stages are faster: shrink is split, and expand has a block for every 128 columns. At E = 8, R = 16
+    in bf16 a block takes 78 KB: two fit the 164 KB of a processor of sm_80 and the 228 KB of sm_90, one fits the 100 KB of
+    sm_120.
     """
     if _parts_that_fill(tokens, processors) > 1:
         return 0
     v = BLOCK_T * _multiple(experts * rank * size, STEP_BYTES)
-    smem = ONE_PASS_STAGES + v + 2 * BLOCK_T * experts * 4  # and fp32 logits and gates
+    smem = ONE_PASS_STAGES + v + 2 * BLOCK_T * experts * 4  # the last term: logits and gates in fp32
     return smem if smem <= ONE_PASS_SMEM else 0
 
 
-@dataclass(frozen=True)
-class DecodePlan:
-    """How the one-launch forward of few tokens is cut: see csrc/cuda/decode.cuh."""
+class DecodePlan(NamedTuple):
+    """How the one-launch forward of few tokens is divided among blocks: see csrc/cuda/decode.cuh."""
 
     blocks: int
     chunk: int  # features of x in one partial sum
     chunks: int
-    column_tile: int  # columns of y that a block makes at a time
+    column_tile: int  # columns of y that a block computes at a time
     smem: int  # bytes
 
 
@@ -78,27 +83,27 @@ def decode_plan(
     tokens: int, in_features: int, out_features: int, experts: int, experts_of_a: int, rank: int, has_gate: bool, size: int,
     processors: int,
 ) -> DecodePlan | None:  # fmt: skip
-    """The plan for one block on each processor, or None where the general forward has to do it.
+    """The plan for one block on each processor, or None where the other paths must take the call.
 
-    Expected: every block gets one tile of columns, so that all of lora_b is on its way before the grid meets; x is cut into
-    as few chunks as keep all warps busy, since each chunk is one more sum to add.
+    Expected: every block gets one tile of columns, so that the copies of all of lora_b start before the grid's barrier; x is
+    cut into as few chunks as keep all warps busy, since each chunk adds one partial sum.
     """
     if tokens > DECODE_TOKENS or out_features == 0:
         return None
-    rows = experts_of_a * rank + (experts if has_gate else 0)
-    column_tile = padded(max(16, -(-out_features // processors)))
+    columns = experts_of_a * rank + (experts if has_gate else 0)  # of u and the logits
+    column_tile = padded(max(16, ceil_div(out_features, processors)))
     while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > DECODE_SMEM:
         if column_tile <= 16:
             return None
         column_tile = padded(column_tile // 2)
-    chunk = _multiple(max(1, -(-in_features * rows // (processors * DECODE_WARPS))), WARP_FEATURES)
-    chunks = max(1, -(-in_features // chunk))
-    blocks = max(-(-out_features // column_tile), -(-rows * chunks // DECODE_WARPS))
+    chunk = _multiple(max(1, ceil_div(in_features * columns, processors * DECODE_WARPS)), WARP_FEATURES)
+    chunks = max(1, ceil_div(in_features, chunk))
+    blocks = max(ceil_div(out_features, column_tile), ceil_div(columns * chunks, DECODE_WARPS))
     return DecodePlan(min(blocks, processors), chunk, chunks, column_tile, smem)
 
 
 def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column_tile: int, size: int) -> int:
-    """The bytes of DecodeLayout."""
+    """The bytes of DecodeLayout in csrc/cuda/decode.cuh."""
     arrays = (
         experts * rank * column_tile * size,  # lora_b's columns
         tokens * experts_of_a * rank * size,  # u
@@ -110,4 +115,4 @@ def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column
 
 
 def _multiple(value: int, of: int) -> int:
-    return -(-value // of) * of
+    return ceil_div(value, of) * of

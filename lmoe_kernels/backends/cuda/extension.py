@@ -1,4 +1,4 @@
-"""The compiled extension `lmoe_kernels._cuda`: loaded when it is first wanted, or the reason why it cannot be."""
+"""The compiled extension `lmoe_kernels._cuda`: loaded when it is first used, or the reason why it cannot be loaded."""
 
 import json
 from functools import cache
@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the codes of csrc/params.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Dtype in csrc/params.h
 BUILD_INFO = Path(__file__).parents[2] / "_build_info.json"
 
 
@@ -46,14 +46,14 @@ def why_not_loaded() -> str | None:
 
 
 def queue(tensor: torch.Tensor) -> tuple[int, int]:
-    """Where to launch: the tensor's device index and the caller's current stream on it."""
+    """Where to launch: the index of the tensor's device, and the current stream on it."""
     index = tensor.device.index
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 @cache
 def processors(index: int) -> int:
-    """How many blocks run at the same time, one on each multiprocessor of the device.
+    """The multiprocessors of the device: how many blocks are resident at the same time, one on each.
 
     Raises:
         RuntimeError: the driver is too old, or the extension was not built for the device's architecture.

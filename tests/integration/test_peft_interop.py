@@ -1,4 +1,4 @@
-"""L-MoE and PEFT in one model: both are trained, saved and loaded, and neither takes the other apart."""
+"""L-MoE and PEFT in one model: both are trained, saved and loaded, and neither breaks the other."""
 
 import copy
 import warnings
@@ -28,7 +28,7 @@ def lora_first(model: nn.Module) -> PeftModel:
 
 
 def lora_last(model: nn.Module) -> PeftModel:
-    """PEFT's adapter on other layers, and inside of L-MoE layers, where "all-linear" finds the frozen ones."""
+    """PEFT's adapter on other layers and on frozen layers inside of L-MoE layers, which PEFT's "all-linear" finds too."""
     model = get_peft_model(with_experts(model), lora("v_proj", "q_proj.frozen_layer"))
     train_lmoe(model)
     return model
@@ -43,7 +43,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def kinds(model: nn.Module) -> set[str]:
-    """What is trained, without the layers' names."""
+    """The names of the trained parameters, without the names of their layers."""
     ends = ("lora_A.default.weight", "lora_B.default.weight", "lora_a", "lora_b", "gate_weight")
     return {next((end for end in ends if name.endswith(f".{end}")), name) for name in trained(model)}
 
@@ -100,7 +100,7 @@ def test_a_plain_model_takes_the_experts(order: str, tmp_path: Path) -> None:
 
 @both
 def test_both_resume(order: str, tmp_path: Path) -> None:
-    """Bitwise, loaded in the order in which they were put in."""
+    """Training resumes bitwise if both are loaded in the order in which they were added."""
     base = llama()
     model = BOTH[order](copy.deepcopy(base)).train()
     optimizer = adamw(model)
@@ -127,18 +127,18 @@ def test_both_resume(order: str, tmp_path: Path) -> None:
 
 
 @both
-@pytest.mark.parametrize("way", ["unload", "merge_and_unload"])
-def test_what_peft_takes_out_leaves_the_experts(order: str, way: str) -> None:
+@pytest.mark.parametrize("method", ["unload", "merge_and_unload"])
+def test_removing_the_adapter_of_peft_keeps_the_experts(order: str, method: str) -> None:
     model = BOTH[order](llama())
     layers = lmoe_layers(model)
     factors = {name: layer.lora_b.detach().clone() for name, layer in layers.items()}
     with torch.no_grad():
-        if way == "unload":
+        if method == "unload":
             with model.disable_adapter():
                 expected = model(IDS).logits
         else:
             expected = model(IDS).logits
-        plain = getattr(model, way)()
+        plain = getattr(model, method)()
         torch.testing.assert_close(plain(IDS).logits, expected)
     assert type(plain).__name__ == "LlamaForCausalLM"
     assert lmoe_layers(plain) == layers
@@ -164,7 +164,7 @@ def test_each_is_switched_off_by_its_own_context(order: str) -> None:
 
 
 @both
-def test_experts_are_taken_out_of_a_peft_model(order: str) -> None:
+def test_experts_can_be_removed_from_a_peft_model(order: str) -> None:
     model = BOTH[order](llama())
     with disable_lmoe(model), torch.no_grad():
         expected = model(IDS).logits
@@ -181,11 +181,11 @@ LATER: dict[str, PeftConfig] = {
 
 
 @pytest.mark.parametrize("method", LATER)
-def test_what_peft_freezes_is_told(method: str) -> None:
-    """PEFT freezes all that it finds: experts would stay as they are through a training, and nothing would look wrong."""
+def test_experts_that_peft_froze_give_a_warning(method: str) -> None:
+    """PEFT freezes all parameters that it finds: without a warning, the user would not notice that no expert is trained."""
     model = get_peft_model(with_experts(llama()), LATER[method]).train()
     assert not {"lora_a", "lora_b", "gate_weight"} & kinds(model)
-    text = r"lora_a, lora_b, gate_weight of a model that is trained are frozen.*train_lmoe\(model\)"
+    text = r"lora_a, lora_b and gate_weight are frozen.*train_lmoe\(model\)"
     with pytest.warns(UserWarning, match=text):
         model(input_ids=IDS)
     with warnings.catch_warnings():
@@ -199,7 +199,7 @@ def test_what_peft_freezes_is_told(method: str) -> None:
 
 
 def test_gates_alone_may_be_trained() -> None:
-    """As over experts that were trained apart: what a user freezes of a layer is no accident."""
+    """A partly frozen layer gives no warning: the user may train the gates of experts that were trained separately."""
     model = with_experts(llama()).train()
     for layer in lmoe_layers(model).values():
         layer.lora_a.requires_grad_(False)
@@ -226,6 +226,6 @@ def test_a_second_adapter_of_peft_freezes_nothing() -> None:
 
 
 def test_peft_refuses_layers_with_experts() -> None:
-    """It knows nn.Linear and its own layers: get_peft_model comes first, or its target is the frozen layer."""
+    """PEFT adapts nn.Linear and its own layers alone: call get_peft_model first, or name the frozen layer as the target."""
     with pytest.raises(ValueError, match=r"(?s)LMoELinear.*is not supported"):
         get_peft_model(with_experts(llama()), lora("q_proj"))

@@ -1,6 +1,7 @@
-"""What a PEFT model must know of L-MoE layers in it: PEFT saves and loads what it has put in itself, and nothing else.
+"""Makes a PEFT model save and load its L-MoE layers.
 
-A Trainer saves and resumes a PEFT model by these two methods: experts and gates would be lost.
+PEFT's `save_pretrained` and `load_adapter` handle only what PEFT itself added. A Trainer saves and resumes a PEFT model with
+these two methods, so experts and gates would be lost.
 """
 
 import os
@@ -22,17 +23,17 @@ _SAVE, _LOAD = "save_pretrained", "load_adapter"
 
 
 def is_peft_model(module: nn.Module) -> bool:
-    """Whether this is what `peft.get_peft_model` returns."""
+    """Whether the module was returned by `peft.get_peft_model`."""
     return is_of_peft(module) and "base_model" in module._modules
 
 
 def install(model: nn.Module) -> None:
-    """Let this PEFT model save and load experts and gates beside its own adapters."""
+    """Make this PEFT model save and load experts and gates in addition to its adapters."""
     model.__dict__ |= {_SAVE: partial(_save, model), _LOAD: partial(_load, model)}
 
 
 def restore(model: nn.Module) -> None:
-    """Give the PEFT model its class's own methods back."""
+    """Restore the methods of the PEFT model's class."""
     for name in (_SAVE, _LOAD):
         vars(model).pop(name, None)
 
@@ -45,35 +46,35 @@ def _save(
     state_dict: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> Any:
-    """PEFT's `save_pretrained`, which writes what PEFT knows; experts and gates go beside it."""
+    """Call PEFT's `save_pretrained`, and write experts and gates to the same directory."""
     adapter = None
     if lmoe_layers(model):
         adapter = adapter_of(_SAVE, model, None if state_dict is None else _under_plain_names(model, state_dict))
-    own = getattr(type(model), _SAVE)
-    result = own(model, save_directory, *args, is_main_process=is_main_process, state_dict=state_dict, **options)
+    original = getattr(type(model), _SAVE)
+    result = original(model, save_directory, *args, is_main_process=is_main_process, state_dict=state_dict, **options)
     if is_main_process and adapter is not None:
         write_adapter(save_directory, adapter)
     return result
 
 
 def _load(model: Any, model_id: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
-    """PEFT's `load_adapter`, by which a Trainer resumes; experts and gates that lie beside are filled in."""
-    own, layers = getattr(type(model), _LOAD), lmoe_layers(model)
+    """Call PEFT's `load_adapter`, which a Trainer uses to resume, and load experts and gates from the same directory."""
+    original, layers = getattr(type(model), _LOAD), lmoe_layers(model)
     if not layers or not Path(model_id, WEIGHTS).is_file():
-        return own(model, model_id, *args, **options)
-    beside = read_adapter(_LOAD, model_id)
+        return original(model, model_id, *args, **options)
+    adapter = read_adapter(_LOAD, model_id)
     parts = {**layers, **parts_of(saved_modules(model))}
     shapes = {key: tensor.shape for key, tensor in gathered(model, parts).items()}
-    of_same_options = beside.layers == {name: layer.config() for name, layer in layers.items()}
-    if not of_same_options or shapes != {key: tensor.shape for key, tensor in beside.tensors.items()}:
+    same_options = adapter.layers == {name: layer.config() for name, layer in layers.items()}
+    if not same_options or shapes != {key: tensor.shape for key, tensor in adapter.tensors.items()}:
         fail(_LOAD, "model", f"have the L-MoE layers that were saved to {model_id}", "others")
-    result = own(model, model_id, *args, **options)
-    fill(model, parts, beside.tensors)
+    result = original(model, model_id, *args, **options)
+    fill(model, parts, adapter.tensors)
     return result
 
 
 def _under_plain_names(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the modules that the model has, PEFT's segments taken out of the keys."""
+    """The tensors under their names in the plain model, without those of modules that the model does not have."""
     plain = {actual: name for name, actual in actual_names(model).items()}
     split = {key: key.rpartition(".") for key in state_dict}
     return {f"{plain[owner]}.{leaf}": state_dict[key] for key, (owner, _, leaf) in split.items() if owner in plain}
