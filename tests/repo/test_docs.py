@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from benchmarks.baselines import rows
-from benchmarks.limits import Limits
-from benchmarks.memory import OpCounter
-from benchmarks.shapes import Shape, make_inputs
 
 import lmoe_kernels
+from benchmarks.measuring.counting import OpCounter
+from benchmarks.measuring.limits import Limits
+from benchmarks.rows.shapes import Shape, make_inputs
+from benchmarks.rows.table import rows
 from docs.pictures import draw
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def test_formulas_of_bytes_are_those_of_the_operations(row: str) -> None:
             step.forward()
         y = step.forward()
         with OpCounter(limits, "float32") as backward:
-            torch.autograd.grad(y, [tensor for tensor, *_ in step.leaves], inputs.dy)
+            torch.autograd.grad(y, [tensor for tensor, *_ in step.grad_inputs], inputs.dy)
         return forward.bytes, backward.bytes
 
     few, many = count(32), count(64)
