@@ -1,4 +1,7 @@
-"""What one training step costs: time, peak memory and saved activations of four ways to carry adapters."""
+"""The cost of a training step, its time, peak memory and saved activations, for four kinds of adapters.
+
+This file needs nothing but the package and PEFT, so it can be copied; `python -m benchmarks` measures single layers.
+"""
 
 import copy
 import json
@@ -103,13 +106,13 @@ def _seconds(loss: Callable[[], Tensor]) -> float:
 
 
 def _peak_bytes(loss: Callable[[], Tensor]) -> int:
-    """The most memory that a forward and backward hold at once, beyond what was held before."""
+    """The most memory that a forward and backward have allocated at one time, beyond what was allocated before."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         loss().backward()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells standard error of each start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler reports its start and stop on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss().backward()
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +124,7 @@ def _peak_bytes(loss: Callable[[], Tensor]) -> int:
 
 
 def _saved_bytes(loss: Callable[[], Tensor]) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters left out, each storage counted once."""
+    """Bytes that autograd keeps between forward and backward, without the parameters; each storage is counted once."""
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

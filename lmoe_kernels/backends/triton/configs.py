@@ -1,8 +1,8 @@
 """Which kernels run, and on which tiles: pure functions of the sizes, the dtype and the chip.
 
 Nothing here was timed on a GPU yet. The choices follow registers, spills and shared memory (read from the machine code by
-`python -m benchmarks.inspect.static`), the number of programs against that of the chip's processors, and counted bytes (`python -m
-benchmarks.inspect.traffic`). `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
+`python -m benchmarks.inspect.static`), the number of programs against that of the chip's processors, and counted bytes
+(`python -m benchmarks.inspect.traffic`). `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
 """
 
 from collections.abc import Callable
