@@ -11,14 +11,13 @@ from torch import Tensor
 from lmoe_kernels import lmoe, lmoe_linear, reference
 from lmoe_kernels.options import Mixing, Options
 from tools.calls import factors_of
-from tools.error_rule import assert_no_worse
+from tools.error_rule import ORDERS, assert_no_worse, reordered
 from tools.factored import factored
 
 SHAPES = {
     "x": "TI", "lora_a": "ERI", "lora_b": "ERO", "gate_weight": "EI", "gate_bias": "E", "gate_logits": "TE",
     "weight": "OI", "bias": "O", "dy": "TO", "dlogits": "TE", "y": "TO", "router_logits": "TE",
 }  # fmt: skip
-ORDERS = 8  # of summation, in which plain PyTorch computes a problem
 
 
 @dataclass(frozen=True)
@@ -200,19 +199,12 @@ def plain_pytorch(problem: Problem) -> Iterator[dict[str, Tensor]]:
     case, dtype = problem.case, problem.tensors["x"].dtype
     for _ in range(ORDERS):
         order = {letter: torch.randperm(getattr(case, letter), device=problem.dy.device) for letter in "IOER"}
-        tensors = {name: _reordered(t, name, order) for name, t in problem.tensors.items()}
-        dy, dlogits = _reordered(problem.dy, "dy", order), _reordered(problem.dlogits, "dlogits", order)
+        tensors = {name: reordered(t, SHAPES[name], order) for name, t in problem.tensors.items()}
+        dy, dlogits = reordered(problem.dy, SHAPES["dy"], order), reordered(problem.dlogits, SHAPES["dlogits"], order)
         other, leaves = Problem(case, tensors, dy, dlogits), leaves_of(tensors)
         back = {letter: permutation.argsort() for letter, permutation in order.items()}
         results = outcome(other, eager(other, leaves), leaves)
-        yield {name: _reordered(t, name, back).to(dtype) for name, t in results.items()}
-
-
-def _reordered(t: Tensor, name: str, order: dict[str, Tensor]) -> Tensor:
-    for dim, letter in enumerate(SHAPES[name]):
-        if letter in order and t.shape[dim] == len(order[letter]):  # a shared A has one expert, whatever E is
-            t = t.index_select(dim, order[letter])
-    return t
+        yield {name: reordered(t, SHAPES[name], back).to(dtype) for name, t in results.items()}
 
 
 def assert_all_no_worse(problem: Problem, ours: dict[str, Tensor], true: dict[str, Tensor] | None = None) -> None:
