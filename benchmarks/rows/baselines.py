@@ -1,4 +1,4 @@
-"""The rows that need no other package: the frozen linear alone, LoRA as it is run today, and L-MoE in three ways.
+"""The rows that need no other package: the frozen linear alone, LoRA as it is run today, and L-MoE written in three forms.
 
 What each row must compute is its definition, in `checks.py`; no row is timed before it agrees.
 """

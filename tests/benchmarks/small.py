@@ -1,4 +1,4 @@
-"""A small problem, an effort of milliseconds, and limits that nobody measured: what the tests of the benchmarks share."""
+"""A small problem, an effort of milliseconds, and fixed limits of a machine: what the tests of the benchmarks share."""
 
 from collections.abc import Iterable
 
