@@ -61,12 +61,12 @@ Rows to_rows_or_vector(py::handle tensor) {
     return rows;
 }
 
-// The fields of a tuple of options.py, in their order. A field that is missing here or there is an error.
+// The first fields of a tuple of options.py, in their order. `Options` may have more, which have no meaning for the kernels.
 template <size_t COUNT>
-std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple) {
-    if (tuple.size() != COUNT) {
-        throw py::type_error(std::string("lmoe: ") + name + " must have " + std::to_string(COUNT) + " fields, got " +
-                             std::to_string(tuple.size()));
+std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple, bool more = false) {
+    if (tuple.size() < COUNT || (tuple.size() > COUNT && !more)) {
+        throw py::type_error(std::string("lmoe: ") + name + " must have " + (more ? "at least " : "") + std::to_string(COUNT) +
+                             " fields, got " + std::to_string(tuple.size()));
     }
     std::array<py::handle, COUNT> result;
     for (size_t i = 0; i < COUNT; ++i) result[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
@@ -93,7 +93,7 @@ Params params_of(int dtype, const py::tuple& sizes) {
 // `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
 void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& factors, py::handle x, py::handle base,
                  py::handle logits, py::handle u, py::handle y) {
-    const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options);
+    const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options, true);
     p.scaling = scaling.cast<float>(), p.mixing = to_mixing(mixing);
     p.top_k = top_k.is_none() ? p.E : std::min(to_int(top_k), p.E);
     p.renormalize = PyObject_IsTrue(renormalize.ptr()) == 1 || p.top_k == p.E;

@@ -30,7 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.fixture
 def peer(monkeypatch: pytest.MonkeyPatch) -> str:
     """A further backend, which a call takes only by name."""
-    row = Backend("none.such", lambda problem: None, lambda problem: "only where it is asked for by name")
+    row = Backend("none.such", lambda problem: None, lambda problem: "only if selected by name")
     monkeypatch.setitem(BACKENDS, "peer", row)
     return "peer"
 

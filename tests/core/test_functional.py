@@ -219,7 +219,7 @@ def test_explain_names_every_backend_and_takes_one() -> None:
     assert [line.split()[0] for line in lines[1:]] == list(dispatch.BACKENDS)
     assert sum(line.split()[1] == "taken:" for line in lines[1:]) == 1
     assert "  torch      taken: the first that can take the call" in lines
-    assert "  reference  not taken: only where it is asked for by name" in lines
+    assert "  reference  not taken: only if selected by name" in lines
     assert "reference  taken: selected by name" in explain(**good_arguments(), backend="reference")
     with use_backend("reference"):
         assert "reference  taken: selected by name" in explain(**good_arguments())

@@ -136,7 +136,7 @@ def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
 def test_the_interpreter_is_taken_only_where_it_is_asked_for() -> None:
     t = make_problem(Case(), torch.float32).tensors
     automatic = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"])
-    assert "triton     not taken: on a CPU only where it is asked for by name" in automatic
+    assert "triton     not taken: on a CPU only if selected by name" in automatic
     assert "torch      taken" in automatic
     named = explain(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"], backend="triton")
     assert "triton     taken: selected by name" in named

@@ -10,4 +10,4 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_by_default(problem: Problem) -> str:
     """It is slow and large: it builds every token's factors."""
-    return "only where it is asked for by name"
+    return "only if selected by name"

@@ -34,7 +34,7 @@ def why_not(problem: Problem) -> str | None:
 def why_not_by_default(problem: Problem) -> str | None:
     """The interpreter is for tests; on a GPU Triton needs a C compiler."""
     if problem.device.type == "cpu":
-        return "on a CPU only where it is asked for by name"
+        return "on a CPU only if selected by name"
     return _why_no_launchers()
 
 
