@@ -65,8 +65,8 @@ Rows to_rows_or_vector(py::handle tensor) {
 template <size_t COUNT>
 std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple, bool more = false) {
     if (tuple.size() < COUNT || (tuple.size() > COUNT && !more)) {
-        throw py::type_error(std::string("lmoe: ") + name + " must have " + (more ? "at least " : "") + std::to_string(COUNT) +
-                             " fields, got " + std::to_string(tuple.size()));
+        throw py::type_error(std::string("lmoe: ") + name + " must have " + (more ? "at least " : "") +
+                             std::to_string(COUNT) + " fields, got " + std::to_string(tuple.size()));
     }
     std::array<py::handle, COUNT> result;
     for (size_t i = 0; i < COUNT; ++i) result[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
