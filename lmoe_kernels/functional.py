@@ -76,10 +76,12 @@ def lmoe(
     """Compute the delta that a mixture of LoRA experts adds to the output of a linear layer.
 
     Semantics:
-        g = softmax(x @ gate_weight.T + gate_bias)                  # x (T, I), g (T, E); top_k keeps k experts a token
-        A, B = einsum("te,eri->tri", g, lora_a), einsum("te,ero->tro", g, lora_b)
-        delta = scaling * einsum("tro,tri,ti->to", B, A, x)                         # mixing="factors"
-        delta = scaling * einsum("te,ero,eri,ti->to", g, lora_b, lora_a, x)         # mixing="outputs"
+        g = softmax(x @ gate_weight.T + gate_bias)  # (T, E)
+        A = einsum("te,eri->tri", g, lora_a)
+        B = einsum("te,ero->tro", g, lora_b)
+        delta = scaling * einsum("tro,tri,ti->to", B, A, x)
+        # or, with mixing="outputs":
+        delta = scaling * einsum("te,ero,eri,ti->to", g, lora_b, lora_a, x)
 
     Args:
         x: (..., I) in fp32, bf16, fp16 or fp64, with any strides and any number of tokens. Autocast casts it.
@@ -175,7 +177,8 @@ def lmoe_linear(
     of `lmoe`.
 
     Semantics:
-        y = torch.nn.functional.linear(x, weight, bias) + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)
+        y = torch.nn.functional.linear(x, weight, bias)
+        y = y + lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)
 
     Args:
         x: (..., I), see `lmoe`.
