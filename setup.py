@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the extension `lmoe_kernels._cuda` where nvcc is found; metadata is in pyproject.toml. No torch is needed here.
 
 LMOE_BUILD_CUDA   auto (default): build it if possible, else leave it out; 1: an error if it cannot be built; 0: never

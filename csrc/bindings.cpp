@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // lmoe_kernels._cuda: takes the tuples of lmoe_kernels/options.py and their tensors apart, and calls the launchers. It knows
 // no torch: of a tensor it calls the methods data_ptr, element_size, dim and stride. The caller keeps all tensors alive
 // until the launcher has returned.

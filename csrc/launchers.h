@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The launchers, as the bindings call them. Each queues its kernels on `stream` of `device`, allocates nothing and does not
 // wait. It throws if CUDA refuses a launch, with an error that names the kernel.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What Python hands to the launchers: addresses, sizes and options of one call. No torch, no CUDA.
 // Letters: T tokens, I in_features, O out_features, E experts, R rank.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The only file with PTX. Where the compiler is not nvcc, the CPU emulator (tools/emulator/cuda_emu.h) defines the same
 // operations. Everywhere else addresses of shared memory are plain pointers.
 #pragma once

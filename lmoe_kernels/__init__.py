@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """L-MoE: fused, differentiable kernels for a frozen linear layer with a mixture of LoRA experts that is gated per token."""
 
 from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # csrc/bindings.cpp: the parameters of csrc/params.h, filled in from tuples and tensors, and the launchers.
 
 from torch import Tensor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads and writes the two files of a checkpoint: tensors as safetensors, options as JSON. Neither file contains code.
 
 `lmoe.safetensors` is authoritative: its metadata contain the configuration that its tensors were saved with.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The autograd Functions over the ops. They decide which tensors the forward saves for the backward.
 
 The forward saves x (only if the gradient of a weight needs it), the logits and u. Two Functions share the same forward and

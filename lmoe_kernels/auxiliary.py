@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The auxiliary loss of a model, balance loss and z-loss of all its layers, for custom training loops and for Trainer."""
 
 import re

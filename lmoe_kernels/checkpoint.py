@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Saves and loads the trained part of a model: experts, gates and modules_to_save, under their names in the plain model."""
 
 import os

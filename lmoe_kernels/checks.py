@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The checks of user input. Every error names the operation, the argument, what it must be, and what was given.
 
 The checks read the shapes, dtypes and devices of tensors, never their values, so no check waits for a GPU.

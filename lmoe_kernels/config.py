@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of one L-MoE layer: their defaults, their checks, and the shapes of the layer's parameters."""
 
 from collections.abc import Iterable

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects the contents of a checkpoint from a model, and computes the digest that identifies the frozen model."""
 
 import hashlib

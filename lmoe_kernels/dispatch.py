@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of backends, and the choice of the backend that computes a call.
 
 Every backend is a folder with the same three modules. `availability` has two functions, which return a reason or None:

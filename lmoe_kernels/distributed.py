@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed models: recognises them, gathers whole tensors from them and copies whole tensors into them.
 
 FSDP2 (`fully_shard`) turns parameters into DTensors, which are gathered one by one. FSDP1 flattens the parameters of a unit

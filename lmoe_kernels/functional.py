@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operation as functions: `lmoe` computes the delta, `lmoe_linear` the frozen linear layer and its delta."""
 
 from typing import Literal, TypedDict, TypeVar, overload

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m lmoe_kernels.info` prints what a bug report needs: versions, GPUs, the CUDA extension, the selected backend."""
 
 import platform

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LMoELinear`: a frozen linear layer with a trained mixture of LoRA experts."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses on router logits, which prevent the gate from collapsing onto a few experts."""
 
 from collections.abc import Callable, Iterable, Mapping

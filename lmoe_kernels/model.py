@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions on whole models: add L-MoE layers, train, disable or remove them, collect their router logits."""
 
 import warnings

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names of modules in the plain model, that is, without the wrappers around the model and its modules.
 
 torch.compile, activation checkpointing, FSDP, data parallelism and PEFT wrap modules, which adds a segment to the name of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two torch.library ops, `lmoe_kernels::forward` and `lmoe_kernels::backward`.
 
 torch.compile, torch.export and the profiler treat each of them as one operation. The ops are functional, return a fixed

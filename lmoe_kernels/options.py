@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tuples that describe one call: its factors, options and sizes, what the forward saves, and the gradients.
 
 `functional` creates the factors and the options, and every backend gets them as tuples. They are unpacked in only two

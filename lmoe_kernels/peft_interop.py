@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes a PEFT model save and load its L-MoE layers.
 
 PEFT's `save_pretrained` and `load_adapter` handle only what PEFT itself added. A Trainer saves and resumes a PEFT model with

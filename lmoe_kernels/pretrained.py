@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes two methods of transformers models handle L-MoE layers: `save_pretrained` and `resize_token_embeddings`.
 
 transformers matches tensors by name, and the weight of a wrapped layer has another name than in the plain model. Without

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recognises models that transformers has quantised, and makes Trainer accept them if they have L-MoE layers."""
 
 import math

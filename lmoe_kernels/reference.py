@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The definition of L-MoE: a literal forward and an explicit backward, written for reading.
 
 A frozen linear layer has E LoRA experts of rank R and a gate. For every token t:

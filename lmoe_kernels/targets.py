@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Finds the layers of a model that have experts, the layers that can get experts, and the layers that a target matches."""
 
 import re

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches the backward: shrink of dy and the backward of mix, expand into dx, wgrad over x and over dy.
 #include "backward.cuh"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Backward: shrink of dy and the backward of mix, in one kernel or as a split shrink and a mix kernel; then expand, for dx;
 // and the weight gradients.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches the forward of few tokens.
 #include "decode.cuh"
 

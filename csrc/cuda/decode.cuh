@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward of few tokens in ONE cooperative launch, made for CUDA graphs: shrink, a barrier of the grid, mix and expand.
 //
 // Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Launches the forward: one pass; or shrink with mix, then expand; or a split shrink, then mix, then expand.
 #include "forward.cuh"
 

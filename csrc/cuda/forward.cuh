@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward: in one pass where tiles of tokens fill the GPU, otherwise stage by stage.
 //
 //     u[t,e,r] = sum_i x[t,i] lora_a[e,r,i];   logits[t,e] = sum_i x[t,i] gate_weight[e,i] + gate_bias[e]   shrink

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the launchers share: errors that name the kernel, the current device, grid sizes.
 #pragma once
 

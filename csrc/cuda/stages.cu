@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The stages that forward and backward launch as kernels of their own: a split shrink, and expand.
 #include "stages.cuh"
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Device code that the kernels of forward and backward share: shrink, softmax and mix, and the store of an expanded tile.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The building block of all kernels: a pipelined tile product, out[i, j] = sum_k P(i, k) Q(j, k), fp32 in shared memory.
 //
 // Both operands are matrices of contiguous rows. K_ALONG_ROW says that the sum runs along the rows (an operand of `shrink`);

@@ -113,6 +113,18 @@ def test_the_table_of_extras_is_that_of_pyproject() -> None:
     assert f"torch {torch.removeprefix('torch>=')} or later" in README
 
 
+def test_every_distributed_source_names_its_licence() -> None:
+    sources = [path for folder in ("lmoe_kernels", "csrc") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    sources = [path for path in sources if path.suffix in (".py", ".pyi", ".cpp", ".h", ".cu", ".cuh")]
+    assert len(sources) > 50
+    unmarked = [
+        path.relative_to(ROOT)
+        for path in [*sources, ROOT / "setup.py"]
+        if "SPDX-License-Identifier: Apache-2.0" not in path.read_text(encoding="utf-8").partition("\n")[0]
+    ]
+    assert unmarked == []
+
+
 def _yaml(path: str) -> Any:
     return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why the `cuda` backend cannot take a call, or does not by default."""
 
 from functools import cache

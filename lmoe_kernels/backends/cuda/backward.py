@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward of the `cuda` backend: allocates gradients and workspaces; one call of the launcher computes nearly all of it."""
 
 import torch

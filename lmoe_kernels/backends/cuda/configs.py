@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plans and workspace sizes of the launchers: pure functions of the problem. They are expected to be good, not measured."""
 
 from functools import cache

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled extension `lmoe_kernels._cuda`: loaded when it is first used, or the reason why it cannot be loaded."""
 
 import json

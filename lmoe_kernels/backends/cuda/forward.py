@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward of the `cuda` backend: chooses a path, allocates its workspaces, fills in the parameters and launches.
 
 Every tensor whose address is passed stays referenced until the launcher returns; the caching allocator then keeps its memory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why the `reference` backend cannot take a call, or does not by default."""
 
 from lmoe_kernels.options import Problem

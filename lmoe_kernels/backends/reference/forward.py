@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward of the `reference` backend."""
 
 from lmoe_kernels.reference import forward

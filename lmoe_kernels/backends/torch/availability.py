@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why the `torch` backend cannot take a call, or does not by default: it always can, and does."""
 
 from lmoe_kernels.options import Problem

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward of the `torch` backend: shrink with B, mix backward, expand with A, and the three weight gradients.
 
 Nothing is differentiated automatically, and no gradient is computed that is not wanted.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward of the `torch` backend: shrink, mix, expand, each on ATen.
 
 No per-token factor is built. Projecting a token onto all experts at once and blending afterwards turns the `T R (I + O)`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Why the `triton` backend cannot take a call, or does not by default. Triton itself is not imported."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Backward of the `triton` backend: which kernels run, in which order.
 
     _shrink_mix_bwd_kernel    dy, B, u -> dv -> du, dlogits, v      split-K over O: _shrink_fwd_kernel, _mix_bwd_kernel

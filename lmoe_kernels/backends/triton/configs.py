@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which kernels run, and on which tiles: pure functions of the sizes, the dtype and the chip.
 
 Nothing here was timed on a GPU yet. The choices follow registers, spills and shared memory (read from the machine code by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Expand: multiply few columns with a factor, up to F features. In the forward v with B, in the backward du with A.
 
 `expand_fwd` can add a second product, the backward's dlogits with gate_weight. `grouped_expand_fwd` uses for each token only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward of the `triton` backend: which kernels run, in which order.
 
 plan           kernels                                                     taken where

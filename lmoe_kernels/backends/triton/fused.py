@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels that fuse stages: one pass from x to y; shrink with mix, forward and backward."""
 
 # pyright: reportGeneralTypeIssues=false

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device functions on one tile of tokens: router logits, top_k, softmax, mix, and their backward.
 
 The mix does not reshape accumulators. A shrink stores its tile, and the mix loads it again, from the cache, in slices of

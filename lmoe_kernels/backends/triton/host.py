@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Host code that all stages share: the chip, a launch, and the constants of a dot."""
 
 from contextlib import AbstractContextManager, nullcontext

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mix: blend the experts of every token by its gates, u to v; in the backward dv to du and dlogits.
 
 `mix_fwd` and `mix_bwd` also add up the partial sums of a split-K shrink. The grouped ones work on the slots of a route: v,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Route: the few experts that each token keeps, and the tokens grouped by expert, so that work grows with top_k and not E.
 
 Every token has `top_k` slots, one for each expert that it keeps. In each slot the tokens are sorted by their expert, on the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shrink: project rows of F features onto a factor of few rows. In the forward x onto A, in the backward dy onto B.
 
 `shrink_fwd` computes partial sums over parts of the features (split-K), which the mix or the route adds up.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Device functions that the kernels share, each on one tile of tokens: loads and stores, shrink, expand.
 
 Letters: T tokens, F features (I or O), E experts, R rank. `ER` counts the rows of a factor: E * R, or R where all experts

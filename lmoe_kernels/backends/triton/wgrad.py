@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wgrad: the gradient of a factor, coefficients^T rows, summed over the tokens. For B: v and dy; for A: du and x.
 
 `wgrad_bwd` can make the gradient of gate_weight from the same rows, and splits the tokens (split-K) where the factor alone
