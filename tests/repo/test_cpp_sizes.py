@@ -9,8 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILE_LINES, FUNCTION_LINES, KERNEL_LINES = 400, 80, 120
 PARAMETERS, COMPLEXITY = 8, 20
-# Functions that may exceed a bound, and why.
-EXEMPT: dict[str, str] = {}
 SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 SOURCES = sorted(path for folder in ("csrc", "tools") for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
 KERNEL = re.compile(r"__global__\s+void(?:\s+__launch_bounds__\([^{;]*?\))?\s+(\w+)\(")
@@ -35,7 +33,7 @@ def violations(name: str, text: str) -> list[str]:
             ("parameters", function.parameter_count, PARAMETERS),
             ("paths (cyclomatic complexity)", function.cyclomatic_complexity, COMPLEXITY),
         ):
-            if count > limit and EXEMPT.get(function.unqualified_name) != what:
+            if count > limit:
                 found.append(f"{name}:{function.start_line}: {function.name} has {count} {what}, at most {limit}")
     return found
 
@@ -43,12 +41,6 @@ def violations(name: str, text: str) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path: Path) -> None:
     assert not violations(path.name, path.read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("function", EXEMPT)
-def test_exemptions_are_still_needed(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(EXEMPT, function)
-    assert any(f" {function} has " in found for path in SOURCES for found in violations(path.name, path.read_text("utf-8")))
 
 
 def test_the_sources_are_found() -> None:
