@@ -247,7 +247,7 @@ def test_the_reason_of_a_missing_extension_is_shown(monkeypatch, tmp_path) -> No
 def test_info_shows_how_the_extension_was_built(emulated_cuda, monkeypatch, tmp_path) -> None:
     for record, line in (
         ({"cuda": "built", "nvcc": "13.0", "archs": "80 90+PTX"}, "CUDA extension: nvcc 13.0 for 80 90+PTX"),
-        ({"cuda": "setup.py has not run here"}, "CUDA extension: loads; setup.py left no record of its build"),
+        ({"cuda": "setup.py has not run here"}, "CUDA extension: loaded; setup.py left no record of the build"),
     ):
         path = tmp_path / "_build_info.json"
         path.write_text(json.dumps(record))
