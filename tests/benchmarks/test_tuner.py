@@ -19,7 +19,8 @@ CHIP = configs.Chip("sm_90", 8, 227 << 10)
 
 def only_backends(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """A table of these backends alone; the order of the real one must not change, since it decides the automatic choice."""
-    monkeypatch.setattr(dispatch, "BACKENDS", {name: row for name, row in dispatch.BACKENDS.items() if name in names})
+    for module in (dispatch, gpu):
+        monkeypatch.setattr(module, "BACKENDS", {name: row for name, row in dispatch.BACKENDS.items() if name in names})
 
 
 @pytest.mark.parametrize("tokens, stages", [(5, {"shrink"}), (900, {"one_pass"})], ids=["two kernels", "one pass"])
