@@ -1,6 +1,7 @@
 """What `make gpu` times, on CPU tensors and without a clock: the calls are those that its lines name."""
 
 import json
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,10 +18,18 @@ from tests import plans
 CHIP = configs.Chip("sm_90", 8, 227 << 10)
 
 
-def only_backends(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """A table of these backends alone; the order of the real one must not change, since it decides the automatic choice."""
-    for module in (dispatch, gpu):
-        monkeypatch.setattr(module, "BACKENDS", {name: row for name, row in dispatch.BACKENDS.items() if name in names})
+@pytest.fixture
+def only_backends() -> Iterator[Callable[..., None]]:
+    """Keeps these backends in the table until the test ends. Its order is then as before: the automatic choice follows it."""
+    table = dict(dispatch.BACKENDS)
+
+    def keep(*names: str) -> None:
+        for name in table.keys() - set(names):
+            del dispatch.BACKENDS[name]
+
+    yield keep
+    dispatch.BACKENDS.clear()
+    dispatch.BACKENDS.update(table)
 
 
 @pytest.mark.parametrize("tokens, stages", [(5, {"shrink"}), (900, {"one_pass"})], ids=["two kernels", "one pass"])
@@ -53,12 +62,12 @@ def test_every_tile_is_launched_in_the_place_of_the_chosen_one(
     assert all(chosen[0] and not any(chosen[1:]) for chosen in seen.values())
 
 
-def test_a_tile_that_cannot_run_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tile_that_cannot_run_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch, only_backends) -> None:
     def cannot(call: Call) -> float:
         raise RuntimeError("out of resource: shared memory")
 
     monkeypatch.setattr(gpu, "median_us", cannot)
-    only_backends(monkeypatch, "torch")
+    only_backends("torch")
     lines = list(gpu.many_experts(3, 8, torch.device("cpu")))
     assert [line["us"] for line in lines] == [None] * 10
     assert {line["why"] for line in lines} == {"RuntimeError: out of resource: shared memory"}
@@ -105,9 +114,9 @@ def test_lines_end_with_the_time_and_are_kept(tmp_path, monkeypatch: pytest.Monk
     assert kept == [{"us": 0}, {"us": 1}]
 
 
-def test_many_experts_are_timed_on_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_experts_are_timed_on_every_backend(monkeypatch: pytest.MonkeyPatch, only_backends) -> None:
     monkeypatch.setattr(gpu, "median_us", lambda call: float(len(call())))
-    only_backends(monkeypatch, "cuda", "torch", "reference")
+    only_backends("cuda", "torch", "reference")
     lines = list(gpu.many_experts(3, 8, torch.device("cpu")))
     assert {line["backend"] for line in lines} == {"torch"}  # cuda cannot take CPU tensors, the reference is not timed
     assert [(line["num_experts"], line["top_k"]) for line in lines] == [
