@@ -20,7 +20,7 @@ CHIP = configs.Chip("sm_90", 8, 227 << 10)
 
 @pytest.fixture
 def only_backends() -> Iterator[Callable[..., None]]:
-    """Keeps these backends in the table until the test ends. Its order is then as before: the automatic choice follows it."""
+    """Keeps these backends in the table until the test ends, and then restores its order, which decides the choice."""
     table = dict(dispatch.BACKENDS)
 
     def keep(*names: str) -> None:
