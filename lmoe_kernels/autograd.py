@@ -49,34 +49,39 @@ def apply(
 
 
 def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, *factors, weight, base = args[:_TENSORS]
+    x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base = args[:_TENSORS]
     _, logits, u = results
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
-    wanted = _wanted(ctx)
-    needs_x = wanted.lora_a or wanted.gate_weight or ctx.needs_input_grad[_WEIGHT]
-    has_logits = Factors(*factors).gate_weight is not None
-    ctx.save_for_backward(x if needs_x else None, *factors, weight if wanted.x else None, logits if has_logits else None, u)
+    *needed, needed_for_weight, ctx.base_wanted = ctx.needs_input_grad[:_TENSORS]
+    wanted = Wanted(*needed)
+    ctx.wanted = [*needed, needed_for_weight]
+    ctx.save_for_backward(
+        x if wanted.lora_a or wanted.gate_weight or needed_for_weight else None,
+        lora_a,
+        lora_b,
+        gate_weight,
+        gate_bias,
+        gate_logits,
+        weight if wanted.x else None,
+        logits if gate_logits is None else None,
+        u,
+    )
     ctx.arguments = args[_TENSORS + 1 :]  # the backend and the options
     ctx.base_dim = None if base is None else base.dim()
-
-
-def _wanted(ctx: _Context) -> Wanted:
-    return Wanted(*ctx.needs_input_grad[:_WEIGHT])
 
 
 def _backward(
     ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    x, *factors, weight, logits, u = ctx.saved_tensors
+    x, lora_a, lora_b, *rest, u = ctx.saved_tensors
     # dy is None if the loss depends only on the router logits
-    grad_y: Tensor = u.new_zeros(u.shape[0], Factors(*factors).lora_b.shape[2]) if dy is None else dy
-    wanted = [*_wanted(ctx), ctx.needs_input_grad[_WEIGHT]]
-    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
-    if any(wanted):
-        grads = op(grad_y, dlogits, x, *factors, weight, logits, u, wanted, *ctx.arguments)
+    grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
+    grads: tuple[Tensor | None, ...] = (None,) * len(ctx.wanted)
+    if any(ctx.wanted):
+        grads = op(grad_y, dlogits, x, lora_a, lora_b, *rest, u, ctx.wanted, *ctx.arguments)
     dbase = None
-    if ctx.needs_input_grad[_WEIGHT + 1]:
+    if ctx.base_wanted:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
     return *grads, dbase, None, *[None] * len(ctx.arguments)
 

@@ -61,7 +61,10 @@ def choose(op: str, problem: Problem, backend: str) -> str:
         ValueError: the named backend cannot take this call.
     """
     if backend == AUTO:
-        return next(name for name, row in BACKENDS.items() if not (row.why_not_by_default(problem) or row.why_not(problem)))
+        for name, row in BACKENDS.items():
+            if row.why_not_by_default(problem) is None and row.why_not(problem) is None:
+                return name
+        raise AssertionError("the torch backend takes every call")
     reason = BACKENDS[backend].why_not(problem)
     if reason is not None:
         fail(op, "backend", "be one that can take this call", f"{backend!r}: {reason}")

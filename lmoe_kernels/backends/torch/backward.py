@@ -30,7 +30,7 @@ def backward(
     h, v = mix(gates, u, options, sums)
     dlora_b = wgrad(v, dy, lora_b, options.scaling) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
-        return Gradients(lora_b=dlora_b)
+        return Gradients(None, None, dlora_b)
 
     du, dgates = mix_backward(gates, u, h, shrink(dy, lora_b), options, sums)
     dlogits = torch.ops.aten._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
