@@ -13,7 +13,7 @@ The backend is chosen inside the op, from the actual sizes. A choice during trac
 traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -65,7 +65,7 @@ def _forward(
     )
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
-    with _no_autocast(x), _no_autograd():
+    with _no_autocast_or_autograd(x):
         y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), Options(*options), save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
@@ -96,7 +96,7 @@ def _backward(
     )
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
-    with _no_autocast(dy), _no_autograd():
+    with _no_autocast_or_autograd(dy):
         grads: Gradients = dispatch.load(name).backward(
             dy,
             _contiguous(dlogits),
@@ -148,15 +148,19 @@ def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
     return t if t is None else t.contiguous()
 
 
-def _no_autocast(x: Tensor) -> nullcontext | torch.autocast:
-    """Disable autocast if it is enabled: it would cast the fp32 tensors inside an op."""
+def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
+    """Disable autocast, which would cast the fp32 tensors inside an op, and gradients.
+
+    Gradients are enabled if an op is called directly, for example by an exported model. In most calls both are disabled.
+    """
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
-
-
-def _no_autograd() -> nullcontext | torch.no_grad:
-    """Disable gradients if they are enabled, as they are if an op is called directly, for example by an exported model."""
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+        return _NOTHING
+    modes = ExitStack()
+    modes.enter_context(torch.no_grad())
+    if torch.is_autocast_enabled(device):
+        modes.enter_context(torch.autocast(device, enabled=False))
+    return modes
 
 
 _NOTHING = nullcontext()
