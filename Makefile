@@ -18,7 +18,7 @@ demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OU
 	$(BIN)/python examples/three_domains.py --out $(OUT)
 
 test: $(TESTS) ## Run every test that needs no GPU
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 # a core for each process
 
 lint: $(READY) ## Check the style
 	$(BIN)/ruff check .

@@ -27,7 +27,7 @@ CASES = [
     Case(T=40, I=150, O=140, E=5, R=3, top_k=3, renormalize=False, shared_a=True),
     Case(T=35, I=300, O=41, E=12, R=3, gate_bias=True),  # many processors split I
     Case(T=110, I=40, O=50, E=12, R=6, top_k=2, gate_bias=True),  # tokens are grouped by expert
-    Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, gate_bias=True),  # two kernels: a shared A
+    Case(T=35, I=150, O=140, E=12, R=3, shared_a=True, gate_bias=True),  # two kernels: a shared A
 ]
 
 
