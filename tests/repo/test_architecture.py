@@ -76,25 +76,39 @@ def test_every_module_has_one_level() -> None:
     assert sum(map(len, LEVELS)) == len(LEVEL)
 
 
+def _assert_one_way(path: Path, package: Path, level: dict[str, int]) -> None:
+    """Fail if a file imports a module of its package that is on its own level or above."""
+    here = _module(path, package)
+    for name in _imports(path):
+        root, _, inner = name.partition(".")
+        there = inner.partition(".")[0]
+        if root == package.name and there in level and there != here:
+            assert level[here] < level[there], f"{path.name} imports {name}, which is on the same level or above"
+
+
 @pytest.mark.parametrize("path", _sources("lmoe_kernels"), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_run_one_way(path: Path) -> None:
-    here = _module(path)
-    for name in _own_imports(path):
-        there = name.split(".")[1]
-        if there in LEVEL and there != here:
-            assert LEVEL[here] < LEVEL[there], f"{path.name} imports {name}, which is on the same level or above"
+    _assert_one_way(path, PACKAGE, LEVEL)
 
 
 @pytest.mark.parametrize("path", _sources("benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_of_the_benchmarks_run_one_way(path: Path) -> None:
-    here = _module(path, ROOT / "benchmarks")
-    for name in _imports(path):
-        root, _, inner = name.partition(".")
-        there = inner.partition(".")[0]
-        assert root not in ("tests", "examples"), f"{path.name} imports {name}"
-        if root == "benchmarks" and there in BENCHMARK_LEVEL and there != here:
-            assert BENCHMARK_LEVEL[here] < BENCHMARK_LEVEL[there], f"{path.name} imports {name}"
-    assert here in BENCHMARK_LEVEL
+    assert _module(path, ROOT / "benchmarks") in BENCHMARK_LEVEL
+    assert not {name.partition(".")[0] for name in _imports(path)} & {"tests", "examples"}
+    _assert_one_way(path, ROOT / "benchmarks", BENCHMARK_LEVEL)
+
+
+def test_no_module_of_the_benchmarks_imports_itself_through_others() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in _sources("benchmarks")
+    }
+    with_code = {name for name, path in modules.items() if path.name != "__init__.py"}
+    left = {name: _imports(path) & with_code for name, path in modules.items()}
+    while free := [name for name, needed in left.items() if not needed & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle among {sorted(left)}"
 
 
 def test_backends_import_neither_one_another_nor_anything_above() -> None:
