@@ -235,6 +235,8 @@ def programs_of_a_processor(arch: str, regs: int, warps: int, shared: int, tenso
         return min(4 * waves // warps, (64 << 10) // max(shared, 1), 16)
     most_warps = 48 if arch in ("sm_86", "sm_89", "sm_120") else 64
     memory = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_120": 100}.get(arch, 228) << 10
-    warps_by_registers = 4 * (16384 // (-(-regs // 8) * 8 * 32))  # each of four units has 16384, and gives warps multiples of 8
+    warps_by_registers = 4 * (
+        16384 // (-(-regs // 8) * 8 * 32)
+    )  # each of four units has 16384, and gives warps multiples of 8
     fitting = [most_warps // warps, warps_by_registers // warps, memory // (shared + 1024)]  # 1 KB is the system's
     return min([*fitting, 512 // tensor_memory] if tensor_memory else fitting)

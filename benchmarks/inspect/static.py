@@ -3,8 +3,8 @@
     python -m benchmarks.inspect.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
 
 One JSON line for each kernel and configuration that `configs.py` chooses for `CASES`, then a table of the kernels; `--out`
-writes them to triton-<version>.jsonl and triton-<version>.txt. Triton brings its compilers along, so that its version decides
-about the code: run this once with each. The launches are those of the backend itself: it is called on meta tensors, and its
+writes them to triton-<version>.jsonl and triton-<version>.txt. Triton brings its compilers along, and their code differs from
+version to version: run this with each. The launches are those of the backend itself: it is called on meta tensors, and its
 launcher is replaced by a recorder. Exits with 1 where there are `complaints`, with 2 where machine code cannot be read.
 """
 
@@ -256,7 +256,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three cases, not all")
     parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="as many as there are cores, if not given")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="as many as there are cores, if not given"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the lines and the table")
     args = parser.parse_args()
     cases = QUICK[:1] if args.one else QUICK if args.quick else CASES
