@@ -35,6 +35,7 @@ class Tile:
     R: int = 16
     warps: int = 4
     stages: int = 2
+    chunk: int = 0  # features that a program of expand walks over, block by block; at least one block
 
     def blocks(self) -> dict[str, int]:
         """The blocks under the names of the kernels' parameters."""
@@ -43,6 +44,13 @@ class Tile:
     def tiles_of(self, tokens: int) -> int:
         """Programs that cover the tokens."""
         return ceil_div(tokens, self.T)
+
+    def chunks(self, features: int) -> tuple[int, int]:
+        """In how many chunks of about the same length expand walks over the features, and in how many blocks over each."""
+        blocks = ceil_div(features, self.F)
+        chunks = max(1, ceil_div(blocks, max(1, self.chunk // self.F)))
+        steps = max(1, ceil_div(blocks, chunks))
+        return ceil_div(blocks, steps), steps
 
 
 @dataclass(frozen=True)
