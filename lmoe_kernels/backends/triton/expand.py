@@ -37,10 +37,10 @@ def expand_fwd(
 ) -> None:
     """out = base + scaling * (v factor + dlogits gate_weight)."""
     (T, F), (chunks, steps) = out.shape, tile.chunks(out.shape[1])
-    gate, E = (None, 1) if gate_weight is None else (gate_weight.to(v.dtype), gate_weight.shape[0])
+    E = 1 if gate_weight is None else gate_weight.shape[0]
     host.launch(
         _expand_fwd_kernel, (tile.tiles_of(T) * chunks,),
-        v, factor.to(v.dtype), dlogits, gate, base, host.row_stride(base), out, scaling, T, F, steps,
+        v, factor, dlogits, gate_weight, base, host.row_stride(base), out, scaling, T, F, steps,
         ER=factor.shape[0] * factor.shape[1], E=E, **host.dot_constants(v), tile=tile,
     )  # fmt: skip
 
@@ -62,7 +62,6 @@ def grouped_expand_fwd(
     """
     E, R, F = factor.shape
     (K, T), (chunks, steps) = route.order.shape, tile.chunks(F)
-    factor = factor.to(v.dtype)
     for slot in range(K):
         host.launch(
             _grouped_expand_fwd_kernel, ((tile.tiles_of(T) + E) * chunks,),
