@@ -125,7 +125,7 @@ def _add_product(
     PRECISION: tl.constexpr,
 ):
     """acc + rows factor: (BLOCK_T, BLOCK_F). More columns than a block has are loaded again, block by block."""
-    if C <= c.shape[0]:
+    if c.shape[0] >= C:
         acc = expand_tile(block, factor_ptr, acc, c, f, F, C, PRECISION)
     else:
         for start in range(0, C, c.shape[0]):
