@@ -2,8 +2,8 @@
 """Which kernels run, and on which tiles: pure functions of the sizes, the dtype and the chip.
 
 Nothing here was timed on a GPU yet. Which tiles there are follows from registers, spills and shared memory, read from the
-machine code by `python -m benchmarks.inspect.static`. Of the plans with these tiles, the one is taken that `cost.py` models as
-fastest, from bytes and from the number of programs. `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
+machine code by `python -m benchmarks.inspect.static`. Of the plans with these tiles, the one is taken that `cost.py` models
+as fastest, from bytes and from the number of programs. `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
 """
 
 from collections.abc import Callable
@@ -267,9 +267,9 @@ def expand_tile(sizes: Sizes, columns: int, features: int, dtype: torch.dtype, c
     """The tile of the kernel that multiplies columns up to features.
 
     Where the columns of a tile of tokens fit the shared memory, with two stages of the factor, a program holds them all and
-    walks over a chunk of the features, as long as the model finds best. Blocks of 64 features then let two programs share a
-    processor (sm_90 and E R = 128: 76 registers, 116 with a base), and wider ones save no traffic, since each program reads
-    its part of the factor once in any case: 128 take 171 registers with a base, and 256 spill there.
+    walks over a chunk of the features. Blocks of 64 features then let two programs share a processor (sm_90 and E R = 128:
+    76 registers, 116 with a base). Wider ones save no traffic, since each program reads its part of the factor once in any
+    case, and on sm_90 128 features take 171 registers with a base, and 256 spill.
     """
     tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64), warps=8)  # 4 warps spill on sm_100
     if chip.arch == "interpreter":
@@ -280,15 +280,25 @@ def expand_tile(sizes: Sizes, columns: int, features: int, dtype: torch.dtype, c
         whole = replace(tile, F=64, ER=block_of(columns), E=block_of(sizes.E), warps=4)
         if sizes.T > 64:
             whole, tile = replace(whole, T=128, warps=8), replace(tile, T=128)
-        for stages in (3, 2):
-            held = replace(whole, stages=stages)
+        for held in (replace(whole, stages=3), replace(whole, stages=2)):
             if columns <= 256 and 10 * expand_bytes(held, dtype, chip) <= 9 * chip.shared_memory:
-                chunks = [replace(held, chunk=64 << i) for i in range(6)]
-                return min(
-                    chunks,
-                    key=lambda t: seconds_of({"": expand_traffic(t, sizes.T, features, columns, 0, dtype, chip)}, chip),
-                )
+                return with_chunk(held, sizes.T, features, columns, dtype, chip)
     return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)
+
+
+def with_chunk(tile: Tile, T: int, features: int, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile with the chunk of features that the model finds best.
+
+    Chunks that leave more than an eighth of the places for programs empty are not considered: where a processor runs two
+    programs, one loads while the other one writes, which the model does not know.
+    """
+    found = {}
+    for chunk in (tile.F << i for i in range(6)):
+        one = replace(tile, chunk=chunk)
+        traffic = expand_traffic(one, T, features, columns, 0, dtype, chip)
+        if not found or 8 * traffic.programs > 7 * traffic.slots * chip.processors:
+            found[one] = traffic.seconds(chip.processors)
+    return min(found, key=found.__getitem__)
 
 
 def mix_tile(sizes: Sizes, chip: Chip) -> Tile:

@@ -8,8 +8,8 @@ counts. Assumed of a chip, for each of its processors, since only the ratio of t
   the processors can draw all of it.
 - The L2 gives a processor its share of 6 TB/s (published micro-benchmarks of the H100 have 5.5 to 7.0), and no more where
   others are idle. Everything that programs load and store passes through it.
-- What one kernel of a call writes and the next one reads (v, dv, du, dlogits, partial sums) stays in the L2. All other
-  tensors pass through memory once for each kernel that uses them.
+- What one kernel of a call writes and the next one reads (v, dv, du, dlogits, partial sums) stays in the L2, except partial
+  sums of more than 24 MB, half of an H100's L2. All other tensors pass through memory once for each kernel that uses them.
 - From one kernel to the next 2.5 us pass, and 1 us from the begin of a wave of programs until its loads arrive.
 
 With memory as fast as an H200's the plans with the least traffic through the L2 win by more, since it then limits more.
@@ -20,6 +20,7 @@ from typing import NamedTuple
 MEMORY, L2 = 3.0e12 / 132, 6.0e12 / 132  # bytes a second for each processor
 DRAWS_ALL = 5 / 8  # of the processors can draw what the memory gives
 LAUNCH, WAVE = 2.5e-6, 1e-6  # seconds
+KEPT = 24 << 20  # bytes of partial sums that stay in the L2
 
 
 class Traffic(NamedTuple):
@@ -50,29 +51,30 @@ def shrink(T: int, F: int, columns: int, gate: int, block_T: int, block_ER: int,
     programs = tiles * of_columns * splits or tiles
     loaded = of_columns * (T + tiles * gate) * F + tiles * columns * F
     sums = splits * T * (columns + gate) * max(size, 4)
-    return Traffic(programs, loaded * size, sums, (T + columns + gate) * F * size)
+    return Traffic(programs, loaded * size, sums, (T + columns + gate) * F * size + (sums if sums > KEPT else 0))
 
 
 def mix_fwd(T: int, columns: int, ER: int, gate: int, block_T: int, splits: int, size: int) -> Traffic:
     """From the splits' sums, or where there are none from registers, to u, the logits and v."""
     acc = max(size, 4)
-    logits = T * gate * acc
+    logits, sums = T * gate * acc, splits * T * (columns + gate) * acc
     return Traffic(
         ceil_div(T, block_T),
-        splits * T * (columns + gate) * acc + T * columns * size,
+        sums + T * columns * size,
         logits + T * (columns + ER) * size,
-        logits + T * columns * size,
+        logits + T * columns * size + (sums if sums > KEPT else 0),
     )
 
 
 def mix_bwd(T: int, columns: int, ER: int, E: int, block_T: int, splits: int, size: int) -> Traffic:
     """From the sums of dv to du, dlogits and v: dv, which is scratch of the kernel, and u are loaded twice."""
     acc = max(size, 4)
+    logits, sums = 2 * T * E * acc, splits * T * ER * acc  # logits and their own gradient
     return Traffic(
         ceil_div(T, block_T),
-        (splits * ER + 2 * E) * T * acc + 2 * T * (columns + ER) * size,
+        sums + logits + 2 * T * (columns + ER) * size,
         T * (columns + 2 * ER + E) * size,
-        T * (columns * size + 2 * E * acc),
+        logits + T * columns * size + (sums if sums > KEPT else 0),
     )
 
 
