@@ -49,7 +49,7 @@ def shrink(T: int, F: int, columns: int, gate: int, block_T: int, block_ER: int,
     """
     tiles, of_columns = ceil_div(T, block_T), ceil_div(columns, block_ER)
     programs = tiles * of_columns * splits or tiles
-    loaded = of_columns * (T + tiles * gate) * F + tiles * columns * F
+    loaded = (of_columns * T + tiles * (columns + gate * (of_columns if splits else 1))) * F
     sums = splits * T * (columns + gate) * max(size, 4)
     return Traffic(programs, loaded * size, sums, (T + columns + gate) * F * size + (sums if sums > KEPT else 0))
 
