@@ -1,6 +1,8 @@
 """The model by which plans are chosen: its formulas against the bytes that kernels load and store, and what it prefers."""
 
 from collections import defaultdict
+from dataclasses import replace
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -46,12 +48,11 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("tokens", [70, 1])
 def test_formulas_are_what_kernels_load_and_store(
-    plan: tuple, tokens: int, programs: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    plan: tuple, programs: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one_pass, splits, shrink, expand = plan
-    case = Case(T=tokens, I=300, O=330, E=5, R=8)
+    case = Case(T=70, I=300, O=330, E=5, R=8)
     sizes, dtype = Sizes(case.T, case.I, case.O, case.E, case.R, case.E), torch.bfloat16
     forward, backward = ForwardPlan(one_pass, splits, shrink, MIX, expand), BackwardPlan(splits, shrink, MIX, expand)
     monkeypatch.setattr(configs, "forward_plan", lambda *_: forward)
@@ -78,3 +79,46 @@ def _compare(modelled: dict[str, Traffic], counts: dict, programs: dict[str, int
     for kernel, traffic in modelled.items():
         assert (traffic.loaded, traffic.stored) == (loaded[kernel], stored[kernel]), kernel
         assert traffic.programs == programs[kernel], kernel
+
+
+@pytest.mark.parametrize(
+    "tokens, shrink",
+    [(512, (64, 16)), (1024, (64, 8)), (4096, (128, 4)), (8192, (128, 2)), (12000, (128, 1)), (65536, (128, 1))],
+)
+def test_the_choice_does_not_depend_on_the_assumed_rates(tokens: int, shrink: tuple[int, int]) -> None:
+    """Of an H100's or an H200's memory, and of the lowest and the highest rate that was published for the L2."""
+    sizes, dtype = Sizes(tokens, 4096, 4096, 8, 16, 8), torch.bfloat16
+    chosen = configs.forward_plan(sizes, dtype, H200)
+    assert (chosen.shrink.T, chosen.splits) == shrink
+    tiles = configs.shrink_tiles(sizes, 128, dtype, H200)
+    plans = [replace(chosen, shrink=t, splits=n, one_pass=None) for t in tiles for n in configs.splits_of(t, 4096, dtype)]
+    plans += [replace(chosen, shrink=tile, splits=1, one_pass=tile) for tile in tiles]
+    for memory, l2 in product((3.0e12, 4.3e12), (5.5e12, 7.0e12)):
+
+        def seconds(plan: ForwardPlan, memory: float = memory / 132, l2: float = l2 / 132) -> float:
+            kernels = configs.forward_kernels(plan, sizes, dtype, H200).values()
+            return sum(kernel.seconds(H200.processors, memory, l2) for kernel in kernels)
+
+        assert seconds(chosen) <= 1.001 * min(map(seconds, plans))
+
+
+def test_large_partial_sums_pass_through_memory() -> None:
+    """Each split of 8192 tokens has 4.25 MB of them, of which the L2 keeps 24."""
+    few, many = (cost.shrink(8192, 4096, 128, 8, 128, 128, splits, 2) for splits in (4, 8))
+    assert few.stored < cost.KEPT < many.stored
+    assert many.memory - few.memory == many.stored
+    of_few, of_many = (cost.mix_fwd(8192, 128, 128, 8, 4, splits, 2) for splits in (4, 8))
+    assert of_many.memory - of_few.memory == many.stored
+
+
+def test_seconds() -> None:
+    """Worked out by hand for 4 processors: 100 bytes a second from memory, and 200 from the L2, to each."""
+    one = Traffic(programs=4, loaded=1600, stored=400, memory=1000)
+    assert one.seconds(4, 100, 200, launch=1) == pytest.approx(2.5 + 1 + cost.WAVE)
+    assert one._replace(stored=2400).seconds(4, 100, 200, launch=1) == pytest.approx(5 + 1 + cost.WAVE)
+    alone = one._replace(programs=1)
+    assert alone.seconds(4, 100, 200, launch=1) == pytest.approx(10 + 1 + cost.WAVE), "a processor draws no more from the L2"
+    assert one._replace(programs=5).seconds(4, 100, 200, launch=1) == pytest.approx(4 + 1 + 2 * cost.WAVE), (
+        "2.5 of 4 are busy"
+    )
+    assert one._replace(programs=0).seconds(4) == 0

@@ -207,7 +207,7 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(
         shrink,
-        expand=replace(shrink, F=2 * shrink.F, chunk=1024),
+        expand=replace(shrink, chunk=16 * shrink.F),
         wgrad=fit_stages(replace(shrink, F=2 * shrink.F), 4, lambda t: (t.F + t.ER) * t.T * dtype.itemsize, chip),
         gate=shrink_tiles(sizes._replace(E=1, R=sizes.E, experts_of_a=1), sizes.E, dtype, chip)[-1],
         gate_expand=expand_tile(sizes, sizes.E, sizes.I, dtype, chip),
