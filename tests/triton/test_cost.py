@@ -94,10 +94,11 @@ def test_the_choice_does_not_depend_on_the_assumed_rates(tokens: int, shrink: tu
     plans = [replace(chosen, shrink=t, splits=n, one_pass=None) for t in tiles for n in configs.splits_of(t, 4096, dtype)]
     plans += [replace(chosen, shrink=tile, splits=1, one_pass=tile) for tile in tiles]
     for memory, l2 in product((3.0e12, 4.3e12), (5.5e12, 7.0e12)):
+        rates = cost.H100._replace(memory=memory / 132, l2=l2 / 132)
 
-        def seconds(plan: ForwardPlan, memory: float = memory / 132, l2: float = l2 / 132) -> float:
+        def seconds(plan: ForwardPlan, rates: cost.Rates = rates) -> float:
             kernels = configs.forward_kernels(plan, sizes, dtype, H200).values()
-            return sum(kernel.seconds(H200.processors, memory, l2) for kernel in kernels)
+            return sum(kernel.seconds(H200.processors, rates) for kernel in kernels)
 
         assert seconds(chosen) <= 1.001 * min(map(seconds, plans))
 
@@ -112,13 +113,12 @@ def test_large_partial_sums_pass_through_memory() -> None:
 
 
 def test_seconds() -> None:
-    """Worked out by hand for 4 processors: 100 bytes a second from memory, and 200 from the L2, to each."""
-    one = Traffic(programs=4, loaded=1600, stored=400, memory=1000)
-    assert one.seconds(4, 100, 200, launch=1) == pytest.approx(2.5 + 1 + cost.WAVE)
-    assert one._replace(stored=2400).seconds(4, 100, 200, launch=1) == pytest.approx(5 + 1 + cost.WAVE)
-    alone = one._replace(programs=1)
-    assert alone.seconds(4, 100, 200, launch=1) == pytest.approx(10 + 1 + cost.WAVE), "a processor draws no more from the L2"
-    assert one._replace(programs=5).seconds(4, 100, 200, launch=1) == pytest.approx(4 + 1 + 2 * cost.WAVE), (
-        "2.5 of 4 are busy"
-    )
-    assert one._replace(programs=0).seconds(4) == 0
+    """Worked out by hand for 4 processors."""
+    rates, one = cost.Rates(memory=100, l2=200, launch=1, wave=2), Traffic(programs=4, loaded=1600, stored=400, memory=1600)
+    assert one.seconds(4, rates) == 4 + 2 + 1
+    assert one._replace(stored=2400).seconds(4, rates) == 5 + 2 + 1
+    assert one._replace(programs=1).seconds(4, rates) == 10 + 2 + 1, "the L2 gives one processor its share alone"
+    assert one._replace(programs=1, memory=2400).seconds(4, rates) == 15 + 2 + 1, "which draws 160 bytes from memory"
+    assert one._replace(programs=5).seconds(4, rates) == 4 + 2 * 2 + 1, "two waves, and 2.5 processors at work"
+    assert one._replace(programs=5, slots=2).seconds(4, rates) == 4 + 2 + 1, "one wave"
+    assert one._replace(programs=0).seconds(4, rates) == 0

@@ -118,10 +118,11 @@ def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     mix, expand = mix_tile(sizes, chip), expand_tile(sizes, ER, sizes.O, dtype, chip)
     plans = []
     for tile in shrink_tiles(sizes, columns, dtype, chip):
-        plans += [ForwardPlan(None, splits, tile, mix, expand) for splits in splits_of(tile, sizes.I, dtype)]
+        splits = splits_of(tile, sizes.I, dtype)
         # One pass holds all E R rows of both factors in one tile, and has one program for each tile of tokens.
-        if columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory:
-            plans += [replace(plan, one_pass=tile) for plan in plans if plan.shrink == tile and plan.splits == 1]
+        fits = columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory
+        plans += [ForwardPlan(tile, 1, tile, mix, expand)] if fits and 1 in splits else []
+        plans += [ForwardPlan(None, number, tile, mix, expand) for number in splits]
     return min(plans, key=lambda plan: seconds_of(forward_kernels(plan, sizes, dtype, chip), chip))
 
 
@@ -176,9 +177,9 @@ def expand_traffic(tile: Tile, T: int, F: int, columns: int, gate: int, dtype: t
 
 
 def seconds_of(kernels: dict[str, Traffic], chip: Chip) -> float:
-    """The modelled time of kernels that run one after another. The interpreter's have no launch to save."""
-    launch = 0.0 if chip.arch == "interpreter" else cost.LAUNCH
-    return sum(kernel.seconds(chip.processors, launch=launch) for kernel in kernels.values())
+    """The modelled time of kernels that run one after another. In the interpreter a kernel itself costs nothing."""
+    rates = cost.H100._replace(launch=0, wave=0) if chip.arch == "interpreter" else cost.H100
+    return sum(kernel.seconds(chip.processors, rates) for kernel in kernels.values())
 
 
 def slots_of(bytes_of_program: int, chip: Chip) -> int:
@@ -273,7 +274,7 @@ def expand_tile(sizes: Sizes, columns: int, features: int, dtype: torch.dtype, c
     """
     tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64), warps=8)  # 4 warps spill on sm_100
     if chip.arch == "interpreter":
-        return replace(tile, T=32, F=64, chunk=256)
+        return with_chunk(replace(tile, T=32, F=64), sizes.T, features, columns, dtype, chip)
     if dtype.itemsize > 2:
         tile = replace(tile, F=64, ER=min(tile.ER, 32), E=16)
     else:
@@ -297,7 +298,7 @@ def with_chunk(tile: Tile, T: int, features: int, columns: int, dtype: torch.dty
         one = replace(tile, chunk=chunk)
         traffic = expand_traffic(one, T, features, columns, 0, dtype, chip)
         if not found or 8 * traffic.programs > 7 * traffic.slots * chip.processors:
-            found[one] = traffic.seconds(chip.processors)
+            found[one] = seconds_of({"_expand_fwd_kernel": traffic}, chip)
     return min(found, key=found.__getitem__)
 
 
