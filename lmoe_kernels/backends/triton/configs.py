@@ -217,30 +217,51 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
 
 @cached_plan
 def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> WgradPlan:
-    """The tile and the splits of a weight gradient of `heights[0]` rows, and of the gate's of `heights[1]` where given."""
+    """The tile and the splits of a weight gradient of `heights[0]` rows, and of the gate's of `heights[1]` where given.
+
+    Of the tiles that compile without spills, and of as many splits as fill one wave of programs or a few, those with the
+    least `wgrad_bytes`. 256 features halve the reads of the coefficients and need twice the splits; wgmma and tcgen05 leave
+    enough registers for them.
+    """
     experts = heights[1] if len(heights) == 2 else 1
     tile = Tile(
         T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype, chip)), E=block_of(experts, most=64), warps=8
     )
+    tiles, waves, least = [tile], (1, 2, 3, 4), 512
     if chip.arch == "interpreter":
-        tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
+        tiles, waves, least = [replace(tile, T=32, F=64, ER=min(tile.ER, 64))], (1,), 32
     elif dtype.itemsize > 2:  # without tensor cores the operands take registers too
-        tile = replace(tile, T=32, F=64)
+        tiles = [replace(tile, T=32, F=64)]
     elif tile.ER > 128 and chip.arch.startswith("gfx"):
-        tile = replace(tile, F=64)
-    stages = 3 if tile.ER == 16 and uses_mma_sync(chip) else 4  # with 16 rows a fourth spills (Triton 3.6 for sm_80)
-    tile = fit_stages(tile, stages, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
-    # As many programs as fill one wave. Each split writes and reads 8 ER F bytes of partial sums, against T F times the
-    # itemsize for the rows themselves: with fewer than 512 tokens to a split that costs more than it saves.
-    programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
-    least = 32 if chip.arch == "interpreter" else 512
-    splits = max(1, min(chip.processors // max(programs, 1), tokens // least))
-    if dtype == torch.float32:
-        # A running sum of 16384 tokens has an error of 19 epsilons, one of 2048 tokens 7 (simulated). The bytes of further
-        # partial sums take little time next to the products. In half precision other rounding errors are far larger.
-        splits = max(splits, ceil_div(tokens, 2048))
-    of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
-    return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
+        tiles = [replace(tile, F=64)]
+    elif tile.ER <= 128 and tile.E == 16 and chip.arch.startswith(("sm_9", "sm_10")):
+        tiles = [tile, replace(tile, F=256)]
+    plans = []
+    for tile in tiles:
+        tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
+        programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
+        for most in waves:
+            # With fewer than 512 tokens to a split the partial sums take more bytes than a fuller wave saves.
+            splits = max(1, min(most * chip.processors // max(programs, 1), tokens // least))
+            if dtype == torch.float32:
+                # A running sum of 16384 tokens has an error of 19 epsilons, one of 2048 tokens 7 (simulated). The bytes of
+                # further partial sums take little time next to the products. In half precision other rounding errors are
+                # far larger.
+                splits = max(splits, ceil_div(tokens, 2048))
+            of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
+            plans.append(WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split))
+    return min(plans, key=lambda plan: wgrad_bytes(plan, features, heights, dtype, chip))
+
+
+def wgrad_bytes(plan: WgradPlan, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> int:
+    """What a weight gradient loads, as if all processors had as many programs as the busiest one, and its partial sums.
+
+    A program loads rows and coefficients, from the L2 if another program loads the same. Partial sums are written and read.
+    """
+    programs = ceil_div(features, plan.tile.F) * ceil_div(heights[0], plan.tile.ER) * plan.splits
+    columns = plan.tile.F + plan.tile.ER + (plan.tile.E if len(heights) == 2 else 0)
+    loaded = ceil_div(programs, chip.processors) * chip.processors * plan.tokens * columns * dtype.itemsize
+    return loaded + (8 * plan.splits * sum(heights) * features if plan.splits > 1 else 0)
 
 
 def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> list[Tile]:
