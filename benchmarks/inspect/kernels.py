@@ -127,13 +127,17 @@ TRAFFIC: dict[str, Callable[[Recorded, dict[str, Any]], Traffic]] = {
 }
 
 
-def lines_of(
-    one: Case, name: str, read: Callable[[Launch, str], dict[str, Any]] = cache(line_of)
-) -> Iterator[dict[str, Any]]:
+@cache
+def figures_of(launch: Launch, arch: str) -> dict[str, Any]:
+    """What can be read from the machine code of a launch, which is compiled once."""
+    return line_of(launch, arch)
+
+
+def lines_of(one: Case, name: str) -> Iterator[dict[str, Any]]:
     """A line for each launch of a forward and a backward."""
     device, direction = DEVICES[name], "forward"
     for launched in recorded(one, device.chip):
-        figures, traffic = read(launched.launch, device.chip.arch), traffic_of(launched)
+        figures, traffic = figures_of(launched.launch, device.chip.arch), traffic_of(launched)
         traffic = traffic._replace(slots=max(1, figures["programs"]))
         yield {
             "device": name, "T": one.shape.tokens, "direction": direction, "kernel": launched.launch.kernel,
@@ -153,28 +157,34 @@ def floor_us(one: Case, name: str, direction: str) -> float:
     return 1e6 * features * T * DTYPES[one.shape.dtype].itemsize / DEVICES[name].memory
 
 
+COLUMNS: dict[str, tuple[int, Callable[[dict[str, Any]], object]]] = {  # the width and the cell, by the title
+    "T F ER": (11, lambda line: "x".join(str(line["tile"][letter]) for letter in ("T", "F", "ER"))),
+    "warps": (5, lambda line: line["tile"]["warps"]),
+    "stages": (6, lambda line: line["tile"]["stages"]),
+    "programs": (8, lambda line: prod(line["grid"])),
+    "at once": (7, lambda line: line["programs"]),  # on a processor
+    "regs": (4, lambda line: line["regs"]),
+    "loop": (4, lambda line: line["loop"]),
+    "mma": (4, lambda line: line["loop_mma"]),
+    "serial": (6, lambda line: "yes" if line["serialised"] else "no"),
+    "L2 MB": (7, lambda line: f"{line['l2_bytes'] / 1e6:.1f}"),
+    "memory MB": (9, lambda line: f"{line['memory_bytes'] / 1e6:.1f}"),
+    "us": (6, lambda line: f"{line['model_us']:.1f}"),
+}
+
+
 def table(one: Case, name: str, found: list[dict[str, Any]]) -> str:
     """The lines of one call, with sums and the share of the floor."""
-    lines = [f"{name}, T={one.shape.tokens}", HEADER]
+    titles = "".join(f" {title:>{width}}" for title, (width, _) in COLUMNS.items())
+    lines = [f"{name}, T={one.shape.tokens}", f"{'':<33}{titles}"]
     for direction in ("forward", "backward"):
         of_one = [line for line in found if line["direction"] == direction]
         for line in of_one:
-            tile = "x".join(str(line["tile"][letter]) for letter in ("T", "F", "ER"))
-            lines.append(
-                f"{direction:<9} {line['kernel']:<23} {tile:>11} {line['tile']['warps']:>5}"
-                f" {line['tile']['stages']:>6} {prod(line['grid']):>8} {line['programs']:>7} {line['regs']:>4} {line['loop']:>5} {line['loop_mma']:>4}"
-                f" {'yes' if line['serialised'] else 'no':>6} {line['l2_bytes'] / 1e6:>8.1f} {line['memory_bytes'] / 1e6:>9.1f}"
-                f" {line['model_us']:>6.1f}"
-            )
+            cells = "".join(f" {cell(line):>{width}}" for width, cell in COLUMNS.values())
+            lines.append(f"{direction:<9} {line['kernel']:<23}{cells}")
         least, total = floor_us(one, name, direction), sum(line["model_us"] for line in of_one)
-        lines.append(f"{direction}: modelled {total:.0f} us, floor {least:.0f} us, {100 * least / total:.0f} % of it")
+        lines.append(f"{direction}: modelled {total:.0f} us, floor {least:.0f} us, {100 * least / total:.0f} %")
     return "\n".join(lines)
-
-
-HEADER = (
-    f"{'':<9} {'kernel':<23} {'tile T F ER':>11} {'warps':>5} {'stages':>6} {'programs':>8} {'at once':>7} {'regs':>4}"
-    f" {'loop':>5} {'mma':>4} {'serial':>6} {'L2 MB':>8} {'memory MB':>9} {'us':>6}"
-)
 
 
 def main(arguments: list[str] | None = None) -> None:
