@@ -56,19 +56,21 @@ def traffic_of(one: Recorded) -> Traffic:
 def _shrink(one: Recorded, constants: dict[str, Any]) -> Traffic:
     rows, parts, tile = one.arguments["rows"], one.arguments["parts"], one.launch.tile
     gate = 0 if one.arguments["gate"] is None else constants["E"]
-    return cost.shrink(*rows.shape, constants["ER"], gate, tile.T, tile.ER, parts.shape[0], rows.element_size())
+    return cost.shrink(
+        rows.shape[0], rows.shape[1], constants["ER"], gate, tile.T, tile.ER, parts.shape[0], rows.element_size()
+    )
 
 
 def _shrink_mix_fwd(one: Recorded, constants: dict[str, Any]) -> Traffic:
     x, columns, tile = one.arguments["x"], constants["EXPERTS_OF_A"] * constants["R"], one.launch.tile
     gate = 0 if one.arguments["gate"] is None else constants["E"]
-    shrink = cost.shrink(*x.shape, columns, gate, tile.T, tile.ER, 0, x.element_size())
+    shrink = cost.shrink(x.shape[0], x.shape[1], columns, gate, tile.T, tile.ER, 0, x.element_size())
     return cost.fused(shrink, _mix_fwd(one, constants))
 
 
 def _one_pass(one: Recorded, constants: dict[str, Any]) -> Traffic:
     y, ER = one.arguments["y"], constants["E"] * constants["R"]
-    expand = cost.expand(*y.shape, ER, 0, one.launch.tile.T, 1, 1, y.element_size())
+    expand = cost.expand(y.shape[0], y.shape[1], ER, 0, one.launch.tile.T, 1, 1, y.element_size())
     return cost.fused(_shrink_mix_fwd(one, constants), expand)
 
 
@@ -86,7 +88,7 @@ def _mix_bwd(one: Recorded, constants: dict[str, Any]) -> Traffic:
 
 def _shrink_mix_bwd(one: Recorded, constants: dict[str, Any]) -> Traffic:
     dy, tile = one.arguments["dy"], one.launch.tile
-    shrink = cost.shrink(*dy.shape, constants["E"] * constants["R"], 0, tile.T, tile.ER, 0, dy.element_size())
+    shrink = cost.shrink(dy.shape[0], dy.shape[1], constants["E"] * constants["R"], 0, tile.T, tile.ER, 0, dy.element_size())
     return cost.fused(shrink, _mix_bwd(one, constants))
 
 
@@ -95,7 +97,7 @@ def _expand(one: Recorded, constants: dict[str, Any]) -> Traffic:
     gate = 0 if one.arguments["gate"] is None else constants["E"]
     chunks = prod(one.grid) // tile.tiles_of(out.shape[0])
     loads = chunks * (1 if tile.ER >= ER else one.arguments["steps"])
-    return cost.expand(*out.shape, ER, gate, tile.T, chunks, loads, out.element_size())
+    return cost.expand(out.shape[0], out.shape[1], ER, gate, tile.T, chunks, loads, out.element_size())
 
 
 def _wgrad(one: Recorded, constants: dict[str, Any]) -> Traffic:

@@ -79,7 +79,7 @@ def test_a_models_bytes_are_those_that_the_kernels_move(
 
 
 def test_a_model_of_one_call_in_lines_and_in_a_table(tmp_path: Path) -> None:
-    """In a process of its own, since here Triton interprets; without a compiler, so that all kernels have the same figures."""
+    """In a process of its own, since here Triton interprets. Nothing is compiled: all kernels have the same figures."""
     pytest.importorskip("triton")
     figures = {"regs": 100, "loop": 90, "loop_mma": 8, "serialised": True, "programs": 2}
     program = f"from benchmarks.inspect import kernels; kernels.figures_of = lambda *_: {figures}; kernels.main()"
