@@ -238,8 +238,8 @@ COLUMNS = {  # of the table: the width, and the key in a line
 LEGEND = """\
 serialised  configurations whose wgmma wait for one another
 registers   of a thread
-loop        instructions of a step of the main loop; "its mma" are those for tensor cores, "its loads" load global memory into
-            registers, not by cp.async; mma, wgmma and cp.async count in the whole kernel
+loop        instructions of a step of the main loop; "its mma" are those for tensor cores, "its loads" load global memory
+            into registers, not by cp.async; mma, wgmma and cp.async count in the whole kernel
 programs    that fit one processor at once, by registers, warps and shared memory"""
 
 
