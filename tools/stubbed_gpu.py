@@ -122,6 +122,8 @@ def stubbed_gpu(chip: Chip = H100, *, compiles: bool = True) -> Iterator[Stubbed
         patches.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
         patches.enter_context(mock.patch.object(host, "chip_of", chip_of))
         patches.enter_context(mock.patch.dict(dispatch.BACKENDS, triton=row))
+        folders = os.pathsep.join([_FOLDER.name, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
+        patches.enter_context(mock.patch.dict(os.environ, LD_LIBRARY_PATH=folders))  # processes started here find it too
         if not compiles:
             patches.enter_context(mock.patch.object(triton.compiler, "compile", _Uncompiled))
         yield driver

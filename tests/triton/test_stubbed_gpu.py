@@ -1,14 +1,10 @@
-"""The GPU that is not there: kernels are compiled for it and reach its driver. In processes in which Triton compiles."""
-
-import os
-import subprocess
-import sys
+"""The GPU that is not there: kernels are compiled for it and reach its driver."""
 
 import pytest
 
 pytest.importorskip("triton")
 
-from tools import stubbed_gpu
+from tests.triton.compiling import run_compiled
 
 PROGRAM = """
 import torch
@@ -31,20 +27,6 @@ AFTER = [
     "interpreter",
     "lmoe: backend must be one that can take this call, got 'triton': its kernels run on GPUs, not on cpu",
 ]
-
-
-def run_compiled(program: str, **environment: str) -> list[str]:
-    """The lines that a program prints in a process in which Triton compiles."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.fixture(autouse=True)
-def _compiler() -> None:
-    if stubbed_gpu.COMPILER is None:
-        pytest.skip("no C compiler")
 
 
 def test_launches_reach_the_driver_until_the_block_ends() -> None:
