@@ -7,8 +7,8 @@ Nothing here was timed on a GPU yet. The choices follow registers, spills and sh
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -35,6 +35,11 @@ class Tile:
     R: int = 16
     warps: int = 4
     stages: int = 2
+
+    @cached_property
+    def key(self) -> tuple[int, ...]:
+        """The fields as a tuple, which is hashed and compared faster."""
+        return astuple(self)
 
     def blocks(self) -> dict[str, int]:
         """The blocks under the names of the kernels' parameters."""
