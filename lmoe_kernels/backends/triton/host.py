@@ -15,7 +15,8 @@ from triton.compiler import CompiledKernel
 from lmoe_kernels.backends.triton.configs import Chip, Tile
 
 _SAME_DEVICE = nullcontext()
-_VERSION_IS_KNOWN = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
+# Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in.
+_KEEPS_CODE = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
 
 
 class _Code(NamedTuple):
@@ -49,73 +50,62 @@ def on_device_of(rows: Tensor) -> AbstractContextManager:
     return torch.cuda.device(rows.device)
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: object) -> None:
     """Launch a kernel with those blocks of the tile that it has a parameter for; an empty grid launches nothing.
 
-    In each launch Triton finds out anew which machine code fits the arguments, which takes most of a launch: of 17 us all but
-    4 (Intel Xeon, one launch of many arguments, 2026-11). So the code is kept, under everything that Triton chooses it by.
+    In each launch Triton finds out anew which machine code fits the arguments, which takes most of a launch: 15 of 19 us
+    (Intel Xeon, 2026-11). So the code is kept, under everything that Triton chooses it by.
     """
     if 0 in grid:
         return
-    if not _keeps_code(kernel):
+    hooks = triton.knobs.runtime
+    if (
+        not _KEEPS_CODE
+        or type(kernel) is not triton.JITFunction  # but one for the interpreter
+        or getattr(hooks.launch_enter_hook, "calls", True)  # a hook, such as a profiler's, must see each launch
+        or getattr(hooks.launch_exit_hook, "calls", True)
+    ):
         kernel[grid](*args, **constants, **launch_options(kernel, tile))
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    kinds, values = kinds_and_values(args)
-    key = (kernel.fn, device, tile.key, *constants, *constants.values(), *kinds)
-    code = _codes.get(key)
+    key: list[object] = [kernel.fn, device, tile.key, *constants, *constants.values()]
+    values = _add_kinds(key, args)
+    code = _codes.get(tuple(key))
     if code is None:
         options = launch_options(kernel, tile)
         compiled = kernel[grid](*args, **constants, **options)
         if isinstance(compiled, CompiledKernel):
             named = constants | options
             tail = tuple(named[name] for name in kernel.arg_names[len(args) :])
-            _codes[key] = _Code(compiled.run, compiled.function, compiled.packed_metadata, tail)
+            _codes[tuple(key)] = _Code(compiled.run, compiled.function, compiled.packed_metadata, tail)
         return
     run, function, metadata, tail = code
     x, y, z = (*grid, 1, 1)[:3]
     run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *values, *tail)
 
 
-def kinds_and_values(args: tuple[Any, ...]) -> tuple[list[object], list[object]]:
-    """For each argument what Triton specialises machine code on, and what a launch of the code takes.
+def _add_kinds(key: list[object], args: tuple[Any, ...]) -> list[object]:
+    """Add to a key what Triton specialises machine code on; returns the arguments as the code takes them.
 
-    That is whether it is None; a tensor's dtype, and whether its address is a multiple of 16; whether an integer is 1,
-    whether it is a multiple of 16, and whether it fits 32 bits.
+    That is whether an argument is None; a tensor's dtype, and whether its address is a multiple of 16; whether an integer is
+    1, whether it is a multiple of 16, and whether it fits 32 bits.
     """
-    kinds: list[object] = []
     values: list[object] = []
     for arg in args:
         kind = type(arg)
         if kind is int:
             fits = -(1 << 31) <= arg < 1 << 31
-            kinds.append((1 if arg == 1 else 16 if arg % 16 == 0 else 0) if fits else ("large", arg))
+            key.append((1 if arg == 1 else 16 if arg % 16 == 0 else 0) if fits else ("large", arg))
             values.append(arg)
         elif arg is None or kind is float:
-            kinds.append(kind)
+            key.append(kind)
             values.append(arg)
         else:
             address = arg.data_ptr()
-            kinds.append(arg.dtype if address % 16 == 0 else (arg.dtype, "not aligned"))
+            key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "not aligned"))
             values.append(address)
-    return kinds, values
-
-
-def _keeps_code(kernel: triton.JITFunction) -> bool:
-    """Whether launches of a kernel may bypass Triton.
-
-    They may not in the interpreter, nor where a hook must see each launch, as a profiler's must, nor where Triton chooses
-    the code by more than `kinds_and_values` knows: for AMD by the size of the memory, and unknown in versions not read yet.
-    """
-    hooks = triton.knobs.runtime
-    return (
-        _VERSION_IS_KNOWN
-        and type(kernel) is triton.JITFunction
-        and not kernel.pre_run_hooks
-        and not getattr(hooks.launch_enter_hook, "calls", True)
-        and not getattr(hooks.launch_exit_hook, "calls", True)
-    )
+    return values
 
 
 @cache
