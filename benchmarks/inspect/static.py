@@ -1,19 +1,17 @@
-"""Compile the Triton kernels for GPUs that this machine does not have; read registers and spills from the machine code.
+"""Compile the Triton kernels for GPUs that this machine does not have, and read their machine code.
 
     python -m benchmarks.inspect.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
 
 One JSON line for each kernel and configuration that `configs.py` chooses for `CASES`, then a table of the kernels; `--out`
-writes them to kernels.jsonl and kernels.txt. The launches are those of the backend itself: it is called on meta tensors, and
-its launcher is replaced by a recorder. Exits with 1 where a kernel spills, has a stack, needs more shared memory than the
-chip has, or uses no tensor cores where it could.
+writes them to triton-<version>.jsonl and triton-<version>.txt. Triton brings its compilers along, so that its version decides
+about the code: run this once with each. The launches are those of the backend itself: it is called on meta tensors, and its
+launcher is replaced by a recorder. Exits with 1 where there are `complaints`, with 2 where machine code cannot be read.
 """
 
 import argparse
 import json
-import re
-import subprocess
+import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from benchmarks.inspect.machine_code import MachineCodeError, figures_of
 from benchmarks.measuring.environment import provenance
 from benchmarks.rows.shapes import DTYPES, Shape
 from lmoe_kernels.backends.triton import host
@@ -41,13 +40,15 @@ CHIPS = {
     chip.arch: chip
     for chip in (
         Chip("sm_80", 108, 163 << 10),
+        Chip("sm_86", 84, 99 << 10),
+        Chip("sm_89", 128, 99 << 10),
         Chip("sm_90", 132, 227 << 10),
         Chip("sm_100", 148, 227 << 10),
+        Chip("sm_120", 170, 99 << 10),
         Chip("gfx942", 304, 64 << 10),
     )
 }
 TYPES = {torch.int32: "i32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-SPILLED, TENSOR_CORES = r"\b(?:STL|LDL)\b", r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b"
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,15 @@ def compile_for(launch: Launch, arch: str) -> CompiledKernel:
     return triton.compile(source, target=target, options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages})
 
 
-def machine_code(launch: Launch, arch: str) -> dict[str, object]:
+def line_of(launch: Launch, arch: str) -> dict[str, object]:
     """One line: what can be read from the machine code of a launch."""
-    compiled = compile_for(launch, arch)
+    try:
+        figures = figures_of(compile_for(launch, arch), arch)
+    except Exception as error:  # each of Triton's compilers raises errors of its own
+        what = f"{launch.kernel} for {arch} under Triton {triton.__version__}, {launch.tile}"
+        raise MachineCodeError(f"{what}: {type(error).__name__}: {error}") from error
     line: dict[str, object] = {
+        "triton": triton.__version__,
         "kernel": launch.kernel,
         "config": {name: value for name, value in launch.constants if isinstance(value, int)}
         | {"types": " ".join(launch.arguments)}
@@ -167,41 +173,7 @@ def machine_code(launch: Launch, arch: str) -> dict[str, object]:
         | {"warps": launch.tile.warps, "stages": launch.tile.stages},
         "arch": arch,
     }
-    read = _read_amd if arch.startswith("gfx") else _read_nvidia
-    return line | read(compiled) | {"shared": compiled.metadata.shared}
-
-
-def _read_nvidia(compiled: CompiledKernel) -> dict[str, int]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "--dump-resource-usage"), ("nvdisasm", "-c"))
-        )
-    used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
-    counts = {
-        "spills": SPILLED,
-        "mma": TENSOR_CORES,
-        "wgmma": r"\bHGMMA\b",
-        "cp_async": r"\bLDGSTS\b",
-        "tma": r"\bUTMALDG\b",
-    }
-    return {"regs": int(used["REG"]), "stack": int(used["STACK"])} | {n: len(re.findall(p, code)) for n, p in counts.items()}
-
-
-def _read_amd(compiled: CompiledKernel) -> dict[str, int]:
-    code = compiled.asm["amdgcn"]
-
-    def number(key: str) -> int:
-        return max(map(int, re.findall(rf"\.{key}:\s*(\d+)", code)), default=0)
-
-    return {
-        "regs": number("vgpr_count"), "stack": number("private_segment_fixed_size"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-        "mma": len(re.findall(r"\bv_mfma_", code)), "wgmma": 0, "cp_async": 0, "tma": 0,
-    }  # fmt: skip
+    return line | figures
 
 
 def complaints(line: dict) -> list[str]:
@@ -213,6 +185,7 @@ def complaints(line: dict) -> list[str]:
         "too much shared memory": line["shared"] > CHIPS[line["arch"]].shared_memory,
         "no tensor cores": wants_tensor_cores and line["mma"] == 0,
         "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
+        "serialised wgmma": line["serialised"],
     }
     return [complaint for complaint, broken in rules.items() if broken]
 
@@ -227,32 +200,55 @@ def lines_of(cases: list[Case], archs: list[str], processes: int) -> Iterator[di
     """A line for each distinct launch of the cases on each chip."""
     jobs = dict.fromkeys((launch, arch) for arch, one in product(archs, cases) for launch in launches(one, CHIPS[arch]))
     with ProcessPoolExecutor(processes) as pool:
-        yield from pool.map(machine_code, *zip(*jobs, strict=True))
+        yield from pool.map(line_of, *zip(*jobs, strict=True))
+
+
+COLUMNS = {  # of the table: the width, and the key in a line
+    "registers": (10, "regs"),
+    "loop": (10, "loop"),
+    "its mma": (8, "loop_mma"),
+    "its loads": (10, "loop_loads"),
+    "mma": (8, "mma"),
+    "wgmma": (6, "wgmma"),
+    "cp.async": (9, "cp_async"),
+    "shared KB": (10, "shared"),
+    "programs": (9, "programs"),
+}
+LEGEND = """\
+registers   of a thread
+loop        instructions of the main loop, among them tensor-core instructions (its mma) and loads of global memory that go
+            through registers (its loads), not by cp.async; mma, wgmma and cp.async count in the whole kernel
+programs    that fit one processor at once, by registers, warps and shared memory
+serialised  configurations whose wgmma wait for one another"""
 
 
 def table(found: list[dict]) -> str:
-    """The ranges over the configurations of each kernel on each chip; tensor-core instructions of bf16 and fp16 alone."""
+    """The ranges over the configurations of each kernel on each chip; loops and tensor cores of bf16 and fp16 alone."""
     of_kernel: dict[tuple[str, str], list[dict]] = {}
     for line in found:
         of_kernel.setdefault((line["kernel"], line["arch"]), []).append(line)
-    lines = [f"{'kernel':<27} {'arch':<7} configs  registers  spills  stack   shared KB        mma    wgmma"]
+    names = "".join(f"{name:>{width}}" for name, (width, _) in COLUMNS.items())
+    lines = [f"{'kernel':<27} {'arch':<6} configs spills stack serialised{names}"]
     for (kernel, arch), of_one in sorted(of_kernel.items()):
         half = [line for line in of_one if has_half_dots(line)]
-        regs, shared = _range([line["regs"] for line in of_one]), _range([line["shared"] >> 10 for line in of_one])
-        mma, wgmma = (_range([line[key] for line in half]) for key in ("mma", "wgmma"))
         spills, stack = (max(line[key] for line in of_one) for key in ("spills", "stack"))
-        lines.append(
-            f"{kernel:<27} {arch:<7} {len(of_one):>7} {regs:>10} {spills:>7} {stack:>6} {shared:>11} {mma:>10} {wgmma:>8}"
-        )
-    return "\n".join(line.rstrip() for line in lines)
+        ranges = ""
+        for width, key in COLUMNS.values():
+            of_all = key in ("regs", "shared", "programs")
+            numbers = [line[key] >> 10 if key == "shared" else line[key] for line in (of_one if of_all else half)]
+            ranges += f"{_range(numbers):>{width}}"
+        serialised = sum(line["serialised"] for line in of_one)
+        lines.append(f"{kernel:<27} {arch:<6} {len(of_one):>7} {spills:>6} {stack:>5} {serialised:>10}{ranges}".rstrip())
+    return "\n".join(lines)
 
 
 def _range(numbers: list[int]) -> str:
-    return f"{min(numbers)}-{max(numbers)}" if numbers else ""
+    low, high = min(numbers, default=""), max(numbers, default="")
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def main() -> int:
-    """Print a line for each launch and a table of the kernels; 1 where there are complaints."""
+    """Print a line for each launch and a table of the kernels; 1 where there are complaints, 2 after an error."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.inspect.static",
         description="Compile the Triton kernels for GPUs that this machine does not have.",
@@ -260,23 +256,29 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three cases, not all")
     parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="as many as there are cores, if not given")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the lines and the table")
     args = parser.parse_args()
     cases = QUICK[:1] if args.one else QUICK if args.quick else CASES
     found, wrong = [], 0
-    for line in lines_of(cases, args.arch, args.processes):
-        print(json.dumps(line), flush=True)
-        found.append(line)
-        if complaint := complaints(line):
-            wrong += 1
-            print(f"{line['kernel']} on {line['arch']}: {', '.join(complaint)}", file=sys.stderr)
-    summary = f"compiled {provenance()}; {len(found)} configurations, {wrong} with complaints\n\n{table(found)}"
+    try:
+        for line in lines_of(cases, args.arch, args.processes):
+            print(json.dumps(line), flush=True)
+            found.append(line)
+            if complaint := complaints(line):
+                wrong += 1
+                print(f"{line['kernel']} on {line['arch']}: {', '.join(complaint)}", file=sys.stderr)
+    except MachineCodeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    counts = f"{len(found)} configurations, {wrong} with complaints"
+    summary = f"compiled {provenance()}; {counts}\n\n{LEGEND}\n\n{table(found)}"
     print(f"\n{summary}")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "kernels.txt").write_text(summary + "\n")
-        (args.out / "kernels.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+        stem = f"triton-{triton.__version__}"
+        (args.out / f"{stem}.txt").write_text(summary + "\n")
+        (args.out / f"{stem}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     return min(wrong, 1)
 
 

@@ -27,6 +27,7 @@ F = 2**30 + 64  # features: from the third row on elements lie past 2^31
 NEAR = 64  # features that are looked at
 T, E, R = 20, 3, 2
 TILE = Tile(T=16, F=64, ER=16, E=16, R=2)
+ALL_TOKENS = Tile(T=32, F=64, ER=16, E=16, R=2)
 CHIP = Chip("interpreter", 1, 1 << 16)
 
 
@@ -91,10 +92,11 @@ def _same(ours: Tensor, true: Tensor) -> None:
 
 
 def test_expand(start: Callable) -> None:
-    start(lambda kernel, grid: ((grid[0], 1), 0))
+    """The first program has all tokens and the first features."""
+    start(lambda kernel, grid: ((1,), 0))
     v, factor, out = torch.randn(T, E, R), _factor(E, R), untouched((T, F), torch.float32)
     dlogits, gate = torch.randn(T, 5), _factor(5)
-    expand_fwd(v, factor, out, TILE, dlogits=dlogits, gate_weight=gate, scaling=0.5)
+    expand_fwd(v, factor, out, ALL_TOKENS, dlogits=dlogits, gate_weight=gate, scaling=0.5)
     near = factor[..., :NEAR].reshape(E * R, NEAR).double()
     _same(out[:, :NEAR], 0.5 * (v.view(T, E * R).double() @ near + dlogits.double() @ gate[:, :NEAR].double()))
 
@@ -137,10 +139,10 @@ def _route(experts: int) -> Route:
 
 
 def test_grouped_expand_and_weight_gradients(start: Callable) -> None:
-    start(lambda kernel, grid: ((grid[0], 1) if "expand" in kernel else (1, *grid[1:]), 0))
+    start(lambda kernel, grid: ((1, *grid[1:]), 0))
     route, factor, rows = _route(E), _factor(E, R), _factor(T)
     v, out = torch.randn(T, 1, R), untouched((T, F), torch.float32)
-    grouped_expand_fwd(v, factor, route, out, TILE, scaling=0.5)
+    grouped_expand_fwd(v, factor, route, out, ALL_TOKENS, scaling=0.5)
     _same(out[:, :NEAR], 0.5 * v[:, 0].double() @ factor[-1, :, :NEAR].double())
     grad = grouped_wgrad_bwd(rows, v, untouched((E, R, F), torch.float32), route, TILE, scaling=0.5)
     _same(grad[-1, :, :NEAR], 0.5 * v[:, 0].t().double() @ rows[:, :NEAR].double())

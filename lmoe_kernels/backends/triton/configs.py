@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which kernels run, and on which tiles: pure functions of the sizes, the dtype and the chip.
 
-Nothing here was timed on a GPU yet. The choices follow registers, spills and shared memory (read from the machine code by
-`python -m benchmarks.inspect.static`), the number of programs against that of the chip's processors, and counted bytes
-(`python -m benchmarks.inspect.traffic`). `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
+Nothing here was timed on a GPU yet. Which tiles there are follows from registers, spills and shared memory, read from the
+machine code by `python -m benchmarks.inspect.static`. Of the plans with these tiles, the one is taken that `cost.py` models
+as fastest, from bytes and from the number of programs. `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from functools import cached_property, lru_cache
 
 import torch
 
+from lmoe_kernels.backends.triton import cost
+from lmoe_kernels.backends.triton.cost import Traffic, ceil_div
 from lmoe_kernels.options import Options, Sizes
 
 
@@ -35,6 +37,7 @@ class Tile:
     R: int = 16
     warps: int = 4
     stages: int = 2
+    chunk: int = 0  # features that a program of expand walks over, block by block; at least one block
 
     @cached_property
     def key(self) -> tuple[int, ...]:
@@ -48,6 +51,13 @@ class Tile:
     def tiles_of(self, tokens: int) -> int:
         """Programs that cover the tokens."""
         return ceil_div(tokens, self.T)
+
+    def chunks(self, features: int) -> tuple[int, int]:
+        """In how many chunks of about the same length expand walks over the features, and in how many blocks over each."""
+        blocks = ceil_div(features, self.F)
+        chunks = max(1, ceil_div(blocks, max(1, self.chunk // self.F)))
+        steps = max(1, ceil_div(blocks, chunks))
+        return ceil_div(blocks, steps), steps
 
 
 @dataclass(frozen=True)
@@ -93,46 +103,92 @@ class GroupedPlan:
 
 REDUCE_TILE = Tile(T=16, F=1024, ER=16)  # of the kernel that adds up partial sums, whose speed depends on memory alone
 
-cached_plan = lru_cache(maxsize=4096)  # making a plan takes about as long as a launch, some 10 us
+SLOTS_OF_MIX = 8  # small programs without dots
+cached_plan = lru_cache(maxsize=4096)  # making a plan takes some 0.2 ms, as long as ten launches
 
 # The tiles that `make gpu` times around a choice; blocks of E, ER and R follow from the sizes.
 SEARCH_SPACE = {
     "T": (64, 128),
-    "F": (32, 64, 128),
+    "F": (64, 128, 256),  # rows of 32 are 64 bytes in bf16, half of what memory gives at once
     "warps": (4, 8),
-    "stages": (2, 3, 4),
+    "stages": (3, 4),
+    "splits": (1, 2),
 }
 
 
 @cached_plan
 def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
-    """Which forward kernels run, on which tiles."""
-    shrink = shrink_tile(sizes, sizes.experts_of_a * sizes.R, dtype, chip)
-    # One pass holds all E R rows of both factors in one tile, and has one program for each tile of tokens. Below three
-    # quarters of a wave of programs, two kernels leave less of the chip idle, because expand has tiles of features too.
-    one_tile = sizes.experts_of_a == sizes.E and sizes.E * sizes.R <= shrink.ER
-    fits = one_tile and one_pass_bytes(shrink, dtype) <= chip.shared_memory
-    fills = 4 * shrink.tiles_of(sizes.T) >= 3 * chip.processors
-    splits = splits_of(shrink, sizes.T, sizes.experts_of_a * sizes.R, sizes.I, dtype, chip)
-    return ForwardPlan(
-        shrink if fits and fills and splits == 1 else None,
-        splits,
-        shrink,
-        mix_tile(sizes, chip),
-        expand_tile(sizes, sizes.E * sizes.R, dtype, chip),
-    )
+    """Which forward kernels run, on which tiles: of all that fit, those modelled as fastest."""
+    columns, ER = sizes.experts_of_a * sizes.R, sizes.E * sizes.R
+    mix, expand = mix_tile(sizes, chip), expand_tile(sizes, ER, sizes.O, dtype, chip)
+    plans = []
+    for tile in shrink_tiles(sizes, columns, dtype, chip):
+        plans += [ForwardPlan(None, splits, tile, mix, expand) for splits in splits_of(tile, sizes.I, dtype)]
+        # One pass holds all E R rows of both factors in one tile, and has one program for each tile of tokens.
+        if columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory:
+            plans += [replace(plan, one_pass=tile) for plan in plans if plan.shrink == tile and plan.splits == 1]
+    return min(plans, key=lambda plan: seconds_of(forward_kernels(plan, sizes, dtype, chip), chip))
 
 
 @cached_plan
 def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
-    """Which backward kernels run before the weight gradients, on which tiles."""
-    shrink = shrink_tile(sizes, sizes.E * sizes.R, dtype, chip)
-    return BackwardPlan(
-        splits_of(shrink, sizes.T, sizes.E * sizes.R, sizes.O, dtype, chip),
-        shrink,
-        mix_tile(sizes, chip),
-        expand_tile(sizes, sizes.experts_of_a * sizes.R, dtype, chip),
-    )
+    """Which backward kernels run before the weight gradients, on which tiles, likewise."""
+    mix, expand = mix_tile(sizes, chip), expand_tile(sizes, sizes.experts_of_a * sizes.R, sizes.I, dtype, chip)
+    plans = [
+        BackwardPlan(splits, tile, mix, expand)
+        for tile in shrink_tiles(sizes, sizes.E * sizes.R, dtype, chip)
+        for splits in splits_of(tile, sizes.O, dtype)
+    ]
+    return min(plans, key=lambda plan: seconds_of(backward_kernels(plan, sizes, dtype, chip), chip))
+
+
+def forward_kernels(plan: ForwardPlan, sizes: Sizes, dtype: torch.dtype, chip: Chip) -> dict[str, Traffic]:
+    """The kernels of a forward that computes all experts, with a gate, and what they move."""
+    T, columns, ER, size = sizes.T, sizes.experts_of_a * sizes.R, sizes.E * sizes.R, dtype.itemsize
+    sums = 0 if plan.splits == 1 else plan.splits  # of partial sums in memory
+    shrink = cost.shrink(T, sizes.I, columns, sizes.E, plan.shrink.T, plan.shrink.ER, sums, size)
+    shrink = shrink._replace(slots=slots_of(shrink_bytes(plan.shrink, dtype), chip))
+    mix = cost.mix_fwd(T, columns, ER, sizes.E, plan.mix.T, sums, size)._replace(slots=SLOTS_OF_MIX)
+    expand = expand_traffic(plan.expand, T, sizes.O, ER, 0, dtype, chip)
+    if plan.one_pass is not None:
+        one_chunk = cost.expand(T, sizes.O, ER, 0, plan.one_pass.T, 1, 1, size)
+        return {"_one_pass_fwd_kernel": cost.fused(shrink, mix, one_chunk)}
+    if not sums:
+        return {"_shrink_mix_fwd_kernel": cost.fused(shrink, mix), "_expand_fwd_kernel": expand}
+    return {"_shrink_fwd_kernel": shrink, "_mix_fwd_kernel": mix, "_expand_fwd_kernel": expand}
+
+
+def backward_kernels(plan: BackwardPlan, sizes: Sizes, dtype: torch.dtype, chip: Chip) -> dict[str, Traffic]:
+    """Likewise of a backward, but for the weight gradients, whose tiles do not depend on the plan."""
+    T, columns, ER, size = sizes.T, sizes.experts_of_a * sizes.R, sizes.E * sizes.R, dtype.itemsize
+    sums = 0 if plan.splits == 1 else plan.splits
+    shrink = cost.shrink(T, sizes.O, ER, 0, plan.shrink.T, plan.shrink.ER, sums, size)
+    shrink = shrink._replace(slots=slots_of(shrink_bytes(plan.shrink, dtype), chip))
+    mix = cost.mix_bwd(T, columns, ER, sizes.E, plan.mix.T, sums, size)._replace(slots=SLOTS_OF_MIX)
+    expand = expand_traffic(plan.expand, T, sizes.I, columns, sizes.E, dtype, chip)
+    if not sums:
+        return {"_shrink_mix_bwd_kernel": cost.fused(shrink, mix), "_expand_fwd_kernel": expand}
+    return {"_shrink_fwd_kernel": shrink, "_mix_bwd_kernel": mix, "_expand_fwd_kernel": expand}
+
+
+def expand_traffic(tile: Tile, T: int, F: int, columns: int, gate: int, dtype: torch.dtype, chip: Chip) -> Traffic:
+    """What expand moves of tokens with so many columns, and with those of the gate."""
+    chunks, steps = tile.chunks(F)
+    loads = chunks * (1 if columns <= tile.ER else steps)
+    traffic = cost.expand(T, F, columns, gate, tile.T, chunks, loads, dtype.itemsize)
+    # with mma.sync a program of 8 warps takes more than half of the registers
+    return traffic._replace(slots=1 if uses_mma_sync(chip) else slots_of(expand_bytes(tile, dtype, chip), chip))
+
+
+def seconds_of(kernels: dict[str, Traffic], chip: Chip) -> float:
+    """The modelled time of kernels that run one after another. The interpreter's have no launch to save."""
+    launch = 0.0 if chip.arch == "interpreter" else cost.LAUNCH
+    return sum(kernel.seconds(chip.processors, launch=launch) for kernel in kernels.values())
+
+
+def slots_of(bytes_of_program: int, chip: Chip) -> int:
+    """Programs that a processor runs at once: two, where they have the shared memory; more would share its registers."""
+    return 2 if 2 * bytes_of_program <= chip.shared_memory else 1
 
 
 @cached_plan
@@ -156,10 +212,10 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(
         shrink,
-        expand=replace(shrink, F=2 * shrink.F),
+        expand=replace(shrink, F=2 * shrink.F, chunk=1024),
         wgrad=fit_stages(replace(shrink, F=2 * shrink.F), 4, lambda t: (t.F + t.ER) * t.T * dtype.itemsize, chip),
-        gate=shrink_tile(sizes._replace(E=1, R=sizes.E, experts_of_a=1), sizes.E, dtype, chip),
-        gate_expand=expand_tile(sizes, sizes.E, dtype, chip),
+        gate=shrink_tiles(sizes._replace(E=1, R=sizes.E, experts_of_a=1), sizes.E, dtype, chip)[-1],
+        gate_expand=expand_tile(sizes, sizes.E, sizes.I, dtype, chip),
     )
 
 
@@ -191,39 +247,63 @@ def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torc
     return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
 
 
-def shrink_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
-    """The tile of the kernels that sum over features: x with A, dy with B.
+def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> list[Tile]:
+    """The tiles for the kernels that sum over features: x with A, dy with B.
 
-    Tiles of 128 tokens halve the reads of A and B from the L2, which are `2 columns / 128` bytes for each byte of x in bf16,
-    so they are used as soon as their programs fill the chip. wgmma needs at least 64 tokens.
+    Tiles of 128 tokens halve the reads of A and B from the L2, which are `2 columns / 128` bytes for each byte of x in bf16.
+    They are half as many, so that fewer tokens fill the chip only in splits. wgmma needs at least 64 tokens.
     """
     tile = Tile(
         T=64, F=64, ER=block_of(columns, most=widest(sizes.E, dtype, chip)), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64)
     )
     if chip.arch == "interpreter":
-        return replace(tile, T=32, F=32, ER=min(tile.ER, 64))
-    wide = tile.ER + tile.E
+        return [replace(tile, T=32, F=32, ER=min(tile.ER, 64))]
     if dtype.itemsize > 2:
-        tile = replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)
-    elif 3 * chip.processors <= 4 * ceil_div(sizes.T, 128) and tile.E <= 64:
-        tile = replace(tile, T=128, warps=8)
-    elif wide > 160 or uses_mma_sync(chip):
-        tile = replace(tile, warps=8)
+        tiles = [replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)]
+    else:
+        tiles = [replace(tile, warps=8 if tile.ER + tile.E > 160 or uses_mma_sync(chip) else 4)]
+        tiles += [replace(tile, T=128, warps=8)] if tile.E <= 64 and sizes.T > 64 else []
     # fp32 keeps its operands in registers, like the accumulators: more than two stages spill (Triton 3.6 for sm_90)
     stages = 2 if dtype.itemsize > 2 else 4
-    return fit_stages(tile, stages, lambda t: (t.T + wide) * t.F * dtype.itemsize, chip)
+    return [fit_stages(one, stages, lambda t: shrink_bytes(t, dtype) // t.stages, chip) for one in tiles]
 
 
-def expand_tile(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
-    """The tile of the kernel that sums over E R, in steps of at most 64."""
+def expand_tile(sizes: Sizes, columns: int, features: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile of the kernel that multiplies columns up to features.
+
+    Where the columns of a tile of tokens fit the shared memory, with two stages of the factor, a program holds them all and
+    walks over a chunk of the features. Blocks of 64 features then let two programs share a processor (sm_90 and E R = 128:
+    76 registers, 116 with a base). Wider ones save no traffic, since each program reads its part of the factor once in any
+    case, and on sm_90 128 features take 171 registers with a base, and 256 spill.
+    """
     tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64), warps=8)  # 4 warps spill on sm_100
     if chip.arch == "interpreter":
-        return replace(tile, T=32, F=64)
+        return replace(tile, T=32, F=64, chunk=256)
     if dtype.itemsize > 2:
         tile = replace(tile, F=64, ER=min(tile.ER, 32), E=16)
-    elif sizes.T > 64:
-        tile = replace(tile, T=128)
+    else:
+        whole = replace(tile, F=64, ER=block_of(columns), E=block_of(sizes.E), warps=4)
+        if sizes.T > 64:
+            whole, tile = replace(whole, T=128, warps=8), replace(tile, T=128)
+        for held in (replace(whole, stages=3), replace(whole, stages=2)):
+            if columns <= 256 and 10 * expand_bytes(held, dtype, chip) <= 9 * chip.shared_memory:
+                return with_chunk(held, sizes.T, features, columns, dtype, chip)
     return fit_stages(tile, 3, lambda t: (t.T + t.F) * max(t.ER, t.E) * dtype.itemsize, chip)
+
+
+def with_chunk(tile: Tile, T: int, features: int, columns: int, dtype: torch.dtype, chip: Chip) -> Tile:
+    """The tile with the chunk of features that the model finds best.
+
+    Chunks that leave more than an eighth of the places for programs empty are not considered: where a processor runs two
+    programs, one loads while the other one writes, which the model does not know.
+    """
+    found = {}
+    for chunk in (tile.F << i for i in range(6)):
+        one = replace(tile, chunk=chunk)
+        traffic = expand_traffic(one, T, features, columns, 0, dtype, chip)
+        if not found or 8 * traffic.programs > 7 * traffic.slots * chip.processors:
+            found[one] = traffic.seconds(chip.processors)
+    return min(found, key=found.__getitem__)
 
 
 def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
@@ -231,26 +311,24 @@ def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
     return Tile(T=16 if chip.arch == "interpreter" else 4, F=16, ER=64, E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
 
 
-def splits_of(tile: Tile, tokens: int, columns: int, features: int, dtype: torch.dtype, chip: Chip) -> int:
-    """The split-K factor of a shrink: 1 where its tiles of tokens fill half the chip.
+def splits_of(tile: Tile, features: int, dtype: torch.dtype) -> list[int]:
+    """The split-K factors that a shrink may have.
 
-    Partial sums are written and read in fp32, `8 columns` bytes a token for each split, and need a further launch. Half the
-    processors already saturate most of the bandwidth, so further splitting is not worth its cost. A split has at least four
-    steps of the loop. The number of splits is a power of two, because the mix unrolls its loop over them and is compiled
-    again for each number. More than 128 experts are split in two, which gives the mix a kernel with a tile of its own: in
-    one kernel with the shrink, on 64 tokens, their gates spill. In fp32 a split has at most 1024 features, whose sum has an
-    error of 5 epsilons.
+    Partial sums are written and read in fp32, `8 columns` bytes a token for each split, and need a further launch. A split
+    has at least four steps of the loop. The number of splits is a power of two, because the mix unrolls its loop over them
+    and is compiled again for each number. More than 128 experts are split in two, which gives the mix a kernel with a tile
+    of its own: in one kernel with the shrink, on 64 tokens, their gates spill. In fp32 a split has at most 1024 features,
+    whose sum has an error of 5 epsilons.
     """
-    tiles = tile.tiles_of(tokens)
-    splits = 1 if tile.E <= 128 else 2
-    if 2 * tiles < chip.processors and tile.E <= 128:
-        programs = tiles * ceil_div(columns, tile.ER)
-        most = max(1, min(chip.processors // max(programs, 1), features // (4 * tile.F)))
-        splits = 1 << (most.bit_length() - 1)
+    least = 1 if tile.E <= 128 else 2
+    most = features // (4 * tile.F) if tile.E <= 128 else 2
     if dtype == torch.float32:
-        splits = max(splits, block_of(ceil_div(features, 1024), least=1))
-    of_split = ceil_div(features, splits * tile.F) * tile.F  # whole steps, which may need fewer splits
-    return max(1, ceil_div(features, max(of_split, 1)))
+        least = max(least, block_of(ceil_div(features, 1024), least=1))
+    numbers = [least]
+    while 2 * numbers[-1] <= most:
+        numbers.append(2 * numbers[-1])
+    of_split = [max(1, ceil_div(features, n * tile.F)) * tile.F for n in numbers]  # whole steps, which may need fewer splits
+    return list(dict.fromkeys(max(1, ceil_div(features, one)) for one in of_split))
 
 
 def widest(experts: int, dtype: torch.dtype, chip: Chip) -> int:
@@ -279,14 +357,21 @@ def fit_stages(tile: Tile, most: int, bytes_of_stage: Callable[[Tile], int], chi
     return replace(tile, stages=max(2, min(stages, 2 if on_amd else most)))
 
 
+def shrink_bytes(tile: Tile, dtype: torch.dtype) -> int:
+    """Shared memory for the pipeline stages of a shrink: rows, factor and gate."""
+    return tile.stages * (tile.T + tile.ER + tile.E) * tile.F * dtype.itemsize
+
+
+def expand_bytes(tile: Tile, dtype: torch.dtype, chip: Chip) -> int:
+    """Shared memory for an expand that holds v and dlogits: these, the stages of factor and gate, a tile of the result."""
+    on_amd = chip.arch.startswith("gfx")  # which keeps one of the stages, and the result, in registers
+    stages, result = (tile.stages - 1, 0) if on_amd else (tile.stages, tile.T)
+    return (tile.T * (tile.ER + tile.E) + (stages * (tile.ER + tile.E) + result) * tile.F) * dtype.itemsize
+
+
 def one_pass_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Shared memory for the expand in one pass: v, the pipeline stages of B, and a tile of y."""
     return (tile.T * tile.ER + tile.stages * tile.ER * tile.F + tile.T * tile.F) * dtype.itemsize
-
-
-def ceil_div(size: int, block: int) -> int:
-    """Blocks that cover a size."""
-    return -(-size // block)
 
 
 def block_of(size: int, least: int = 16, most: int = 1024) -> int:

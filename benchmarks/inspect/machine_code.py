@@ -1,0 +1,240 @@
+"""Read machine code: registers, spills, the main loop, wgmma that the compiler serialised, and what fits a processor.
+
+`figures_of` reads a compiled kernel with the tools that come with Triton. `read_sass` and `read_amdgcn` read text alone.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.compiler import CompiledKernel
+
+TENSOR_CORES = r"(HMMA|HGMMA|UTC\w*MMA)\b"
+OF_PTX = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+FMA = r"(FFMA|HFMA2|DFMA|v_(pk_)?fmac?_)"
+
+
+class MachineCodeError(RuntimeError):
+    """Machine code that cannot be read: a tool failed, or its output has an unknown form."""
+
+
+class Instruction(NamedTuple):
+    """What a search for loops needs of one instruction."""
+
+    text: str  # from the opcode on
+    target: str | None  # the label that it may jump to
+    continues: bool  # whether the next instruction may follow it
+
+
+class Code(NamedTuple):
+    """The instructions of a kernel, and the index of the one at each label."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+    def count(self, pattern: str) -> int:
+        """The instructions that begin with a pattern."""
+        return sum(re.match(pattern, one.text) is not None for one in self.instructions)
+
+
+def figures_of(compiled: CompiledKernel, arch: str) -> dict[str, int | bool]:
+    """What is known of a compiled kernel; raises MachineCodeError where that cannot be read."""
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    if arch.startswith("gfx"):
+        found = read_amdgcn(compiled.asm["amdgcn"])
+        tensor_memory = 0
+    else:
+        usage, code = _disassembled(compiled.asm["cubin"])
+        found = read_sass(code, usage, compiled.asm["ptx"])
+        tensor_memory = compiled.metadata.tmem_size or 0
+    programs = programs_of_a_processor(arch, int(found["regs"]), warps, shared, tensor_memory)
+    return found | {"shared": shared, "programs": programs}
+
+
+def _disassembled(cubin: bytes) -> tuple[str, str]:
+    """The resource usage and the instructions of a cubin, as Triton's copies of NVIDIA's tools print them."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return _output(tools / "cuobjdump", "--dump-resource-usage", file.name), _output(tools / "nvdisasm", "-c", file.name)
+
+
+def _output(*command: object) -> str:
+    words = list(map(str, command))
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        raise MachineCodeError(f"{words[0]} failed with exit code {error.returncode}: {error.stderr.strip()}") from error
+    except OSError as error:
+        raise MachineCodeError(f"{words[0]} cannot be started: {error}") from error
+
+
+def read_sass(code: str, usage: str, ptx: str) -> dict[str, int | bool]:
+    """Figures of a kernel for an NVIDIA GPU: of `nvdisasm -c`, `cuobjdump --dump-resource-usage`, and its PTX."""
+    used = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    if used.keys() != {"REG", "STACK"}:
+        raise MachineCodeError(f"cuobjdump names no registers or no stack: {usage[:300]!r}")
+    read = parse_sass(code)
+    mma = read.count(TENSOR_CORES)
+    if bool(mma) != bool(re.search(OF_PTX, ptx)):
+        raise MachineCodeError(f"the PTX has tensor-core instructions, the SASS has {mma} that are known, or the reverse")
+    found = {
+        "regs": int(used["REG"]), "stack": int(used["STACK"]), "spills": read.count(r"(STL|LDL)\b"), "mma": mma,
+        "wgmma": read.count(r"HGMMA\b"), "serialised": is_serialised(read, ptx), "cp_async": read.count(r"LDGSTS\b"),
+        "tma": read.count(r"UTMALDG\b"),
+    }  # fmt: skip
+    return found | _of_main_loop(read, TENSOR_CORES, r"LDG\b")
+
+
+def is_serialised(code: Code, ptx: str) -> bool:
+    """Whether ptxas made each wgmma wait for the one before, as its warning C7515 says.
+
+    Then every HGMMA ends a group (gsb0), though groups of the PTX have several. Where each of those has one, as in a dot of
+    16 columns, every HGMMA ends a group too, with no harm. On 2026-11-25 the warning and this test agreed on 145 kernels for
+    sm_90 under Triton 3.6.0, of which 11 were serialised, and on the same under 3.7.1, of which none was.
+    """
+    instructions, groups = (len(re.findall(rf"\bwgmma\.{one}\b", ptx)) for one in ("mma_async", "commit_group"))
+    wgmma = code.count(r"HGMMA\b")
+    return wgmma > 1 and instructions > groups and code.count(r"HGMMA\b.*\bgsb0\b") == wgmma
+
+
+def read_amdgcn(text: str) -> dict[str, int | bool]:
+    """Figures of a kernel for an AMD GPU, of the assembly with its metadata."""
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", text)}
+    try:
+        found = {
+            "regs": numbers["vgpr_count"], "stack": numbers["private_segment_fixed_size"],
+            "spills": numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"],
+        }  # fmt: skip
+    except KeyError as error:
+        raise MachineCodeError(f"the metadata of the assembly has no {error}") from error
+    read = parse_amdgcn(text)
+    found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False, "cp_async": 0, "tma": 0}
+    return found | _of_main_loop(read, "v_mfma_", "(global|buffer)_load_")
+
+
+def parse_sass(text: str) -> Code:
+    """The instructions of `nvdisasm -c`."""
+
+    def read(line: str) -> Instruction | None:
+        found = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([A-Z][^;]*);", line)
+        if found is None:
+            return None
+        predicate, instruction = found.groups()
+        opcode = re.split(r"[.\s]", instruction, maxsplit=1)[0]
+        target = re.search(r"`\((\.L\w+)\)", instruction) if opcode == "BRA" else None
+        # BRA names a predicate in front of the instruction, or as its own operand
+        always = predicate is None and (opcode in ("EXIT", "RET") or re.match(r"BRA(\.\w+)* `", instruction) is not None)
+        return Instruction(instruction.strip(), target and target[1], not always)
+
+    return _parsed(text, r"(\.L\w+):", read)
+
+
+def parse_amdgcn(text: str) -> Code:
+    """The instructions of AMD's assembly."""
+
+    def read(line: str) -> Instruction | None:
+        found = re.match(r"\s+([a-z]+_\w+)(.*)", line)
+        if found is None:
+            return None
+        opcode, operands = found.groups()
+        target = re.search(r"\.LBB\w+", operands) if re.match(r"s_c?branch", opcode) else None
+        return Instruction(opcode + operands, target and target[0], opcode not in ("s_branch", "s_endpgm"))
+
+    return _parsed(text, r"(\.LBB\w+):", read)
+
+
+def _parsed(text: str, label: str, read: Callable[[str], Instruction | None]) -> Code:
+    code = Code([], {})
+    for line in text.splitlines():
+        if (named := re.match(label, line)) is not None:
+            code.labels[named[1]] = len(code.instructions)
+        elif (instruction := read(line)) is not None:
+            code.instructions.append(instruction)
+    if not code.instructions:
+        raise MachineCodeError(f"no instruction in {text[:300]!r}")
+    unknown = {one.target for one in code.instructions if one.target is not None} - code.labels.keys()
+    if unknown:
+        raise MachineCodeError(f"jumps to labels that are not there: {sorted(unknown)}")
+    return code
+
+
+def _of_main_loop(code: Code, mma: str, load: str) -> dict[str, int | bool]:
+    """The instructions of the main loop, and among them products and loads of global memory into registers.
+
+    That is the innermost loop with the most tensor-core instructions or, without any, with the most fused multiply-adds. All
+    are zero for a kernel that multiplies outside of loops.
+    """
+    all_loops = loops(code)
+    for products in (mma, FMA):
+        counts = [_within(code, loop).count(products) for loop in all_loops]
+        multiplying = [(count, loop) for count, loop in zip(counts, all_loops, strict=True) if count > 0]
+        innermost = [(count, loop) for count, loop in multiplying if not any(other < loop for _, other in multiplying)]
+        if innermost:
+            main = _within(code, max(innermost, key=lambda found: found[0])[1])
+            return {"loop": len(main.instructions), "loop_mma": main.count(mma), "loop_loads": main.count(load)}
+    return {"loop": 0, "loop_mma": 0, "loop_loads": 0}
+
+
+def _within(code: Code, loop: frozenset[int]) -> Code:
+    return Code([code.instructions[i] for i in sorted(loop)], {})
+
+
+def loops(code: Code) -> list[frozenset[int]]:
+    """The indices of each loop's instructions: of those that can run between its first one and the return to it.
+
+    A loop cannot be entered but at its first instruction. A jump back alone does not make one, because compilers also place
+    rarely taken paths behind the kernel's end.
+    """
+    size = len(code.instructions)
+    after: list[list[int]] = [[] for _ in range(size)]
+    before: list[list[int]] = [[] for _ in range(size)]
+    for i, one in enumerate(code.instructions):
+        targets = [code.labels[one.target]] if one.target is not None else []
+        for j in targets + [i + 1] * one.continues:
+            if j < size:
+                after[i].append(j)
+                before[j].append(i)
+    found = []
+    reached = _reachable(after, 0)
+    for first in sorted(set(code.labels.values()) & reached):
+        around = _reachable(after, 0, without=first)
+        body = {first}
+        for last in before[first]:
+            if last in reached - around:
+                body |= _reachable(before, last, without=first)
+        if len(body) > 1:
+            found.append(frozenset(body))
+    return found
+
+
+def _reachable(edges: list[list[int]], start: int, without: int | None = None) -> set[int]:
+    """What can be reached from an instruction along edges that avoid another one."""
+    found: set[int] = set()
+    waiting = [start]
+    while waiting:
+        i = waiting.pop()
+        if i != without and i not in found:
+            found.add(i)
+            waiting += edges[i]
+    return found
+
+
+def programs_of_a_processor(arch: str, regs: int, warps: int, shared: int, tensor_memory: int) -> int:
+    """The programs that fit one processor at once, by registers, warps, shared memory and tensor memory.
+
+    Source: the tables of compute capabilities in NVIDIA's CUDA C++ Programming Guide, and AMD's CDNA 3 ISA Reference Guide.
+    """
+    if arch.startswith("gfx"):
+        waves = min(8, 512 // (-(-regs // 8) * 8))  # on each of four units
+        return min(4 * waves // warps, (64 << 10) // max(shared, 1), 16)
+    most_warps = 48 if arch in ("sm_86", "sm_89", "sm_120") else 64
+    memory = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_120": 100}.get(arch, 228) << 10
+    warps_by_registers = 4 * (16384 // (-(-regs // 8) * 8 * 32))  # each of four units has 16384, and gives warps multiples of 8
+    fitting = [most_warps // warps, warps_by_registers // warps, memory // (shared + 1024)]  # 1 KB is the system's
+    return min([*fitting, 512 // tensor_memory] if tensor_memory else fitting)
