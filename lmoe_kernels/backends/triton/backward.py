@@ -43,7 +43,7 @@ from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from lmoe_kernels.casting import from_buffer
-from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Sizes, Wanted
 
 
 def backward(
@@ -74,7 +74,7 @@ def backward(
     )
     with host.on_device_of(dy):
         if groups is None:
-            grads = _all_experts(dy, x, factors, cast, tensors, options, plan, chip, wanted)
+            grads = _all_experts(dy, x, factors, cast, tensors, options, plan, sizes, chip, wanted)
         else:
             grads = _grouped(dy, x, factors, cast, tensors, options, plan, groups, chip, wanted)
     if wanted.gate_bias:
@@ -92,6 +92,7 @@ def _all_experts(
     tensors: MixTensors,
     options: Options,
     plan: BackwardPlan,
+    sizes: Sizes,
     chip: configs.Chip,
     wanted: Wanted,
 ) -> Gradients:
@@ -100,7 +101,7 @@ def _all_experts(
     dv lies in the memory of dx where that has room for it, since dx is written last.
     """
     lora_a, lora_b, gate_weight, _, _ = factors
-    T, I, _, E, R, _ = sizes = factors.sizes(dy.shape[0])  # noqa: E741
+    T, I, _, E, R, _ = sizes  # noqa: E741
     constants, du, v = gate_constants(sizes, options), tensors.du, tensors.v
     dlora_a = dlora_b = dgate_weight = None
     dx = dy.new_empty(T, I) if wanted.x else None

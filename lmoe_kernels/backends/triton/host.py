@@ -117,7 +117,7 @@ def launch_options(kernel: triton.JITFunction, tile: Tile) -> dict[str, int]:
 
 def accumulator(rows: Tensor) -> torch.dtype:
     """The dtype of sums: fp32, or fp64 for fp64."""
-    return torch.promote_types(rows.dtype, torch.float32)
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def dot_constants(rows: Tensor) -> dict[str, object]:
