@@ -50,8 +50,8 @@ gpu: ## Build, test, tune and measure on this machine's GPU, without a network; 
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
-static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes)
-	$(BIN)/python -m benchmarks.inspect.static
+static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes); WITH=python of another Triton
+	$(or $(WITH),$(BIN)/python) -m benchmarks.inspect.static --out benchmarks/results/static
 
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
 	$(BIN)/python -m tools.emulator.racecheck

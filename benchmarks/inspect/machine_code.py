@@ -165,10 +165,11 @@ def _parsed(text: str, label: str, read: Callable[[str], Instruction | None]) ->
 
 
 def _of_main_loop(code: Code, mma: str, load: str) -> dict[str, int | bool]:
-    """The instructions of the main loop, and among them products and loads of global memory into registers.
+    """The instructions of one step of the main loop, and among them products and loads of global memory into registers.
 
     That is the innermost loop with the most tensor-core instructions or, without any, with the most fused multiply-adds. All
-    are zero for a kernel that multiplies outside of loops.
+    are zero for a kernel that multiplies outside of loops. ptxas unrolls none of these loops: on 2026-11-25 the SASS of 108
+    kernels had as many tensor-core instructions as their PTX, under Triton 3.6.0 and 3.7.1.
     """
     all_loops = loops(code)
     for products in (mma, FMA):
@@ -232,9 +233,11 @@ def programs_of_a_processor(arch: str, regs: int, warps: int, shared: int, tenso
     """
     if arch.startswith("gfx"):
         waves = min(8, 512 // (-(-regs // 8) * 8))  # on each of four units
-        return min(4 * waves // warps, (64 << 10) // max(shared, 1), 16)
+        return min(4 * waves // warps, (64 << 10) // max(shared, 1))
     most_warps = 48 if arch in ("sm_86", "sm_89", "sm_120") else 64
     memory = {"sm_80": 164, "sm_86": 100, "sm_89": 100, "sm_120": 100}.get(arch, 228) << 10
-    warps_by_registers = 4 * (16384 // (-(-regs // 8) * 8 * 32))  # each of four units has 16384, and gives warps multiples of 8
+    warps_by_registers = 4 * (
+        16384 // (-(-regs // 8) * 8 * 32)
+    )  # each of four units has 16384, and gives warps multiples of 8
     fitting = [most_warps // warps, warps_by_registers // warps, memory // (shared + 1024)]  # 1 KB is the system's
     return min([*fitting, 512 // tensor_memory] if tensor_memory else fitting)

@@ -3,8 +3,8 @@
     python -m benchmarks.inspect.static [--quick | --one] [--arch sm_90 ...] [--out benchmarks/results/static]
 
 One JSON line for each kernel and configuration that `configs.py` chooses for `CASES`, then a table of the kernels; `--out`
-writes them to triton-<version>.jsonl and triton-<version>.txt. Triton brings its compilers along, so that its version decides
-about the code: run this once with each. The launches are those of the backend itself: it is called on meta tensors, and its
+writes them to triton-<version>.jsonl and triton-<version>.txt. Triton brings its compilers along, and the code differs from
+version to version: run this with each. The launches are those of the backend itself: it is called on meta tensors, and its
 launcher is replaced by a recorder. Exits with 1 where there are `complaints`, with 2 where machine code cannot be read.
 """
 
@@ -78,6 +78,7 @@ CASES = [
     *(case(T=t, E=e, options=TOP_2_OF_ALL) for t in (16, 65536) for e in (8, 64)),
     *(case(T=t, options=TOP_2_OF_ALL, shared_a=True) for t in (16, 65536)),
     *(Case(Shape(t, 2051, 1025, 5, 3, "bfloat16")) for t in (16, 65536)),
+    *(Case(Shape(8192, 4096, o, 8, 16, "bfloat16")) for o in (14336, 28672)),
     *(case(E=4, R=64, options=options) for options in (DEFAULT, OUTPUTS)),
     case(options=OUTPUTS),
     case(options=OUTPUTS._replace(top_k=2), outside_logits=True),
@@ -186,6 +187,7 @@ def complaints(line: dict) -> list[str]:
         "no tensor cores": wants_tensor_cores and line["mma"] == 0,
         "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
         "serialised wgmma": line["serialised"],
+        "does not fit a processor": line["programs"] == 0,
     }
     return [complaint for complaint, broken in rules.items() if broken]
 
@@ -215,11 +217,11 @@ COLUMNS = {  # of the table: the width, and the key in a line
     "programs": (9, "programs"),
 }
 LEGEND = """\
+serialised  configurations whose wgmma wait for one another
 registers   of a thread
-loop        instructions of the main loop, among them tensor-core instructions (its mma) and loads of global memory that go
-            through registers (its loads), not by cp.async; mma, wgmma and cp.async count in the whole kernel
-programs    that fit one processor at once, by registers, warps and shared memory
-serialised  configurations whose wgmma wait for one another"""
+loop        instructions of a step of the main loop; "its mma" are those for tensor cores, "its loads" load global memory into
+            registers, not by cp.async; mma, wgmma and cp.async count in the whole kernel
+programs    that fit one processor at once, by registers, warps and shared memory"""
 
 
 def table(found: list[dict]) -> str:
@@ -256,7 +258,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="three cases, not all")
     parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="as many as there are cores, if not given")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="as many as there are cores, if not given"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write the lines and the table")
     args = parser.parse_args()
     cases = QUICK[:1] if args.one else QUICK if args.quick else CASES

@@ -1,5 +1,7 @@
 """What only the Triton backend has: several plans for one call, tiles that do not fit, the policy of tf32."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -113,23 +115,24 @@ def test_plans_are_chosen_by_sizes_alone_and_fit_their_chip() -> None:
 def test_lengths_that_vary_meet_few_kernels(features: int) -> None:
     """What a plan fixes of the kernels' constants; each kind is compiled on its first call."""
     kinds = set()
-    for T in range(1, 16385, 16):
+    for T in range(1, 16385, 64):
         sizes = Sizes(T, features, features, 8, 16, 8)
         forward, backward = (
             plan(sizes, torch.bfloat16, H200)
             for plan in (configs.forward_plan.__wrapped__, configs.backward_plan.__wrapped__)
         )
-        kinds.add((forward, backward))
-    assert len(kinds) <= 10
+        # the chunk of expand is no constant of its kernel
+        kinds.add(tuple(replace(plan, expand=replace(plan.expand, chunk=0)) for plan in (forward, backward)))
+    assert len(kinds) <= 14
 
 
 def test_one_pass_where_tokens_fill_the_chip_and_experts_fit() -> None:
     def one_pass(T: int, E: int, R: int) -> bool:
         return configs.forward_plan(Sizes(T, 4096, 4096, E, R, E), torch.bfloat16, H200).one_pass is not None
 
-    assert one_pass(8192, 8, 16)
+    assert one_pass(16384, 8, 16)
     assert one_pass(65536, 8, 32)
-    assert not one_pass(2048, 8, 16), "a quarter of the processors would work"
+    assert not one_pass(8192, 8, 16), "half of the processors would work on tiles of 128 tokens"
     assert not one_pass(65536, 64, 16), "E R = 1024 fits no tile"
 
 

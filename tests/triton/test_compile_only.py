@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time for GPUs that need not be here: no spills, no stack, tensor cores in use.
 
-In a process of its own, since here Triton interprets. `make test` takes three calls on Hopper and one on the other chips;
+In processes of their own, since here Triton interprets. `make test` takes three calls on Hopper and one on some other chips;
 all configurations of `benchmarks.inspect.static` are for `make static`.
 """
 
@@ -8,10 +8,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
+
+import triton
+
+from lmoe_kernels.backends.triton import wgrad
 
 KERNELS = {
     "_one_pass_fwd_kernel", "_shrink_mix_fwd_kernel", "_shrink_fwd_kernel", "_mix_fwd_kernel", "_expand_fwd_kernel",
@@ -23,24 +28,62 @@ KERNELS = {
 
 def compiled(*arguments: str) -> tuple[list[dict], str]:
     """The rows of `python -m benchmarks.inspect.static`, and its complaints."""
+    printed, complaints = _run("-m", "benchmarks.inspect.static", "--processes", "1", *arguments)
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    assert {row["triton"] for row in rows} == {triton.__version__}
+    return rows, complaints
+
+
+def _run(*arguments: str) -> tuple[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.inspect.static", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")], done.stderr
+    return done.stdout, done.stderr
+
+
+def assert_tiles_come_by_cp_async(rows: list[dict]) -> None:
+    """On NVIDIA's chips no loop of products loads its tiles into registers, which leave no room for several stages."""
+    by_registers = {
+        row["kernel"] for row in rows if not row["arch"].startswith("gfx") and row["loop_mma"] and row["loop_loads"]
+    }
+    assert not by_registers
 
 
 def test_three_calls_on_hopper() -> None:
     rows, complaints = compiled("--quick", "--arch", "sm_90")
     assert complaints == ""
     assert {row["kernel"] for row in rows} >= KERNELS - {"_shrink_mix_fwd_kernel"}
+    assert_tiles_come_by_cp_async(rows)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_one_call_elsewhere(arch: str) -> None:
     rows, complaints = compiled("--one", "--arch", arch)
     assert complaints == ""
     assert {row["arch"] for row in rows} == {arch}
+    assert_tiles_come_by_cp_async(rows)
+
+
+COMPILED_WITHOUT = """
+import sys
+from dataclasses import replace
+from benchmarks.inspect import static
+sys.path.insert(0, sys.argv[1])
+kernels = {launch.kernel: launch for launch in static.launches(static.case(T=1024), static.CHIPS["sm_90"])}
+line = static.line_of(replace(kernels["_wgrad_bwd_kernel"], module="without"), "sm_90")
+print(static.complaints(line))
+"""
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="ptxas of other versions serialises nothing here")
+def test_a_split_that_may_have_no_tokens_serialises_wgmma(tmp_path: Path) -> None:
+    """The kernel's own text without its assumption."""
+    lines = Path(wgrad.__file__).read_text(encoding="utf-8").splitlines()
+    without = [line for line in lines if "tl.assume(" not in line]
+    assert len(without) == len(lines) - 1
+    (tmp_path / "without.py").write_text("\n".join(without), encoding="utf-8")
+    printed, _ = _run("-c", COMPILED_WITHOUT, str(tmp_path))
+    assert printed == "['serialised wgmma']\n"
 
 
 @pytest.mark.slow

@@ -123,10 +123,11 @@ def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     mix, expand = mix_tile(sizes, chip), expand_tile(sizes, ER, sizes.O, dtype, chip)
     plans = []
     for tile in shrink_tiles(sizes, columns, dtype, chip):
-        plans += [ForwardPlan(None, splits, tile, mix, expand) for splits in splits_of(tile, sizes.I, dtype)]
+        splits = splits_of(tile, sizes.I, dtype)
         # One pass holds all E R rows of both factors in one tile, and has one program for each tile of tokens.
-        if columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory:
-            plans += [replace(plan, one_pass=tile) for plan in plans if plan.shrink == tile and plan.splits == 1]
+        fits = columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory
+        plans += [ForwardPlan(tile, 1, tile, mix, expand)] if fits and 1 in splits else []
+        plans += [ForwardPlan(None, number, tile, mix, expand) for number in splits]
     return min(plans, key=lambda plan: seconds_of(forward_kernels(plan, sizes, dtype, chip), chip))
 
 
@@ -181,9 +182,9 @@ def expand_traffic(tile: Tile, T: int, F: int, columns: int, gate: int, dtype: t
 
 
 def seconds_of(kernels: dict[str, Traffic], chip: Chip) -> float:
-    """The modelled time of kernels that run one after another. The interpreter's have no launch to save."""
-    launch = 0.0 if chip.arch == "interpreter" else cost.LAUNCH
-    return sum(kernel.seconds(chip.processors, launch=launch) for kernel in kernels.values())
+    """The modelled time of kernels that run one after another. In the interpreter a kernel itself costs nothing."""
+    rates = cost.H100._replace(launch=0, wave=0) if chip.arch == "interpreter" else cost.H100
+    return sum(kernel.seconds(chip.processors, rates) for kernel in kernels.values())
 
 
 def slots_of(bytes_of_program: int, chip: Chip) -> int:
@@ -212,7 +213,7 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(
         shrink,
-        expand=replace(shrink, F=2 * shrink.F, chunk=1024),
+        expand=replace(shrink, chunk=16 * shrink.F),
         wgrad=fit_stages(replace(shrink, F=2 * shrink.F), 4, lambda t: (t.F + t.ER) * t.T * dtype.itemsize, chip),
         gate=shrink_tiles(sizes._replace(E=1, R=sizes.E, experts_of_a=1), sizes.E, dtype, chip)[-1],
         gate_expand=expand_tile(sizes, sizes.E, sizes.I, dtype, chip),
@@ -221,30 +222,51 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
 
 @cached_plan
 def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> WgradPlan:
-    """The tile and the splits of a weight gradient of `heights[0]` rows, and of the gate's of `heights[1]` where given."""
+    """The tile and the splits of a weight gradient of `heights[0]` rows, and of the gate's of `heights[1]` where given.
+
+    Of the tiles that compile without spills, and of as many splits as fill one wave of programs or a few, those with the
+    least `wgrad_bytes`. 256 features halve the reads of the coefficients and need twice the splits; wgmma and tcgen05 leave
+    enough registers for them.
+    """
     experts = heights[1] if len(heights) == 2 else 1
     tile = Tile(
         T=64, F=128, ER=block_of(heights[0], most=widest(experts, dtype, chip)), E=block_of(experts, most=64), warps=8
     )
+    tiles, waves, least = [tile], (1, 2, 3, 4), 512
     if chip.arch == "interpreter":
-        tile = replace(tile, T=32, F=64, ER=min(tile.ER, 64))
+        tiles, waves, least = [replace(tile, T=32, F=64, ER=min(tile.ER, 64))], (1,), 32
     elif dtype.itemsize > 2:  # without tensor cores the operands take registers too
-        tile = replace(tile, T=32, F=64)
+        tiles = [replace(tile, T=32, F=64)]
     elif tile.ER > 128 and chip.arch.startswith("gfx"):
-        tile = replace(tile, F=64)
-    stages = 3 if tile.ER == 16 and uses_mma_sync(chip) else 4  # with 16 rows a fourth spills (Triton 3.6 for sm_80)
-    tile = fit_stages(tile, stages, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
-    # As many programs as fill one wave. Each split writes and reads 8 ER F bytes of partial sums, against T F times the
-    # itemsize for the rows themselves: with fewer than 512 tokens to a split that costs more than it saves.
-    programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
-    least = 32 if chip.arch == "interpreter" else 512
-    splits = max(1, min(chip.processors // max(programs, 1), tokens // least))
-    if dtype == torch.float32:
-        # A running sum of 16384 tokens has an error of 19 epsilons, one of 2048 tokens 7 (simulated). The bytes of further
-        # partial sums take little time next to the products. In half precision other rounding errors are far larger.
-        splits = max(splits, ceil_div(tokens, 2048))
-    of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
-    return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
+        tiles = [replace(tile, F=64)]
+    elif tile.ER <= 128 and tile.E == 16 and chip.arch.startswith(("sm_9", "sm_10")):
+        tiles = [tile, replace(tile, F=256)]
+    plans = []
+    for tile in tiles:
+        tile = fit_stages(tile, 4, lambda t: (t.F + t.ER + t.E) * t.T * dtype.itemsize, chip)
+        programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
+        for most in waves:
+            # With fewer than 512 tokens to a split the partial sums take more bytes than a fuller wave saves.
+            splits = max(1, min(most * chip.processors // max(programs, 1), tokens // least))
+            if dtype == torch.float32:
+                # A running sum of 16384 tokens has an error of 19 epsilons, one of 2048 tokens 7 (simulated). The bytes of
+                # further partial sums take little time next to the products. In half precision other rounding errors are
+                # far larger.
+                splits = max(splits, ceil_div(tokens, 2048))
+            of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
+            plans.append(WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split))
+    return min(plans, key=lambda plan: wgrad_bytes(plan, features, heights, dtype, chip))
+
+
+def wgrad_bytes(plan: WgradPlan, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> int:
+    """What a weight gradient loads, as if all processors had as many programs as the busiest one, and its partial sums.
+
+    A program loads rows and coefficients, from the L2 if another program loads the same. Partial sums are written and read.
+    """
+    programs = ceil_div(features, plan.tile.F) * ceil_div(heights[0], plan.tile.ER) * plan.splits
+    columns = plan.tile.F + plan.tile.ER + (plan.tile.E if len(heights) == 2 else 0)
+    loaded = ceil_div(programs, chip.processors) * chip.processors * plan.tokens * columns * dtype.itemsize
+    return loaded + (8 * plan.splits * sum(heights) * features if plan.splits > 1 else 0)
 
 
 def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> list[Tile]:
@@ -278,7 +300,7 @@ def expand_tile(sizes: Sizes, columns: int, features: int, dtype: torch.dtype, c
     """
     tile = Tile(T=64, F=128, ER=block_of(columns, most=64), E=block_of(sizes.E, most=64), warps=8)  # 4 warps spill on sm_100
     if chip.arch == "interpreter":
-        return replace(tile, T=32, F=64, chunk=256)
+        return with_chunk(replace(tile, T=32, F=64), sizes.T, features, columns, dtype, chip)
     if dtype.itemsize > 2:
         tile = replace(tile, F=64, ER=min(tile.ER, 32), E=16)
     else:
@@ -302,7 +324,7 @@ def with_chunk(tile: Tile, T: int, features: int, columns: int, dtype: torch.dty
         one = replace(tile, chunk=chunk)
         traffic = expand_traffic(one, T, features, columns, 0, dtype, chip)
         if not found or 8 * traffic.programs > 7 * traffic.slots * chip.processors:
-            found[one] = traffic.seconds(chip.processors)
+            found[one] = seconds_of({"_expand_fwd_kernel": traffic}, chip)
     return min(found, key=found.__getitem__)
 
 

@@ -17,10 +17,20 @@ With memory as fast as an H200's the plans with the least traffic through the L2
 
 from typing import NamedTuple
 
-MEMORY, L2 = 3.0e12 / 132, 6.0e12 / 132  # bytes a second for each processor
 DRAWS_ALL = 5 / 8  # of the processors can draw what the memory gives
-LAUNCH, WAVE = 2.5e-6, 1e-6  # seconds
 KEPT = 24 << 20  # bytes of partial sums that stay in the L2
+
+
+class Rates(NamedTuple):
+    """What bytes and kernels cost."""
+
+    memory: float  # bytes a second for each processor
+    l2: float
+    launch: float  # seconds for each kernel
+    wave: float  # and for each of its waves of programs
+
+
+H100 = Rates(memory=3.0e12 / 132, l2=6.0e12 / 132, launch=2.5e-6, wave=1e-6)
 
 
 class Traffic(NamedTuple):
@@ -32,14 +42,15 @@ class Traffic(NamedTuple):
     memory: int  # of the tensors that lived before the call or live after it, each once
     slots: int = 1  # programs that a processor runs at once
 
-    def seconds(self, processors: int, memory: float = MEMORY, l2: float = L2, launch: float = LAUNCH) -> float:
-        """The modelled time on a chip of so many processors, each of which gets so many bytes a second."""
+    def seconds(self, processors: int, rates: Rates = H100) -> float:
+        """The modelled time on a chip of so many processors."""
         if self.programs == 0:
             return 0.0
         busy = self.programs / ceil_div(self.programs, processors)  # processors, on average
-        through_memory = self.memory / (memory * min(processors, busy / DRAWS_ALL))
-        through_l2 = (self.loaded + self.stored) / (l2 * busy)
-        return max(through_memory, through_l2) + ceil_div(self.programs, self.slots * processors) * WAVE + launch
+        through_memory = self.memory / (rates.memory * min(processors, busy / DRAWS_ALL))
+        through_l2 = (self.loaded + self.stored) / (rates.l2 * busy)
+        waves = ceil_div(self.programs, self.slots * processors)
+        return max(through_memory, through_l2) + waves * rates.wave + rates.launch
 
 
 def shrink(T: int, F: int, columns: int, gate: int, block_T: int, block_ER: int, splits: int, size: int) -> Traffic:
@@ -49,7 +60,7 @@ def shrink(T: int, F: int, columns: int, gate: int, block_T: int, block_ER: int,
     """
     tiles, of_columns = ceil_div(T, block_T), ceil_div(columns, block_ER)
     programs = tiles * of_columns * splits or tiles
-    loaded = of_columns * (T + tiles * gate) * F + tiles * columns * F
+    loaded = (of_columns * T + tiles * (columns + gate * (of_columns if splits else 1))) * F
     sums = splits * T * (columns + gate) * max(size, 4)
     return Traffic(programs, loaded * size, sums, (T + columns + gate) * F * size + (sums if sums > KEPT else 0))
 

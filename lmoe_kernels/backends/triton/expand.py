@@ -97,10 +97,8 @@ def _expand_fwd_kernel(
     t = tl.program_id(0) // chunks * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(0) % chunks * steps
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
-    v = load_rows(v_ptr, t, er, T, ER)
-    dlogits = v
-    if dlogits_ptr is not None:
-        dlogits = load_rows(dlogits_ptr, t, e, T, E)
+    v = load_rows(v_ptr, t, er, T, ER) if BLOCK_ER >= ER else None
+    dlogits = load_rows(dlogits_ptr, t, e, T, E) if dlogits_ptr is not None and BLOCK_E >= E else None
     for step in range(steps):
         f = (first + step) * BLOCK_F + tl.arange(0, BLOCK_F)
         acc = tl.zeros((BLOCK_T, BLOCK_F), ACC)
@@ -113,7 +111,7 @@ def _expand_fwd_kernel(
 @triton.jit
 def _add_product(
     acc,  # (BLOCK_T, BLOCK_F)
-    block,  # (BLOCK_T, BLOCK_C), the first columns of the rows
+    rows,  # (BLOCK_T, BLOCK_C), or None where a block does not have all columns
     rows_ptr,  # (T, C)
     factor_ptr,  # (C, F)
     t,  # (BLOCK_T) tokens
@@ -124,9 +122,9 @@ def _add_product(
     C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + rows factor: (BLOCK_T, BLOCK_F). More columns than a block has are loaded again, block by block."""
-    if c.shape[0] >= C:
-        acc = expand_tile(block, factor_ptr, acc, c, f, F, C, PRECISION)
+    """acc + rows factor: (BLOCK_T, BLOCK_F). More columns than a block has are loaded here, block by block."""
+    if rows is not None:
+        acc = expand_tile(rows, factor_ptr, acc, c, f, F, C, PRECISION)
     else:
         for start in range(0, C, c.shape[0]):
             part = load_rows(rows_ptr, t, start + c, T, C)
