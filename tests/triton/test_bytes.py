@@ -58,6 +58,17 @@ def test_scratch_has_memory_of_its_own_where_the_result_is_smaller(plan: str) ->
     assert not _written(counts, "dv") & {grads.x.data_ptr()}
 
 
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("out_features", [24, 40, 80])  # E R is 32: too few for v, enough for v alone, enough for u and v
+def test_scratch_stays_within_the_memory_that_it_lies_in(plan: str, tokens: int, out_features: int) -> None:
+    case = replace(CASE, T=tokens, O=out_features)
+    t = make_problem(case, torch.bfloat16).tensors
+    with counted():  # an access outside of a kernel's arguments raises
+        unsaved, _ = calls.forward("triton", t["x"], calls.factors_of(t), save=False)
+        y, _ = calls.forward("triton", t["x"], calls.factors_of(t))
+    assert torch.equal(y, unsaved)
+
+
 def test_forward_reads_base_once(plan: str) -> None:
     t, base = make_problem(CASE, torch.bfloat16).tensors, torch.randn(CASE.T, CASE.O).bfloat16()
     with counted() as counts:
