@@ -90,9 +90,7 @@ def test_all_factors_are_cast_by_one_operation() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("cast", [CAST, ["lora_a"], ["lora_b"], ["gate_weight"]], ids=str)
-def test_fp32_factors_obey_the_error_rule(
-    every_plan: str, cast: list[str], dtype: torch.dtype, watch
-) -> None:
+def test_fp32_factors_obey_the_error_rule(every_plan: str, cast: list[str], dtype: torch.dtype, watch) -> None:
     if every_plan == "cuda" and dtype == torch.float64:
         pytest.skip("the cuda backend does not take float64")
     problem = make_problem(Case(T=35, I=40, O=48, E=5, R=3, top_k=2), dtype)

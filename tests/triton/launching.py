@@ -137,7 +137,7 @@ def compared(gpu: StubbedGpu) -> Iterator[None]:
 
 
 def every_kind() -> list[str]:
-    """The kinds of launches that reach Triton's own code, first when each comes for the first time, then when it comes again."""
+    """The launches that reach Triton's own code, when each comes for the first time, and when it comes again."""
     seen: list[str] = []
     run = triton.JITFunction.run
 
@@ -149,7 +149,7 @@ def every_kind() -> list[str]:
     with stubbed_gpu() as gpu, compared(gpu), mock.patch.object(triton.JITFunction, "run", counting):
         first = gpu.get_current_device()
         for repeat in range(2):
-            for name, call in LAUNCHES.items():
+            for name, call in LAUNCHES.items():  # noqa: B007 (`counting` uses the name)
                 gpu.get_current_device = lambda device=call.device: first if device is None else device
                 args = (call.x, call.y, call.T, call.F, call.stride, call.scaling)
                 host.launch(call.kernel, call.grid, *args, tile=call.tile, **call.constants)
@@ -167,7 +167,8 @@ def whole_calls(seed: int) -> int:
             case = Case(
                 T=chosen.choice([1, 16, 64, 513]), I=chosen.choice([8, 33, 256]), O=chosen.choice([16, 40, 2048]),
                 E=chosen.choice([1, 4, 5]), R=chosen.choice([3, 8, 16]), top_k=chosen.choice([None, 1]),
-                mixing=chosen.choice(["factors", "outputs"]), shared_a=chosen.random() < 0.3, gate_bias=chosen.random() < 0.5,
+                mixing=chosen.choice(["factors", "outputs"]), shared_a=chosen.random() < 0.3,
+                gate_bias=chosen.random() < 0.5,
             )  # fmt: skip
             dtype = chosen.choice([torch.bfloat16, torch.float16, torch.float32, torch.float64])
             problem = make_problem(case, dtype)

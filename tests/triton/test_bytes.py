@@ -141,9 +141,7 @@ def test_work_of_few_experts_of_many_grows_with_the_few() -> None:
 
 def _written(counts: dict[Access, Bytes], *arguments: str) -> set[int]:
     """The addresses of the tensors that are stored to, of these arguments or of all."""
-    return {
-        access.address for access, c in counts.items() if c.stored and (not arguments or access.argument in arguments)
-    }
+    return {access.address for access, c in counts.items() if c.stored and (not arguments or access.argument in arguments)}
 
 
 def _backward(case: Case, *wanted: str) -> tuple[dict[Access, Bytes], Problem, Gradients]:

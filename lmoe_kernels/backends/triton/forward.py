@@ -71,7 +71,7 @@ def _all_experts(
         v = None if fits else x.new_empty(T, E, R)
         one_pass_fwd(x, factors, base, logits, u, v, y, options.scaling, constants, plan.one_pass)
         return u
-    u = x.new_empty(T, experts_of_a, R) if save or O < experts_of_a * R else y
+    u = x.new_empty(T, experts_of_a, R) if save or experts_of_a * R > O else y
     v = x.new_empty(T, E, R)
     if plan.splits == 1:
         shrink_mix_fwd(x, factors, logits, u, v, constants, plan.shrink)

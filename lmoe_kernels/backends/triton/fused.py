@@ -85,7 +85,7 @@ def _one_pass_fwd_kernel(
     base_ptr, base_stride_t,  # (T, O), (O), or None
     logits_ptr,  # (T, E), written; or None
     u_ptr,  # (T, E, R), written; or None: in y's memory
-    v_ptr,  # (T, E, R), scratch; None where u is, or where only v is in y's memory
+    v_ptr,  # (T, E, R), scratch; or None: in y's memory, as it must be where u is
     y_ptr,  # (T, O), written
     scaling,
     T,
@@ -111,7 +111,7 @@ def _one_pass_fwd_kernel(
     nothing is saved.
     """
     ER: tl.constexpr = E * R
-    IN_Y: tl.constexpr = v_ptr is None
+    IN_Y: tl.constexpr = v_ptr is None  # pyright: ignore[reportAssignmentType]
     if IN_Y:
         first = tl.program_id(0).to(tl.int64) * BLOCK_T
         v_ptr = y_ptr + first * (O - ER)  # token t's row is t * ER elements further on
