@@ -3,6 +3,7 @@
 
 from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
+from lmoe_kernels.compilation import warmup
 from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
@@ -38,4 +39,5 @@ __all__ = [
     "save_lmoe",
     "train_lmoe",
     "use_backend",
+    "warmup",
 ]

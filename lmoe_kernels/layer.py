@@ -251,7 +251,7 @@ class LMoELinear(nn.Module):
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
-        if _is_plain_linear(base):
+        if is_plain_linear(base):
             result = lmoe_linear(x, base.weight, base.bias, *factors, **options)
         else:
             result = lmoe(x, *factors, base=base(x), **options)
@@ -349,7 +349,7 @@ def weight_of(linear: nn.Module) -> Tensor:
     return next(chain(linear.parameters(), linear.buffers()), torch.empty(0))  # the layers of GPTQ have only buffers
 
 
-def _is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether calling the layer only runs `F.linear` on plain tensors, so that `lmoe_linear` can compute its product."""
     return (
         type(layer) is nn.Linear

@@ -26,9 +26,47 @@ def test_forward_reads_x_once_and_writes_y_once(plan: str) -> None:
     t = make_problem(CASE, torch.bfloat16).tensors
     with counted() as counts:
         y, _ = calls.forward("triton", t["x"], calls.factors_of(t))
-    assert any("one_pass" in access.kernel for access in counts) == (plan == "few processors")
+    one_pass = any("one_pass" in access.kernel for access in counts)
+    assert one_pass == (plan == "few processors")
     assert of_tensor(counts, t["x"]).loaded == t["x"].nbytes
-    assert stored_to(counts, "y", "out") == y.nbytes
+    v = CASE.T * CASE.E * CASE.R * 2 if one_pass else 0  # it lies in y's memory until y is written
+    assert stored_to(counts, "y", "out") == y.nbytes + v
+
+
+def test_what_is_not_saved_has_no_memory_of_its_own(plan: str) -> None:
+    t = make_problem(CASE, torch.bfloat16).tensors
+    with counted() as counts:
+        y, _ = calls.forward("triton", t["x"], calls.factors_of(t), save=False)
+    if plan == "few processors":
+        assert _written(counts) == {y.data_ptr()}, "one pass has its scratch in y"
+    else:
+        assert _written(counts, "u") == {y.data_ptr()}
+    counts, _, grads = _backward(CASE)
+    assert grads.x is not None
+    assert _written(counts, "dv") == {grads.x.data_ptr()}
+
+
+def test_scratch_has_memory_of_its_own_where_the_result_is_smaller(plan: str) -> None:
+    case = replace(CASE, I=24, O=24)
+    t = make_problem(case, torch.bfloat16).tensors
+    with counted() as counts:
+        y, _ = calls.forward("triton", t["x"], calls.factors_of(t), save=False)
+    assert stored_to(counts, "u", "v") >= 2 * case.T * case.E * case.R * 2
+    assert not _written(counts, "u", "v") & {y.data_ptr()}
+    counts, _, grads = _backward(case)
+    assert grads.x is not None
+    assert not _written(counts, "dv") & {grads.x.data_ptr()}
+
+
+@pytest.mark.parametrize("tokens", [1, 33])
+@pytest.mark.parametrize("out_features", [24, 40, 80])  # E R is 32: too few for v, enough for v alone, enough for u and v
+def test_scratch_stays_within_the_memory_that_it_lies_in(plan: str, tokens: int, out_features: int) -> None:
+    case = replace(CASE, T=tokens, O=out_features)
+    t = make_problem(case, torch.bfloat16).tensors
+    with counted():  # an access outside of a kernel's arguments raises
+        unsaved, _ = calls.forward("triton", t["x"], calls.factors_of(t), save=False)
+        y, _ = calls.forward("triton", t["x"], calls.factors_of(t))
+    assert torch.equal(y, unsaved)
 
 
 def test_forward_reads_base_once(plan: str) -> None:
@@ -99,6 +137,11 @@ def test_work_of_few_experts_of_many_grows_with_the_few() -> None:
     # every expert's last tile is partly empty: at most one more for each expert and slot
     shrink_and_expand = 2 * 16 * 16 * (64 + 64)  # FLOPs of a tile: 16 tokens, 12 ranks padded to 16, features padded
     assert flops[48] - flops[24] <= 2 * 24 * shrink_and_expand
+
+
+def _written(counts: dict[Access, Bytes], *arguments: str) -> set[int]:
+    """The addresses of the tensors that are stored to, of these arguments or of all."""
+    return {access.address for access, c in counts.items() if c.stored and (not arguments or access.argument in arguments)}
 
 
 def _backward(case: Case, *wanted: str) -> tuple[dict[Access, Bytes], Problem, Gradients]:

@@ -1,4 +1,6 @@
-"""How the Triton kernels are launched: on the tensors' device, and without writing results that are not needed."""
+"""How the Triton kernels are launched: on the tensors' device, with the machine code that Triton would choose, and without
+writing results that are not needed.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +16,43 @@ from lmoe_kernels import lmoe
 from lmoe_kernels.backends.triton import host
 from tests import plans
 from tests.problems import Case, Problem, gradients, leaves_of, make_problem
+from tests.triton.compiling import run_compiled
 from tools.interpreter.bytes import counted, stored_to
 
 PLANS = [plan for backend, plan in plans.PLANS if backend == "triton"]
+
+
+KINDS = """
+from tests.triton import launching
+print(*launching.every_kind(), sep="\\n")
+"""
+WHOLE_CALLS = """
+import sys
+from tests.triton import launching
+print(launching.whole_calls(int(sys.argv[1])))
+"""
+HOOKS = """
+import torch
+from triton import knobs
+from lmoe_kernels import lmoe
+from tools.stubbed_gpu import stubbed_gpu
+
+tensors, gate = (torch.randn(2, 16), torch.randn(2, 4, 16), torch.randn(2, 4, 16)), torch.randn(2, 16)
+seen = []
+with stubbed_gpu() as gpu:
+    def call():
+        seen.clear()
+        before = gpu.launches()
+        lmoe(*tensors, gate_weight=gate, backend="triton")
+        print(gpu.launches() - before, *seen)
+    call()
+    for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        hook = lambda data: seen.append(data.get()["name"])
+        chain.add(hook)
+        call()
+        chain.remove(hook)
+    call()
+"""
 
 
 @pytest.fixture(params=PLANS)
@@ -39,9 +75,12 @@ def test_the_current_device_is_the_tensors(monkeypatch: pytest.MonkeyPatch) -> N
         current.pop()
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1].index)
+    rows = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1), get_device=lambda: 1)
     with host.on_device_of(rows):
         assert current[-1] == rows.device
+        with host.on_device_of(rows):
+            assert len(current) == 2, "it is the current one already"
     assert current == [torch.device("cuda", 0)]
     with host.on_device_of(torch.empty(1)):
         assert current == [torch.device("cuda", 0)], "no tensor on a GPU, no change"
@@ -66,6 +105,26 @@ def test_every_kernel_is_launched_on_the_device_of_the_rows(plan: str, monkeypat
     leaves = leaves_of(problem.tensors)
     gradients(problem, problem.call("triton", **leaves), leaves)
     assert {shape for _, shape in launched} == {(35, 136), (35, 130)}, "x in the forward, dy in the backward"
+
+
+def test_kept_code_is_what_triton_would_choose() -> None:
+    """`launching` compares every launch; here is asserted that code is kept, and for which launches."""
+    lines = run_compiled(KINDS)
+    first = lines.index("round 0 ends")
+    assert len(lines[:first]) > 20
+    assert not set(lines[:first]) & {"an aligned address", "another float", "another grid"}
+    assert lines[first + 1 :] == ["round 1 ends"], "no launch of the second round reaches Triton"
+
+
+def test_kept_code_is_what_triton_would_choose_in_whole_calls() -> None:
+    assert run_compiled(WHOLE_CALLS, str(int(torch.randint(1 << 31, ())))) == ["36"]
+
+
+def test_launch_hooks_see_the_launches_of_kept_code() -> None:
+    without, entered, left, without_again = (line.split() for line in run_compiled(HOOKS))
+    assert without == without_again == entered[:1] != ["0"]
+    assert len(entered[1:]) == int(without[0])
+    assert left == entered
 
 
 def test_logits_are_written_only_where_they_are_returned_or_saved(plan: str) -> None:

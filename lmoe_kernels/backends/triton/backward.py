@@ -43,7 +43,7 @@ from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from lmoe_kernels.casting import from_buffer
-from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Sizes, Wanted
 
 
 def backward(
@@ -74,7 +74,7 @@ def backward(
     )
     with host.on_device_of(dy):
         if groups is None:
-            grads = _all_experts(dy, x, factors, cast, tensors, options, plan, chip, wanted)
+            grads = _all_experts(dy, x, factors, cast, tensors, options, plan, sizes, chip, wanted)
         else:
             grads = _grouped(dy, x, factors, cast, tensors, options, plan, groups, chip, wanted)
     if wanted.gate_bias:
@@ -92,19 +92,26 @@ def _all_experts(
     tensors: MixTensors,
     options: Options,
     plan: BackwardPlan,
+    sizes: Sizes,
     chip: configs.Chip,
     wanted: Wanted,
 ) -> Gradients:
-    """Writes du, dlogits and v of all experts for every token; returns the gradients of x, A, B and gate_weight."""
+    """Writes du, dlogits and v of all experts for every token; returns the gradients of x, A, B and gate_weight.
+
+    dv lies in the memory of dx where that has room for it, since dx is written last.
+    """
     lora_a, lora_b, gate_weight, _, _ = factors
-    constants, du, v = gate_constants(factors.sizes(dy.shape[0]), options), tensors.du, tensors.v
-    dx = dlora_a = dlora_b = dgate_weight = None
+    T, I, _, E, R, _ = sizes  # noqa: E741
+    constants, du, v = gate_constants(sizes, options), tensors.du, tensors.v
+    dlora_a = dlora_b = dgate_weight = None
+    dx = dy.new_empty(T, I) if wanted.x else None
     if du is not None or wanted.gate:
+        dv = dx if dx is not None and I >= E * R else dy.new_empty(T, E, R)
         if plan.splits == 1:
-            shrink_mix_bwd(dy, cast.lora_b, tensors, options.scaling, constants, plan.shrink)
+            shrink_mix_bwd(dy, cast.lora_b, dv, tensors, options.scaling, constants, plan.shrink)
         else:
             dv_parts, _ = shrink_fwd(dy, cast.lora_b, None, plan.splits, plan.shrink)
-            mix_bwd(dv_parts, tensors, options.scaling, constants, plan.mix)
+            mix_bwd(dv_parts, dv, tensors, options.scaling, constants, plan.mix)
     elif v is not None:
         mix_fwd(tensors.u, v, constants, plan.mix, gate_logits=tensors.logits)
     if v is not None:
@@ -116,9 +123,8 @@ def _all_experts(
         grads = wgrad_bwd(x, pairs, chip)
         dlora_a = grads[0] if wanted.lora_a else None
         dgate_weight = grads[-1] if wanted.gate_weight else None
-    if wanted.x:
+    if dx is not None:
         assert du is not None
-        dx = dy.new_empty(dy.shape[0], lora_a.shape[2])
         dlogits = None if gate_weight is None else tensors.dlogits
         expand_fwd(du, cast.lora_a, dx, plan.expand, dlogits=dlogits, gate_weight=cast.gate_weight)
     return Gradients(dx, dlora_a, dlora_b, dgate_weight)

@@ -7,8 +7,8 @@ as fastest, from bytes and from the number of programs. `make gpu` times the til
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -38,6 +38,11 @@ class Tile:
     warps: int = 4
     stages: int = 2
     chunk: int = 0  # features that a program of expand walks over, block by block; at least one block
+
+    @cached_property
+    def key(self) -> tuple[int, ...]:
+        """The fields as a tuple, which is hashed and compared faster."""
+        return astuple(self)
 
     def blocks(self) -> dict[str, int]:
         """The blocks under the names of the kernels' parameters."""

@@ -20,7 +20,7 @@ from lmoe_kernels.backends.triton.mix import gate_constants, grouped_mix_fwd, mi
 from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.casting import cast_factors
-from lmoe_kernels.options import Factors, Options, Saved
+from lmoe_kernels.options import Factors, Options, Saved, Sizes
 
 
 def forward(
@@ -41,10 +41,10 @@ def forward(
         logits = x.new_empty(sizes.T, sizes.E, dtype=host.accumulator(x))
     with host.on_device_of(x):
         if groups is None:
-            u = _all_experts(x, factors, base, options, logits, y, plan)
+            u = _all_experts(x, factors, base, options, logits, y, plan, sizes, save=save)
         else:
             u = _grouped(x, factors, base, options, logits, y, plan, groups)
-    return y, Saved(logits, u, cast=cast) if save else None
+    return y, Saved(logits, u, cast=cast) if save and u is not None else None
 
 
 def _all_experts(
@@ -55,14 +55,24 @@ def _all_experts(
     logits: Tensor | None,  # (T, E), written
     y: Tensor,  # (T, O), written
     plan: ForwardPlan,
-) -> Tensor:
-    """y by all experts for every token; returns u (T, E, R) or (T, 1, R)."""
-    sizes = factors.sizes(x.shape[0])
-    u, v = x.new_empty(sizes.T, sizes.experts_of_a, sizes.R), x.new_empty(sizes.T, sizes.E, sizes.R)
+    sizes: Sizes,
+    *,
+    save: bool,
+) -> Tensor | None:
+    """y by all experts for every token; returns u (T, E, R) or (T, 1, R), or None unless `save`.
+
+    Memory that is not saved is not allocated where y has room for it until it is written itself.
+    """
+    T, _, O, E, R, experts_of_a = sizes  # noqa: E741
     constants = gate_constants(sizes, options)
     if plan.one_pass is not None:
+        fits = O >= 2 * E * R
+        u = x.new_empty(T, E, R) if save or not fits else None
+        v = None if fits else x.new_empty(T, E, R)
         one_pass_fwd(x, factors, base, logits, u, v, y, options.scaling, constants, plan.one_pass)
         return u
+    u = x.new_empty(T, experts_of_a, R) if save or experts_of_a * R > O else y
+    v = x.new_empty(T, E, R)
     if plan.splits == 1:
         shrink_mix_fwd(x, factors, logits, u, v, constants, plan.shrink)
     else:

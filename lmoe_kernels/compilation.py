@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the Triton kernels of a model before it runs."""
+
+import os
+from collections.abc import Iterable
+from itertools import product
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from lmoe_kernels import checks, dispatch
+from lmoe_kernels.checks import fail
+from lmoe_kernels.layer import LMoELinear, is_plain_linear, weight_of
+from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
+from lmoe_kernels.targets import lmoe_layers
+
+_Item = TypeVar("_Item")
+_MOST_PROCESSES = 16  # each of them imports PyTorch, some 300 MB
+
+
+def warmup(
+    model: nn.Module,
+    tokens: int | Iterable[int],
+    *,
+    dtype: torch.dtype | None = None,
+    backward: bool = True,
+    processes: int | None = None,
+) -> int:
+    """Compile and load all Triton kernels that a model's L-MoE layers need, so that no later call waits for a compiler.
+
+    The kernels depend on the sizes, the dtypes and the options of a layer and, in steps, on the number of tokens of a call.
+    They are compiled in parallel processes, which do not use the GPU, and kept in Triton's cache on the disk: a second run
+    of the program only loads them. The layers do not change, and no parameter gets a gradient.
+
+    Args:
+        model: a model with L-MoE layers, plain or wrapped, on its device.
+        tokens: how many tokens the calls will have (batch times sequence length): a number or several, as in
+            `range(1, 4097)`. Numbers that need the same kernels cost no more than one of them.
+        dtype: dtype of the activations; None for that of each frozen layer. Pass the autocast dtype if the model runs under
+            autocast, and the compute dtype if its layers are quantised.
+        backward: whether there will be backward passes, for the parameters that require a gradient now.
+        processes: how many processes compile; None for one for each processor, 16 at most.
+
+    Returns:
+        the number of kernels that are now ready. It is 0 if no call uses the `triton` backend, as on a CPU: see `explain`.
+
+    Raises:
+        ValueError: the model has no L-MoE layers, a number is not positive, or a layer's backend cannot take its calls.
+        TypeError: an argument has the wrong type, or a layer needs `dtype`.
+
+    Example:
+        model = load_model().cuda()
+        warmup(model, tokens=range(1, 8193), backward=False)
+    """
+    if not isinstance(model, nn.Module):
+        fail("warmup", "model", "be a torch.nn.Module", type(model).__name__, TypeError)
+    numbers = _numbers(tokens)
+    if dtype is not None and dtype not in checks.DTYPES:
+        fail("warmup", "dtype", f"be None or one of {', '.join(map(str, checks.DTYPES))}", dtype, TypeError)
+    checks.check_bool("warmup", "backward", backward)
+    if processes is not None:
+        checks.check_positive_int("warmup", "processes", processes)
+    layers = lmoe_layers(model)
+    if not layers:
+        fail("warmup", "model", "have L-MoE layers", "none")
+    kinds = dict.fromkeys(_kind(name, layer, dtype, backward) for name, layer in layers.items())
+    found = _of_triton(kinds, numbers)
+    if not found:
+        return 0
+    # Triton is installed, since its backend takes a call.
+    from lmoe_kernels.backends.triton import precompile
+
+    most = processes or min(_MOST_PROCESSES, os.cpu_count() or 1)
+    return sum(
+        precompile.ready([precompile.Call(*call) for call in calls], device, most, _with_bar)
+        for device, calls in found.items()
+    )
+
+
+class _Kind(NamedTuple):
+    """What decides the kernels of a layer, in addition to the number of tokens."""
+
+    device: torch.device
+    backend: str  # a name or "auto"
+    call: tuple[Any, ...]  # the fields of the `Call` of lmoe_kernels.backends.triton.precompile, for no tokens
+
+
+def _numbers(tokens: int | Iterable[int]) -> list[int]:
+    """The numbers of tokens, each once."""
+    numbers = [tokens] if isinstance(tokens, int) else list(tokens) if isinstance(tokens, Iterable) else None
+    if numbers is None:
+        fail("warmup", "tokens", "be an int or several", type(tokens).__name__, TypeError)
+    if not numbers:
+        fail("warmup", "tokens", "be at least one number", "none")
+    for number in numbers:
+        checks.check_positive_int("warmup", "tokens", number)
+    return list(dict.fromkeys(numbers))
+
+
+def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> _Kind:
+    of_weight = weight_of(layer.frozen_layer).dtype
+    if dtype is None and of_weight not in checks.DTYPES:
+        must = "be given for layers whose weight does not have the dtype of their activations"
+        fail("warmup", "dtype", must, f"None for {name!r} with a weight of {of_weight}", TypeError)
+    dtype = dtype or of_weight
+    given: dict[str, nn.Parameter] = {key: getattr(layer, key) for key in layer.shapes()}
+    for key, parameter in given.items():
+        if parameter.dtype not in (dtype, torch.float32):
+            must = f"have dtype {dtype} like the activations, or torch.float32"
+            fail("warmup", f"{name}.{key}".strip("."), must, parameter.dtype, TypeError)
+    trained = [key in given and given[key].requires_grad for key in Factors._fields]
+    options: Any = (float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
+    experts_of_a = 1 if layer.shared_a else layer.num_experts
+    return _Kind(
+        layer.lora_a.device,
+        dispatch.requested_backend("warmup", layer.backend),
+        (
+            Sizes(0, layer.in_features, layer.out_features, layer.num_experts, layer.rank, experts_of_a),
+            dtype,
+            tuple(given[key].dtype if key in given else None for key in Factors._fields),
+            2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
+            Options(*options),
+            layer.output_router_logits,
+            Wanted(any(trained), *trained) if backward else Wanted(*[False] * len(Wanted._fields)),
+        ),
+    )
+
+
+def _of_triton(kinds: Iterable[_Kind], numbers: list[int]) -> dict[torch.device, list[tuple[Any, ...]]]:
+    """The fields of the calls that the `triton` backend will compute, by device."""
+    found: dict[torch.device, list[tuple[Any, ...]]] = {}
+    for (device, backend, (sizes, dtype, *rest)), number in product(kinds, numbers):
+        sizes = sizes._replace(T=number)
+        if dispatch.choose("warmup", Problem(sizes, dtype, device), backend) == "triton":
+            found.setdefault(device, []).append((sizes, dtype, *rest))
+    return found
+
+
+def _with_bar(items: Iterable[_Item], total: int) -> Iterable[_Item]:
+    """The items, with a progress bar on a terminal if tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, total=total, desc="Triton kernels", unit="kernel", disable=None, leave=False)
