@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Tile, ceil_div
-from lmoe_kernels.backends.triton.route import Route, tile_of_group
+from lmoe_kernels.backends.triton.route import tile_of_group
 from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, write_tile
 
 
@@ -42,7 +42,7 @@ def expand_fwd(
 def grouped_expand_fwd(
     v: Tensor,  # (T, K, R)
     factor: Tensor,  # (E, R, F)
-    route: Route,
+    route: Tensor,  # (K, 2 T + E + 1)
     out: Tensor,  # (T, F), written
     tile: Tile,
     *,
@@ -55,11 +55,11 @@ def grouped_expand_fwd(
     results are deterministic.
     """
     E, R, F = factor.shape
-    K, T = route.order.shape
+    K, T = route.shape[0], out.shape[0]
     for slot in range(K):
         host.launch(
             _grouped_expand_fwd_kernel, (tile.tiles_of(T) + E, ceil_div(F, tile.F)),
-            v, factor, route.order, route.bounds, base, host.row_stride(base), out, scaling, slot, T, F,
+            v, factor, route, base, host.row_stride(base), out, scaling, slot, T, F,
             E=E, R=R, TOP_K=K, **host.dot_constants(v), tile=tile,
         )  # fmt: skip
         base = out
@@ -103,8 +103,7 @@ def _expand_fwd_kernel(
 def _grouped_expand_fwd_kernel(
     v_ptr,  # (T, K, R)
     factor_ptr,  # (E, R, F)
-    order_ptr,  # (K, T)
-    bounds_ptr,  # (K, E + 1)
+    route_ptr,  # (K, 2 T + E + 1)
     base_ptr, base_stride_t,  # (T, F), (F), or None; the output itself from the second slot on
     out_ptr,  # (T, F), written
     scaling,
@@ -123,8 +122,7 @@ def _grouped_expand_fwd_kernel(
 ):  # fmt: skip
     """One tile of features of what one slot adds to a tile of one expert's tokens."""
     e, f = tl.arange(0, BLOCK_E), tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    bounds, order = bounds_ptr + slot * (E + 1), order_ptr + tl.cast(slot, tl.int64) * T
-    expert, t = tile_of_group(order, bounds, tl.program_id(0), e, T, E, BLOCK_T)
+    expert, t = tile_of_group(route_ptr, slot, tl.program_id(0), e, T, E, BLOCK_T)
     if expert < E:
         r = tl.arange(0, BLOCK_ER)
         mask = (t < T)[:, None] & (r < R)[None, :]
