@@ -142,7 +142,7 @@ def _grouped(
     constants = gate_constants(sizes, options)
     dx = dlora_a = dlora_b = dgate_weight = None
     if route is None:
-        raise ValueError("lmoe: route must be what the forward returned, got None")
+        raise ValueError("lmoe: route must be the tensor that the forward returned, got None")
     if du is not None or wanted.gate:
         dv = dy.new_empty(sizes.T, options.kept(sizes.E), sizes.R)
         grouped_shrink_fwd(dy, cast.lora_b, route, dv, groups.shrink, by_expert=False, scaling=options.scaling)

@@ -143,7 +143,7 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
     if not options.may_group(sizes) or sizes.R > 128:
         return None
     shrink = Tile(T=64, F=64, ER=block_of(sizes.R), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
-    route = replace(shrink, T=min(64, 4096 // shrink.E))  # a tile of logits takes 32 registers of a thread
+    route = replace(shrink, T=min(64, 4096 // shrink.E), warps=8)  # with 4 the masks of its logits spill on gfx942
     if chip.arch == "interpreter":
         route, shrink = replace(route, T=16), replace(shrink, T=16, F=32)
     elif dtype.itemsize > 2:

@@ -101,7 +101,7 @@ def _route_fwd_kernel(
             gate = tl.sum(tl.where(is_expert, softmax, 0.0), axis=1)
             tl.store(gates_ptr + tl.cast(slot, tl.int64) * T + t, gate, mask=t < T)
             counts = counts_ptr + (slot * tiles + tile) * E + e
-            before = tl.load(counts, mask=(e < E) & (start > first), other=0)
+            before = tl.load(counts, mask=e < tl.where(start > first, E, 0), other=0)
             here = tl.sum((is_expert & (t < T)[:, None]).to(tl.int32), axis=0)
             tl.store(counts, before + here, mask=e < E)
             kept = kept & (is_expert == 0)
@@ -127,11 +127,11 @@ def _group_fwd_kernel(
         counts = load_rows(counts_ptr + slot * tiles * E, other, e, tiles, E)
         in_all += tl.sum(counts, axis=0)
         before += tl.sum(tl.where((other < tile)[:, None], counts, 0), axis=0)
-    begin = tl.cumsum(in_all, axis=0) - in_all
-    if tile == 0:
-        tl.store(bounds + e, begin, mask=e < E)
-        tl.store(bounds + E, T)
-    first, at = tile * tokens_of_tile, begin + before  # where the next token of each expert goes
+    end = tl.cumsum(in_all, axis=0)
+    first, at = tile * tokens_of_tile, end - in_all + before  # where the next token of each expert goes
+    if T - first <= tokens_of_tile:  # one program for each slot
+        tl.store(bounds, 0)
+        tl.store(bounds + 1 + e, end, mask=e < E)
     for start in range(first, first + tl.minimum(tokens_of_tile, T - first), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         expert = tl.load(experts + t, mask=t < T, other=BLOCK_E)
