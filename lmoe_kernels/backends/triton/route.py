@@ -134,7 +134,7 @@ def _group_fwd_kernel(
         tl.store(bounds + 1 + e, end, mask=e < E)
     for start in range(first, first + tl.minimum(tokens_of_tile, T - first), BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
-        expert = tl.load(experts + t, mask=t < T, other=BLOCK_E)
+        expert = tl.load(experts + t, mask=t < T, other=0)  # the others come last and displace none
         is_expert = e[None, :] == expert[:, None]
         upto = tl.cumsum(is_expert.to(tl.int32), axis=0)
         place = tl.sum(tl.where(is_expert, at[None, :] + upto - 1, 0), axis=1)
