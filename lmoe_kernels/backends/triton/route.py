@@ -30,8 +30,8 @@ from lmoe_kernels.backends.triton.gates import router_logits, softmax_and_kept
 from lmoe_kernels.backends.triton.tiles import load_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 
-# More tokens make larger tiles of the sort, not more: each of its programs reads the counts of all tiles. So the counts take
-# at most 512 K E bytes, and reading them K E 2^16 bytes, once the tokens fill 128 tiles.
+# Every program of the sort reads the counts of all tiles, so beyond this number more tokens make larger tiles. Then the counts
+# take at most 512 K E bytes, and the programs together read 65536 K E bytes of them, however many tokens there are.
 MOST_TILES = 128
 
 
@@ -103,7 +103,7 @@ def _route_fwd_kernel(
             counts = counts_ptr + (slot * tiles + tile) * E + e
             before = tl.load(counts, mask=e < tl.where(start > first, E, 0), other=0)
             here = tl.sum((is_expert & (t < T)[:, None]).to(tl.int32), axis=0)
-            tl.store(counts, before + here, mask=e < E)
+            tl.store(counts, before + here, mask=e < E)  # each after its own load, which it depends on
             kept = kept & (is_expert == 0)
 
 
