@@ -1,5 +1,7 @@
 """Watched allocations: an element that a kernel forgets to write stays NaN, and a write outside a buffer changes a canary.
 
+Of integers it stays the largest of their type, which no kernel takes for a token or an expert.
+
 `torch.utils.deterministic.fill_uninitialized_memory` fills empty tensors too, but has no canaries, and works only under
 `torch.use_deterministic_algorithms`, which changes the operations under test.
 """
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 MARGIN = 128  # elements before and after each buffer; keeps 16-byte alignment in every dtype
-CANARY = -1234.0
+CANARY = -1234
 
 
 class AllocationWatch:
@@ -25,10 +27,9 @@ class AllocationWatch:
         def guarded(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
             count = torch.Size(shape).numel()
             buffer = real_empty(count + 2 * MARGIN, dtype=dtype, device=device)
-            if dtype.is_floating_point:
-                buffer.fill_(CANARY)
-                buffer[MARGIN : MARGIN + count] = float("nan")
-                self.buffers.append((buffer, count))
+            buffer.fill_(CANARY)
+            buffer[MARGIN : MARGIN + count] = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+            self.buffers.append((buffer, count))
             return buffer[MARGIN : MARGIN + count].view(shape)
 
         def shape_of(size: tuple) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ KINDS = [
     {"mixing": "outputs", "outside_logits": True},
     {"top_k": 2, "renormalize": False, "shared_a": True},
     {"T": 70, "top_k": 2},
-    {"T": 40, "E": 12, "R": 6, "top_k": 1},  # grouped by expert in Triton
+    {"T": 40, "E": 12, "R": 22, "top_k": 1},  # grouped by expert in Triton
 ]
 
 

@@ -20,15 +20,15 @@ from tools.interpreter.races import race_checked
 CASES = [
     Case(T=70, I=300, O=290, E=4, R=6, top_k=2),
     Case(T=70, I=260, O=257, E=12, R=7),  # more columns than a tile of the interpreter holds
-    Case(T=110, I=40, O=50, E=12, R=6, top_k=2),  # tokens are grouped by expert
-    Case(T=110, I=40, O=50, E=12, R=6, top_k=2, mixing="outputs", outside_logits=True),
+    Case(T=110, I=40, O=50, E=12, R=22, top_k=2),  # tokens are grouped by expert
+    Case(T=110, I=40, O=50, E=12, R=22, top_k=2, mixing="outputs", outside_logits=True),
     Case(T=35, I=150, O=140, E=3, R=70, mixing="outputs"),  # more ranks than a block of the mix holds
     Case(T=35, I=150, O=140, E=70, R=2, shared_a=True, top_k=5),  # more experts than a block of expand or wgrad holds
-    Case(T=110, I=40, O=50, E=12, R=6, top_k=2, renormalize=False),
-    Case(T=110, I=40, O=50, E=12, R=6, top_k=1, renormalize=False, mixing="outputs", outside_logits=True),
+    Case(T=110, I=40, O=50, E=12, R=22, top_k=2, renormalize=False),
+    Case(T=110, I=40, O=50, E=12, R=22, top_k=1, renormalize=False, mixing="outputs", outside_logits=True),
     Case(T=40, I=150, O=140, E=5, R=3, top_k=3, renormalize=False, shared_a=True),
     Case(T=35, I=300, O=41, E=12, R=3, gate_bias=True),  # many processors split I
-    Case(T=110, I=40, O=50, E=12, R=6, top_k=2, gate_bias=True),  # tokens are grouped by expert
+    Case(T=110, I=40, O=50, E=12, R=22, top_k=2, gate_bias=True),  # tokens are grouped by expert
     Case(T=35, I=150, O=140, E=12, R=3, shared_a=True, gate_bias=True),  # two kernels: a shared A
 ]
 

@@ -87,10 +87,11 @@ def test_backward_reads_x_once_and_dy_twice_and_writes_dx_once(plan: str) -> Non
     assert written == grads.x.nbytes
 
 
-@pytest.mark.parametrize("case", [CASE, replace(CASE, T=48, E=9, top_k=1)], ids=["all experts", "in groups"])
+@pytest.mark.parametrize("case", [CASE, replace(CASE, T=48, E=9, R=30, top_k=1)], ids=["all experts", "in groups"])
 def test_backward_reads_dy_then_x_and_writes_dx_last(plan: str, case: Case) -> None:
     """Then dy's second reader finds in the L2 what the first one left there, and the frozen product finds dx."""
     counts, problem, _ = _backward(case)
+    assert any("grouped" in access.kernel for access in counts) == (case.top_k is not None)
     names = {problem.dy.data_ptr(): "dy", problem.tensors["x"].data_ptr(): "x"}
     readers = list(dict.fromkeys((names[a.address], a.kernel) for a in counts if a.address in names))
     assert [name for name, _ in readers[:2]] == ["dy", "dy"], "a kernel for dv, then one for dB"

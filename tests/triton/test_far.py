@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton import configs, host, route
+from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Sizes
 from tests import plans
@@ -89,13 +89,16 @@ def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     from triton.runtime import interpreter
 
     launch, builder = host.launch, interpreter.InterpreterBuilder
-    program_id, by_expert = builder.create_get_program_id, route.by_expert
+    program_id = builder.create_get_program_id
 
     def launch_last(kernel, grid: tuple[int, ...], *args, tile: Tile, **constants) -> None:
         splits = grid[2] if kernel.fn.__name__ == "_wgrad_bwd_kernel" else 1
         programs_of_tile = grid[0] // tile.tiles_of(BEFORE + case.T)  # 0 where programs are not for tiles of tokens
         before = programs_of_tile * (BEFORE // tile.T)
-        first = (before if "order_ptr" not in kernel.arg_names else 0, 0, splits - 1)
+        if "tokens_of_tile" in kernel.arg_names:  # of the sort, whose last tile begins at BEFORE
+            before = grid[0] - 1
+        in_groups = {"route_ptr", "factor_ptr"} <= set(kernel.arg_names)  # then the few tokens are the first in order
+        first = (0 if in_groups else before, 0, splits - 1)
         grid = (grid[0] - before, *grid[1:2], *([1] if splits > 1 else grid[2:]))
 
         def shifted(self: Any, axis: int) -> Any:
@@ -107,16 +110,9 @@ def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
             context.setattr(builder, "create_get_program_id", shifted)
             launch(kernel, grid, *args, tile=tile, **constants)
 
-    def by_expert_of_the_last(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        few, bounds = by_expert(experts[:, BEFORE:], num_experts)
-        order = untouched(tuple(experts.shape), torch.int32)
-        order[:, : case.T] = BEFORE + few
-        return order, bounds
-
     def new_empty(self: Tensor, *size, dtype: torch.dtype | None = None, device: object = None) -> Tensor:
         return untouched(torch.Size(size if isinstance(size[0], int) else size[0]), dtype or self.dtype)
 
     monkeypatch.setattr(host, "launch", launch_last)
-    monkeypatch.setattr(route, "by_expert", by_expert_of_the_last)
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     monkeypatch.setattr(torch, "empty_like", lambda like: untouched(tuple(like.shape), like.dtype))

@@ -17,7 +17,6 @@ pytest.importorskip("triton")
 from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
-from lmoe_kernels.backends.triton.route import Route, by_expert
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from tools.far import untouched
@@ -132,10 +131,11 @@ def test_weight_gradients_from_splits(experts: int, splits: int, start: Callable
     _same(grad[-1, -NEAR:], 0.5 * coefficients[:, -1].double() @ rows[:, -NEAR:].double())
 
 
-def _route(experts: int) -> Route:
+def _route(experts: int) -> Tensor:
     """All tokens to the last expert."""
-    kept = torch.full((1, T), experts - 1, dtype=torch.int32)
-    return Route(torch.ones(1, T), kept, *by_expert(kept, experts))
+    kept, bounds = torch.full((T,), experts - 1), torch.zeros(experts + 1)
+    bounds[-1] = T
+    return torch.cat([kept, torch.arange(T), bounds])[None].int()
 
 
 def test_grouped_expand_and_weight_gradients(start: Callable) -> None:

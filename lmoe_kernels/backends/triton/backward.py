@@ -6,7 +6,7 @@
     _reduce_bwd_kernel        adds up the partial sums of a weight gradient that is split over the tokens
     _expand_fwd_kernel        [du | dlogits], [A | gate_weight] -> dx
 
-    grouped                   where the forward is: _route_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_bwd_kernel,
+    grouped                   where the forward is, by its route: _grouped_shrink_fwd_kernel, _grouped_mix_bwd_kernel,
                               _grouped_wgrad_bwd_kernel, _expand_fwd_kernel (gate alone), _grouped_expand_fwd_kernel
 
 The gradient of gate_bias is a sum of dlogits over the tokens, left to ATen.
@@ -39,7 +39,6 @@ from lmoe_kernels.backends.triton.mix import (
     mix_bwd,
     mix_fwd,
 )
-from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from lmoe_kernels.casting import from_buffer
@@ -76,7 +75,7 @@ def backward(
         if groups is None:
             grads = _all_experts(dy, x, factors, cast, tensors, options, plan, sizes, chip, wanted)
         else:
-            grads = _grouped(dy, x, factors, cast, tensors, options, plan, groups, chip, wanted)
+            grads = _grouped(dy, x, factors, cast, tensors, saved.route, options, plan, groups, chip, wanted)
     if wanted.gate_bias:
         assert factors.gate_bias is not None
         summed = tensors.dlogits.sum(0, dtype=host.accumulator(dy))
@@ -136,6 +135,7 @@ def _grouped(
     factors: Factors,
     cast: Factors,  # in dy's dtype
     tensors: MixTensors,
+    route: Tensor | None,  # (K, 2 T + E + 1)
     options: Options,
     plan: BackwardPlan,
     groups: GroupedPlan,
@@ -147,13 +147,14 @@ def _grouped(
     sizes, du, v = factors.sizes(dy.shape[0]), tensors.du, tensors.v
     constants = gate_constants(sizes, options)
     dx = dlora_a = dlora_b = dgate_weight = None
-    route = route_fwd(dy, sizes, options, plan.mix, gate_logits=tensors.logits)
+    if route is None:
+        raise ValueError("lmoe: route must be the tensor that the forward returned, got None")
     if du is not None or wanted.gate:
         dv = dy.new_empty(sizes.T, options.kept(sizes.E), sizes.R)
         grouped_shrink_fwd(dy, cast.lora_b, route, dv, groups.shrink, by_expert=False, scaling=options.scaling)
         grouped_mix_bwd(dv, tensors, route, constants, plan.mix)
     elif v is not None:
-        grouped_mix_fwd(tensors.u, route, v, constants, plan.mix)
+        grouped_mix_fwd(tensors.u, route, v, constants, plan.mix, logits=tensors.logits)
     if v is not None:
         dlora_b = grouped_wgrad_bwd(dy, v, lora_b, route, groups.wgrad, scaling=options.scaling)
     if wanted.lora_a:

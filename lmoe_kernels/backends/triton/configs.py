@@ -94,6 +94,7 @@ class WgradPlan:
 class GroupedPlan:
     """The tiles where tokens are grouped by expert; the gate has its own, since it needs all experts."""
 
+    route: Tile
     shrink: Tile
     expand: Tile
     wgrad: Tile
@@ -203,14 +204,16 @@ def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip)
     if not options.may_group(sizes) or sizes.R > 128:
         return None
     shrink = Tile(T=64, F=64, ER=block_of(sizes.R), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
+    route = replace(shrink, T=min(64, 4096 // shrink.E), warps=8)  # with 4 the masks of its logits spill on gfx942
     if chip.arch == "interpreter":
-        shrink = replace(shrink, T=16, F=32)
+        route, shrink = replace(route, T=16), replace(shrink, T=16, F=32)
     elif dtype.itemsize > 2:
         shrink = replace(shrink, F=32, warps=8)
     if 2 * options.kept(sizes.E) * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
         return None
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(
+        route,
         shrink,
         expand=replace(shrink, chunk=16 * shrink.F),
         wgrad=fit_stages(replace(shrink, F=2 * shrink.F), 4, lambda t: (t.F + t.ER) * t.T * dtype.itemsize, chip),

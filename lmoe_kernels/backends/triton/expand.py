@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Tile
-from lmoe_kernels.backends.triton.route import Route, tile_of_group
+from lmoe_kernels.backends.triton.route import tile_of_group
 from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, write_tile
 
 
@@ -48,7 +48,7 @@ def expand_fwd(
 def grouped_expand_fwd(
     v: Tensor,  # (T, K, R)
     factor: Tensor,  # (E, R, F)
-    route: Route,
+    route: Tensor,  # (K, 2 T + E + 1)
     out: Tensor,  # (T, F), written
     tile: Tile,
     *,
@@ -61,11 +61,12 @@ def grouped_expand_fwd(
     results are deterministic.
     """
     E, R, F = factor.shape
-    (K, T), (chunks, steps) = route.order.shape, tile.chunks(F)
+    K, T = route.shape[0], out.shape[0]
+    chunks, steps = tile.chunks(F)
     for slot in range(K):
         host.launch(
             _grouped_expand_fwd_kernel, ((tile.tiles_of(T) + E) * chunks,),
-            v, factor, route.order, route.bounds, base, host.row_stride(base), out, scaling, slot, T, F, steps,
+            v, factor, route, base, host.row_stride(base), out, scaling, slot, T, F, steps,
             E=E, R=R, TOP_K=K, **host.dot_constants(v), tile=tile,
         )  # fmt: skip
         base = out
@@ -136,8 +137,7 @@ def _add_product(
 def _grouped_expand_fwd_kernel(
     v_ptr,  # (T, K, R)
     factor_ptr,  # (E, R, F)
-    order_ptr,  # (K, T)
-    bounds_ptr,  # (K, E + 1)
+    route_ptr,  # (K, 2 T + E + 1)
     base_ptr, base_stride_t,  # (T, F), (F), or None; the output itself from the second slot on
     out_ptr,  # (T, F), written
     scaling,
@@ -157,8 +157,7 @@ def _grouped_expand_fwd_kernel(
 ):  # fmt: skip
     """A chunk of features of what one slot adds to a tile of one expert's tokens."""
     e, chunks = tl.arange(0, BLOCK_E), tl.cdiv(tl.cdiv(F, BLOCK_F), steps)
-    bounds, order = bounds_ptr + slot * (E + 1), order_ptr + tl.cast(slot, tl.int64) * T
-    expert, t = tile_of_group(order, bounds, tl.program_id(0) // chunks, e, T, E, BLOCK_T)
+    expert, t = tile_of_group(route_ptr, slot, tl.program_id(0) // chunks, e, T, E, BLOCK_T)
     if expert < E:
         r = tl.arange(0, BLOCK_ER)
         mask = (t < T)[:, None] & (r < R)[None, :]

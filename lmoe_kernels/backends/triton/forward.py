@@ -6,7 +6,7 @@ one pass       _one_pass_fwd_kernel                                        E * R
 two kernels    _shrink_mix_fwd_kernel, _expand_fwd_kernel                  E * R is larger, or T fills half the chip
 three kernels  _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel     tokens are few, or fp32 sums long: split-K over I
 grouped        _shrink_fwd_kernel (gate alone), _route_fwd_kernel,         top_k is small against E
-               _grouped_shrink_fwd_kernel, _grouped_mix_fwd_kernel,
+               _group_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_fwd_kernel,
                _grouped_expand_fwd_kernel for each slot
 """
 
@@ -41,10 +41,10 @@ def forward(
         logits = x.new_empty(sizes.T, sizes.E, dtype=host.accumulator(x))
     with host.on_device_of(x):
         if groups is None:
-            u = _all_experts(x, factors, base, options, logits, y, plan, sizes, save=save)
+            u, route = _all_experts(x, factors, base, options, logits, y, plan, sizes, save=save), None
         else:
-            u = _grouped(x, factors, base, options, logits, y, plan, groups)
-    return y, Saved(logits, u, cast=cast) if save and u is not None else None
+            u, route = _grouped(x, factors, base, options, logits, y, plan, groups)
+    return y, Saved(logits, u, route, cast) if save and u is not None else None
 
 
 def _all_experts(
@@ -95,8 +95,8 @@ def _grouped(
     y: Tensor,  # (T, O), written
     plan: ForwardPlan,
     groups: GroupedPlan,
-) -> Tensor:
-    """y by the tokens of each expert; returns u (T, E, R), unwritten for the experts that a token does not keep.
+) -> tuple[Tensor, Tensor]:
+    """y by the tokens of each expert; returns u (T, E, R), unwritten for experts that a token does not keep, and the route.
 
     `u` has all E experts because what torch.compile traces must not depend on the plan. It is not filled with zeros, which
     would cost 2 E R bytes a token (4096 at E = 128 and R = 16, a twelfth of all the traffic at I = O = 4096 and k = 2): the
@@ -105,13 +105,13 @@ def _grouped(
     sizes, logit_parts = factors.sizes(x.shape[0]), None
     if factors.gate_weight is not None:
         logit_parts, _ = shrink_fwd(x, factors.gate_weight[:, None], None, plan.splits, groups.gate)
-    route = route_fwd(
-        x, sizes, options, plan.mix,
+    gates, route = route_fwd(
+        x, sizes, options, groups.route,
         logit_parts=logit_parts, gate_bias=factors.gate_bias, gate_logits=factors.gate_logits, logits=logits,
     )  # fmt: skip
     u = x.new_empty(sizes.T, sizes.E, sizes.R)
     v = x.new_empty(sizes.T, options.kept(sizes.E), sizes.R)
     grouped_shrink_fwd(x, factors.lora_a, route, u, groups.shrink, by_expert=True)
-    grouped_mix_fwd(u, route, v, gate_constants(sizes, options), plan.mix)
+    grouped_mix_fwd(u, route, v, gate_constants(sizes, options), plan.mix, gates=gates)
     grouped_expand_fwd(v, factors.lora_b, route, y, groups.expand, base=base, scaling=options.scaling)
-    return u
+    return u, route

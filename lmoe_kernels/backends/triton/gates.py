@@ -116,7 +116,7 @@ def gates_of(
 
 @triton.jit
 def gate_column(gates, e, expert):
-    """The column of one expert in the gates: (BLOCK_T, 1)."""
+    """The gates of one expert, or of one for each token (BLOCK_T, 1): (BLOCK_T, 1)."""
     return tl.sum(tl.where(e[None, :] == expert, gates, 0.0), axis=1)[:, None]
 
 

@@ -21,13 +21,14 @@ from lmoe_kernels.backends.triton.gates import (
     PER_EXPERT,
     SHARED_A,
     gate_and_mix_bwd_tile,
+    gate_column,
     gates_of,
     mix_fwd_tile,
     router_logits,
     softmax_among,
     softmax_bwd,
 )
-from lmoe_kernels.backends.triton.route import Route
+from lmoe_kernels.backends.triton.route import parts_of_slot
 from lmoe_kernels.backends.triton.tiles import load_rows, store_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 
@@ -96,33 +97,41 @@ def mix_bwd(
     )  # fmt: skip
 
 
-def grouped_mix_fwd(u: Tensor, route: Route, v: Tensor, constants: Constants, tile: Tile) -> None:
-    """u (T, E, R) to v (T, K, R)."""
+def grouped_mix_fwd(
+    u: Tensor,  # (T, E, R)
+    route: Tensor,  # (K, 2 T + E + 1)
+    v: Tensor,  # (T, K, R), written
+    constants: Constants,
+    tile: Tile,
+    *,
+    gates: Tensor | None = None,  # (K, T)
+    logits: Tensor | None = None,  # (T, E), where gates is None
+) -> None:
+    """Blend the experts that every token keeps."""
     host.launch(
         _grouped_mix_fwd_kernel, (tile.tiles_of(u.shape[0]),),
-        u, route.gates, route.experts, v, u.shape[0], **_grouped(constants), tile=tile,
+        u, gates, logits, route, v, u.shape[0], **_grouped(u, constants), tile=tile,
     )  # fmt: skip
 
 
 def grouped_mix_bwd(
     dv: Tensor,  # (T, K, R)
     tensors: MixTensors,
-    route: Route,
+    route: Tensor,  # (K, 2 T + E + 1)
     constants: Constants,
     tile: Tile,
 ) -> None:
     """The gradients of the mix, for the experts that are kept."""
     logits, dlogits_in, u, du, dlogits, v = tensors
-    all_logits = None if constants["RENORMALIZE"] else logits
     host.launch(
         _grouped_mix_bwd_kernel, (tile.tiles_of(u.shape[0]),),
-        u, dv, route.gates, route.experts, all_logits, dlogits_in, du, v, dlogits, u.shape[0], **_grouped(constants),
-        tile=tile,
+        u, dv, logits, route, dlogits_in, du, v, dlogits, u.shape[0], **_grouped(u, constants), tile=tile,
     )  # fmt: skip
 
 
-def _grouped(constants: Constants) -> Constants:
-    return {name: constants[name] for name in ("E", "R", "MIXING", "TOP_K")}
+def _grouped(u: Tensor, constants: Constants) -> dict[str, object]:
+    names = ("E", "R", "MIXING", "TOP_K", "RENORMALIZE")
+    return {name: constants[name] for name in names} | {"ACC": host.dot_constants(u)["ACC"]}
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -205,36 +214,48 @@ def _mix_bwd_kernel(
 @triton.jit(do_not_specialize=["T"])
 def _grouped_mix_fwd_kernel(
     u_ptr,  # (T, E, R)
-    gates_ptr,  # (K, T)
-    experts_ptr,  # (K, T)
+    gates_ptr,  # (K, T) or None
+    logits_ptr,  # (T, E), where gates is None
+    route_ptr,  # (K, 2 T + E + 1)
     v_ptr,  # (T, K, R), written
     T,
     E: tl.constexpr,
     R: tl.constexpr,
     MIXING: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """v[t, slot] = gate * h, the blend of the slots, or gate * u of the slot, as MIXING says."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    if gates_ptr is None:
+        gates = _softmax_of_route(logits_ptr, route_ptr, t, e, T, E, TOP_K, RENORMALIZE, ACC)
+    else:
+        gates = tl.zeros((BLOCK_T, BLOCK_E), ACC)
+        for slot in range(TOP_K):
+            gate = tl.load(gates_ptr + tl.cast(slot, tl.int64) * T + t, mask=t < T, other=0.0)[:, None]
+            gates = tl.where(e[None, :] == _expert_of_slot(route_ptr, slot, t, T, E), gate, gates)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        h = _blend_slots(u_ptr, E, gates_ptr, experts_ptr, t, r, T, R, TOP_K)
+        h = tl.zeros((BLOCK_T, BLOCK_R), ACC)
+        if MIXING != PER_EXPERT:
+            h = _blend_slots(u_ptr, True, gates, route_ptr, t, e, r, T, E, R, TOP_K)
         for slot in range(TOP_K):
-            gate, u = _load_slot(u_ptr, E, gates_ptr, experts_ptr, slot, t, r, T, R)
+            expert = _expert_of_slot(route_ptr, slot, t, T, E)
             if MIXING == PER_EXPERT:
-                h = u
-            _store_slot(gate * h, v_ptr, slot, t, r, T, R, TOP_K)
+                h = _load_slot(u_ptr, expert, E, t, r, T, R, ACC)
+            _store_slot(gate_column(gates, e, expert) * h, v_ptr, slot, t, r, T, R, TOP_K)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _grouped_mix_bwd_kernel(
     u_ptr,  # (T, E, R)
     dv_ptr,  # (T, K, R)
-    gates_ptr,  # (K, T)
-    experts_ptr,  # (K, T)
-    logits_ptr,  # (T, E), where the softmax runs over all experts; else None
+    logits_ptr,  # (T, E)
+    route_ptr,  # (K, 2 T + E + 1)
     dlogits_in_ptr,  # (T, E) or None
     du_ptr,  # (T, K, R), written; or None
     v_ptr,  # (T, K, R), written; or None
@@ -244,74 +265,111 @@ def _grouped_mix_bwd_kernel(
     R: tl.constexpr,
     MIXING: tl.constexpr,
     TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """du and v slot by slot, and the gradient of all the logits of a tile of tokens; the same formulas as `mix_bwd_tile`."""
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
-    gates = tl.zeros((BLOCK_T, BLOCK_E), gates_ptr.dtype.element_ty)
-    dgates = tl.zeros((BLOCK_T, BLOCK_E), gates_ptr.dtype.element_ty)
+    softmax = _softmax_of_route(logits_ptr, route_ptr, t, e, T, E, TOP_K, RENORMALIZE, ACC)
+    dgates = tl.zeros((BLOCK_T, BLOCK_E), ACC)
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        h = _blend_slots(u_ptr, E, gates_ptr, experts_ptr, t, r, T, R, TOP_K)
-        dh = _blend_slots(dv_ptr, TOP_K, gates_ptr, None, t, r, T, R, TOP_K)
+        h, dh = tl.zeros((BLOCK_T, BLOCK_R), ACC), tl.zeros((BLOCK_T, BLOCK_R), ACC)
+        if MIXING != PER_EXPERT:
+            h = _blend_slots(u_ptr, True, softmax, route_ptr, t, e, r, T, E, R, TOP_K)
+            dh = _blend_slots(dv_ptr, False, softmax, route_ptr, t, e, r, T, E, R, TOP_K)
         for slot in range(TOP_K):
-            gate, u = _load_slot(u_ptr, E, gates_ptr, experts_ptr, slot, t, r, T, R)
-            _, dv = _load_slot(dv_ptr, TOP_K, gates_ptr, None, slot, t, r, T, R)
+            expert = _expert_of_slot(route_ptr, slot, t, T, E)
+            gate = gate_column(softmax, e, expert)
+            u, dv = _load_slot(u_ptr, expert, E, t, r, T, R, ACC), _load_slot(dv_ptr, slot, TOP_K, t, r, T, R, ACC)
             if MIXING == PER_EXPERT:
                 h, dh = u, dv
                 dgate = dv * u
             else:
                 dgate = dv * h + dh * u
-            is_expert = tl.load(experts_ptr + tl.cast(slot, tl.int64) * T + t, mask=t < T, other=0)[:, None] == e[None, :]
-            gates = tl.where(is_expert, gate, gates)
-            dgates += tl.where(is_expert, tl.sum(dgate, axis=1)[:, None], 0.0)
+            dgates += tl.where(e[None, :] == expert, tl.sum(dgate, axis=1)[:, None], 0.0)
             if du_ptr is not None:
                 _store_slot(gate * dh, du_ptr, slot, t, r, T, R, TOP_K)
             if v_ptr is not None:
                 _store_slot(gate * h, v_ptr, slot, t, r, T, R, TOP_K)
-    softmax = gates
-    if logits_ptr is not None:
-        every = tl.broadcast_to((e < E)[None, :], gates.shape)
-        softmax = softmax_among(load_rows(logits_ptr, t, e, T, E).to(gates.dtype), every)
     dlogits = softmax_bwd(softmax, dgates)
     if dlogits_in_ptr is not None:
-        dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(dlogits.dtype)
+        dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(ACC)
     store_rows(dlogits, dlogits_ptr, t, e, T, E)
+
+
+@triton.jit
+def _expert_of_slot(route_ptr, slot, t, T, E: tl.constexpr):
+    """The expert that each token has in a slot: (BLOCK_T, 1)."""
+    experts, _, _ = parts_of_slot(route_ptr, slot, T, E)
+    return tl.load(experts + t, mask=t < T, other=0)[:, None]
+
+
+@triton.jit
+def _softmax_of_route(
+    logits_ptr,  # (T, E)
+    route_ptr,  # (K, 2 T + E + 1)
+    t,  # (BLOCK_T) tokens
+    e,  # (BLOCK_E) experts
+    T,
+    E: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The softmax that the forward computed, over the route's experts or over all: (BLOCK_T, BLOCK_E)."""
+    logits = load_rows(logits_ptr, t, e, T, E).to(ACC)
+    among = tl.broadcast_to((e < E)[None, :], logits.shape)
+    if RENORMALIZE:
+        among = tl.broadcast_to((e < 0)[None, :], logits.shape)
+        for slot in range(TOP_K):
+            among = among | (e[None, :] == _expert_of_slot(route_ptr, slot, t, T, E))
+    return softmax_among(logits, among)
 
 
 @triton.jit
 def _load_slot(
     values_ptr,  # (T, ROWS, R)
+    row,  # of each token: (BLOCK_T, 1), or one number
     ROWS: tl.constexpr,
-    gates_ptr,  # (K, T)
-    experts_ptr,  # (K, T): the row is the slot's expert; or None: the slot
-    slot,
     t,  # (BLOCK_T) tokens
     r,  # (BLOCK_R) ranks
     T,
     R: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """The gates (BLOCK_T, 1) and the values (BLOCK_T, BLOCK_R) of a slot."""
-    at = tl.cast(slot, tl.int64) * T + t
-    gate = tl.load(gates_ptr + at, mask=t < T, other=0.0)[:, None]
-    row = t.to(tl.int64) * ROWS
-    if experts_ptr is not None:
-        row += tl.load(experts_ptr + at, mask=t < T, other=0)
-    else:
-        row += slot
+    """values[t, row]: (BLOCK_T, BLOCK_R)."""
     mask = (t < T)[:, None] & (r < R)[None, :]
-    return gate, tl.load(values_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0).to(gate.dtype)
+    at = (t.to(tl.int64)[:, None] * ROWS + row) * R + r[None, :]
+    return tl.load(values_ptr + at, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def _blend_slots(values_ptr, ROWS: tl.constexpr, gates_ptr, experts_ptr, t, r, T, R: tl.constexpr, TOP_K: tl.constexpr):
-    """sum_slots gate * values, with the arguments of `_load_slot`: (BLOCK_T, BLOCK_R)."""
-    total = tl.zeros((t.shape[0], r.shape[0]), gates_ptr.dtype.element_ty)
+def _blend_slots(
+    values_ptr,  # (T, E, R) or (T, K, R)
+    BY_EXPERT: tl.constexpr,  # which of the two
+    gates,  # (BLOCK_T, BLOCK_E)
+    route_ptr,  # (K, 2 T + E + 1)
+    t,  # (BLOCK_T) tokens
+    e,  # (BLOCK_E) experts
+    r,  # (BLOCK_R) ranks
+    T,
+    E: tl.constexpr,
+    R: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
+    """sum_slots gate * values: (BLOCK_T, BLOCK_R)."""
+    total = tl.zeros((t.shape[0], r.shape[0]), gates.dtype)
     for slot in range(TOP_K):
-        gate, values = _load_slot(values_ptr, ROWS, gates_ptr, experts_ptr, slot, t, r, T, R)
-        total += gate * values
+        expert = _expert_of_slot(route_ptr, slot, t, T, E)
+        if BY_EXPERT:
+            values = _load_slot(values_ptr, expert, E, t, r, T, R, gates.dtype)
+        else:
+            values = _load_slot(values_ptr, slot, TOP_K, t, r, T, R, gates.dtype)
+        total += gate_column(gates, e, expert) * values
     return total
 
 

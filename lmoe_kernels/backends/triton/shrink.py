@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Tile, ceil_div
-from lmoe_kernels.backends.triton.route import Route, tile_of_group
+from lmoe_kernels.backends.triton.route import tile_of_group
 from lmoe_kernels.backends.triton.tiles import shrink_tile, store_rows
 
 
@@ -43,7 +43,7 @@ def shrink_fwd(
 def grouped_shrink_fwd(
     rows: Tensor,  # (T, F)
     factor: Tensor,  # (E, R, F)
-    route: Route,
+    route: Tensor,  # (K, 2 T + E + 1)
     out: Tensor,  # (T, E, R) or (T, K, R), written
     tile: Tile,
     *,
@@ -52,10 +52,10 @@ def grouped_shrink_fwd(
 ) -> None:
     """out[t, e] or out[t, slot] = scaling * factor[e] rows[t], for the experts e that token t keeps."""
     E, R, F = factor.shape
-    K, T = route.order.shape
+    K, T = route.shape[0], rows.shape[0]
     host.launch(
         _grouped_shrink_fwd_kernel, (tile.tiles_of(T) + E, K),
-        rows, rows.stride(0), factor, route.order, route.bounds, out, scaling, T, F,
+        rows, rows.stride(0), factor, route, out, scaling, T, F,
         E=E, R=R, OUT_ROWS=out.shape[1], BY_EXPERT=by_expert, **host.dot_constants(rows), tile=tile,
     )  # fmt: skip
 
@@ -99,8 +99,7 @@ def _shrink_fwd_kernel(
 def _grouped_shrink_fwd_kernel(
     rows_ptr, stride_t,  # (T, F)
     factor_ptr,  # (E, R, F)
-    order_ptr,  # (K, T)
-    bounds_ptr,  # (K, E + 1)
+    route_ptr,  # (K, 2 T + E + 1)
     out_ptr,  # (T, OUT_ROWS, R), written
     scaling,
     T,
@@ -118,8 +117,7 @@ def _grouped_shrink_fwd_kernel(
 ):  # fmt: skip
     """A tile of one expert's tokens, projected onto the expert's factor."""
     slot, e = tl.program_id(1), tl.arange(0, BLOCK_E)
-    bounds, order = bounds_ptr + slot * (E + 1), order_ptr + slot.to(tl.int64) * T
-    expert, t = tile_of_group(order, bounds, tl.program_id(0), e, T, E, BLOCK_T)
+    expert, t = tile_of_group(route_ptr, slot, tl.program_id(0), e, T, E, BLOCK_T)
     if expert < E:
         r = tl.arange(0, BLOCK_ER)
         factor = factor_ptr + expert.to(tl.int64) * R * F

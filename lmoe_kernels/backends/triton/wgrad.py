@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.configs import Chip, Tile, ceil_div
-from lmoe_kernels.backends.triton.route import Route
+from lmoe_kernels.backends.triton.route import parts_of_slot
 from lmoe_kernels.backends.triton.tiles import load_rows
 
 
@@ -62,7 +62,7 @@ def grouped_wgrad_bwd(
     rows: Tensor,  # (T, F)
     coefficients: Tensor,  # (T, K, R)
     parameter: Tensor,  # (E, R, F)
-    route: Route,
+    route: Tensor,  # (K, 2 T + E + 1)
     tile: Tile,
     *,
     scaling: float = 1.0,
@@ -72,8 +72,8 @@ def grouped_wgrad_bwd(
     grad = rows.new_empty(parameter.shape, dtype=parameter.dtype)
     host.launch(
         _grouped_wgrad_bwd_kernel, (ceil_div(F, tile.F), E),
-        rows, rows.stride(0), coefficients, route.order, route.bounds, grad, scaling, rows.shape[0], F,
-        E=E, R=R, TOP_K=route.order.shape[0], **host.dot_constants(rows), tile=tile,
+        rows, rows.stride(0), coefficients, route, grad, scaling, rows.shape[0], F,
+        E=E, R=R, TOP_K=route.shape[0], **host.dot_constants(rows), tile=tile,
     )  # fmt: skip
     return grad
 
@@ -159,8 +159,7 @@ def _reduce_bwd_kernel(
 def _grouped_wgrad_bwd_kernel(
     rows_ptr, stride_t,  # (T, F)
     coefficients_ptr,  # (T, K, R)
-    order_ptr,  # (K, T)
-    bounds_ptr,  # (K, E + 1)
+    route_ptr,  # (K, 2 T + E + 1)
     out_ptr,  # (E, R, F), written
     scaling,
     T,
@@ -179,8 +178,8 @@ def _grouped_wgrad_bwd_kernel(
     expert = tl.program_id(1)
     acc = tl.zeros((BLOCK_F, BLOCK_ER), ACC)
     for slot in range(TOP_K):
-        bounds, order = bounds_ptr + slot * (E + 1) + expert, order_ptr + tl.cast(slot, tl.int64) * T
-        begin, end = tl.load(bounds), tl.load(bounds + 1)
+        _, order, bounds = parts_of_slot(route_ptr, slot, T, E)
+        begin, end = tl.load(bounds + expert), tl.load(bounds + expert + 1)
         for start in range(begin, end, BLOCK_T):
             at = start + tl.arange(0, BLOCK_T)
             t = tl.load(order + at, mask=at < end, other=0).to(tl.int64)
