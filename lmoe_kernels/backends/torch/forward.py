@@ -6,6 +6,7 @@ numbers of the definition into `T E R`, and every large product into one GEMM th
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels.casting import cast_factors
@@ -22,26 +23,36 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     factors, cast = cast_factors(factors, x.dtype)
-    u = shrink(x, factors.lora_a)
-    if factors.gate_weight is not None:
-        logits = matmul_wide(x, factors.gate_weight.t())  # [T, I] @ [I, E] -> [T, E]
-        if factors.gate_bias is not None:
-            logits += factors.gate_bias
-    else:
-        assert factors.gate_logits is not None
-        logits = factors.gate_logits
+    lora_a, lora_b, gate_weight, gate_bias, logits = factors
+    u = shrink(x, lora_a)
+    if gate_weight is not None:
+        logits = linear_wide(x, gate_weight)  # [T, I] @ [I, E] -> [T, E]
+        if gate_bias is not None:
+            logits += gate_bias
+    assert logits is not None
     softmax, dropped = gate_softmax(logits, x.dtype, options)
     gates = of_kept(softmax, dropped)
     _, v = mix(gates, u, options, sums_of(gates, dropped))
-    y = expand(v, factors.lora_b, base, options.scaling)
+    y = expand(v, lora_b, base, options.scaling)
     if not save:
         return y, None
-    return y, Saved(logits if factors.gate_weight is not None else None, u, cast=cast)
+    return y, Saved(None if gate_weight is None else logits, u, cast=cast)
+
+
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits, gates and what is multiplied by them: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_of(factor: Tensor) -> Tensor:
+    """The factors of all experts as one matrix: (E, R, F) to (E R, F)."""
+    return factor.flatten(0, 1)
 
 
 def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     """Project every row onto the rank rows of all experts: (T, F) and (E, R, F) to (T, E, R)."""
-    return (rows @ factor.flatten(0, 1).t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
+    experts, rank, _ = factor.shape
+    return F.linear(rows, rows_of(factor)).view(rows.shape[0], experts, rank)  # [T, F] @ [F, E R] -> [T, E R]
 
 
 def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -49,12 +60,12 @@ def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[
 
     Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
     """
-    wide, dropped, kept = torch.promote_types(dtype, torch.float32), None, options.kept(logits.shape[1])
-    if kept < logits.shape[1]:
+    dropped = None
+    if options.top_k is not None and (kept := options.kept(logits.shape[1])) < logits.shape[1]:
         dropped = logits.argsort(dim=1, descending=True, stable=True)[:, kept:]
         if options.renormalize:
             logits, dropped = logits.scatter(1, dropped, float("-inf")), None
-    return logits.softmax(dim=1, dtype=wide), dropped
+    return logits.softmax(1, wide_of(dtype)), dropped
 
 
 def of_kept(values: Tensor, dropped: Tensor | None) -> Tensor:
@@ -73,33 +84,53 @@ def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tupl
     Returns:
         h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
     """
-    alone = not options.averages_factors or u.shape[1] == 1  # under a shared A the blend is u itself, times the gates' sum
-    h = u.to(gates.dtype) if alone else blend(gates, u)
-    if options.averages_factors and u.shape[1] == 1 and sums is not None:
-        h = sums * h
-    v = u.new_empty(gates.shape[0], gates.shape[1], u.shape[2])
-    return h, torch.mul(gates[:, :, None], h, out=v)
+    h = widened(u, gates.dtype)
+    if options.averages_factors:
+        if u.shape[1] != 1:
+            h = blend(gates, h)
+        elif sums is not None:  # under a shared A the blend is u itself, times the gates' sum
+            h = sums * h
+    return h, weighted(gates, h, u.dtype)
+
+
+def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype; `to` alone would take a microsecond to return the tensor itself."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
-    """sum_e gates[t,e] per_expert[t,e,r], as (T, 1, R) in the gates' dtype."""
-    return torch.bmm(gates[:, None, :], per_expert.to(gates.dtype))  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+    """sum_e gates[t,e] per_expert[t,e,r], as (T, 1, R)."""
+    return torch.bmm(gates.unsqueeze(1), per_expert)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+
+
+def weighted(gates: Tensor, per_expert: Tensor, dtype: torch.dtype) -> Tensor:
+    """gates[t,e] per_expert[t,e,r] as (T, E, R), multiplied in the gates' dtype and rounded once, to the given one."""
+    per_token = gates.unsqueeze(2)  # (T, E, 1)
+    if dtype == gates.dtype:
+        return per_token * per_expert
+    return torch.mul(per_token, per_expert, out=gates.new_empty(*gates.shape, per_expert.shape[2], dtype=dtype))
 
 
 def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
     """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
-    flat_v, flat = v.flatten(1), factor.flatten(0, 1)
+    matrix = rows_of(factor)
+    coefficients = v.view(v.shape[0], matrix.shape[0])
     if base is not None:
-        return torch.addmm(base, flat_v, flat, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
-    out = v.new_empty(v.shape[0], factor.shape[2])
-    return out.addmm_(flat_v, flat, beta=0, alpha=scaling)
+        return torch.addmm(base, coefficients, matrix, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
+    return scaled_mm(coefficients, matrix, scaling)
 
 
-def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` as the accumulators hold it: fp32 for half-precision operands, unrounded."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if wide == a.dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)  # ATen's CPU products round their result to the operands' dtype
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b, scaled in the accumulators."""
+    if scaling == 1.0:
+        return torch.mm(a, b)
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
+
+
+def linear_wide(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix^T` as the accumulators hold it: fp32 for half-precision operands, unrounded."""
+    if rows.dtype.itemsize > 2:
+        return F.linear(rows, matrix)
+    if rows.is_cuda:
+        return torch.mm(rows, matrix.t(), out_dtype=torch.float32)
+    return F.linear(rows.float(), matrix.float())  # ATen's CPU products round their result to the operands' dtype
