@@ -45,7 +45,7 @@ def apply(
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if backward or forward_ad._current_level >= 0:  # in forward mode the Function raises; the op would drop the tangent
         return _Function.apply(*tensors, True, backend, *options)[:2]
-    return ops.forward(*tensors, return_logits, backend, *options)[:2]
+    return ops.run_forward(*tensors, return_logits, backend, *options)[:2]
 
 
 def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
@@ -92,7 +92,7 @@ def _backward(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, *args: Any) -> tuple[Tensor, ...]:
-        results = ops.forward(*args)
+        results = ops.run_forward(*args)
         _save(ctx, args, results)
         return results
 
@@ -100,7 +100,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # once_differentiable raises only if the incoming gradient requires grad
             raise RuntimeError(f"lmoe: create_graph must be False, got True: {_NO_SECOND_DERIVATIVES}")
-        return _backward(ctx, ops.backward, *grads)
+        return _backward(ctx, ops.run_backward, *grads)
 
 
 class _TransformableFunction(torch.autograd.Function):

@@ -11,6 +11,7 @@ from lmoe_kernels.backends.torch.forward import (
     blend,
     expand,
     gate_softmax,
+    in_dtype,
     linear_wide,
     mix,
     of_kept,
@@ -18,7 +19,6 @@ from lmoe_kernels.backends.torch.forward import (
     shrink,
     sums_of,
     weighted,
-    widened,
 )  # fmt: skip
 from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
@@ -46,7 +46,7 @@ def backward(
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
-    dv = widened(shrink(dy, cast.lora_b), gates.dtype)
+    dv = in_dtype(shrink(dy, cast.lora_b), gates.dtype)
     du, dgates = mix_backward(gates, u, h, dv, options, sums)
     dlogits = torch._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
     if dlogits_in is not None:
@@ -59,7 +59,7 @@ def backward(
         assert x is not None
         dlora_a = wgrad(du, x, lora_a, 1.0)
     if gate_weight is not None and (dx is not None or wanted.gate_weight):
-        rounded = widened(dlogits, dy.dtype)
+        rounded = in_dtype(dlogits, dy.dtype)
         if dx is not None:
             assert cast.gate_weight is not None
             dx.addmm_(rounded, cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
@@ -86,7 +86,7 @@ def mix_backward(
     scaling = options.scaling
     if options.averages_factors:
         dh = blend(gates, dv).mul_(scaling)
-        through_a = torch.bmm(widened(u, gates.dtype), dh.mT)  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
+        through_a = torch.bmm(in_dtype(u, gates.dtype), dh.mT)  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
         dgates = torch.baddbmm(through_a, dv, h.mT, alpha=scaling).squeeze(2)
     else:
         dh = blend(gates, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
@@ -94,7 +94,7 @@ def mix_backward(
     if u.shape[1] != 1:
         return weighted(gates, dh, u.dtype), dgates
     # a shared A gathers from every expert: under "factors" the same from each, times its gate
-    return widened(sums * dh if options.averages_factors and sums is not None else dh, u.dtype), dgates
+    return in_dtype(sums * dh if options.averages_factors and sums is not None else dh, u.dtype), dgates
 
 
 def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor, scaling: float) -> Tensor:

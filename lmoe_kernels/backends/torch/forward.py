@@ -39,20 +39,10 @@ def forward(
     return y, Saved(None if gate_weight is None else logits, u, cast=cast)
 
 
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, gates and what is multiplied by them: fp32, or fp64 for fp64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def rows_of(factor: Tensor) -> Tensor:
-    """The factors of all experts as one matrix: (E, R, F) to (E R, F)."""
-    return factor.flatten(0, 1)
-
-
 def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     """Project every row onto the rank rows of all experts: (T, F) and (E, R, F) to (T, E, R)."""
     experts, rank, _ = factor.shape
-    return F.linear(rows, rows_of(factor)).view(rows.shape[0], experts, rank)  # [T, F] @ [F, E R] -> [T, E R]
+    return F.linear(rows, factor.flatten(0, 1)).view(rows.shape[0], experts, rank)  # [T, F] @ [F, E R] -> [T, E R]
 
 
 def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -65,7 +55,8 @@ def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[
         dropped = logits.argsort(dim=1, descending=True, stable=True)[:, kept:]
         if options.renormalize:
             logits, dropped = logits.scatter(1, dropped, float("-inf")), None
-    return logits.softmax(1, wide_of(dtype)), dropped
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return (logits.softmax(1) if logits.dtype is wide else logits.softmax(1, wide)), dropped
 
 
 def of_kept(values: Tensor, dropped: Tensor | None) -> Tensor:
@@ -84,7 +75,7 @@ def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tupl
     Returns:
         h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
     """
-    h = widened(u, gates.dtype)
+    h = in_dtype(u, gates.dtype)
     if options.averages_factors:
         if u.shape[1] != 1:
             h = blend(gates, h)
@@ -93,9 +84,9 @@ def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tupl
     return h, weighted(gates, h, u.dtype)
 
 
-def widened(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in this dtype; `to` alone would take a microsecond to return the tensor itself."""
-    return t if t.dtype == dtype else t.to(dtype)
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype. `to` alone takes a microsecond, several with cold caches, to return the tensor itself."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
 def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
@@ -105,15 +96,12 @@ def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
 
 def weighted(gates: Tensor, per_expert: Tensor, dtype: torch.dtype) -> Tensor:
     """gates[t,e] per_expert[t,e,r] as (T, E, R), multiplied in the gates' dtype and rounded once, to the given one."""
-    per_token = gates.unsqueeze(2)  # (T, E, 1)
-    if dtype == gates.dtype:
-        return per_token * per_expert
-    return torch.mul(per_token, per_expert, out=gates.new_empty(*gates.shape, per_expert.shape[2], dtype=dtype))
+    return in_dtype(gates.unsqueeze(2) * per_expert, dtype)
 
 
 def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
     """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
-    matrix = rows_of(factor)
+    matrix = factor.flatten(0, 1)
     coefficients = v.view(v.shape[0], matrix.shape[0])
     if base is not None:
         return torch.addmm(base, coefficients, matrix, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
