@@ -7,7 +7,7 @@ The checks read the shapes, dtypes and devices of tensors, never their values, s
 import math
 import sys
 from numbers import Real
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, TypeGuard, cast, get_args
 
 import torch
 from torch import Tensor
@@ -44,28 +44,25 @@ def _fits(x: Tensor, factors: Factors) -> bool:
     the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
     lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
-    if gate_weight is None or gate_bias is not None or gate_logits is not None or not is_plain(x):
+    if gate_bias is not None or gate_logits is not None or not is_plain(x) or x.dtype not in DTYPES:
         return False
     dtype, device = x.dtype, x.device
     for factor in (lora_a, lora_b, gate_weight):
-        if not is_plain(factor) or factor.dtype not in (dtype, torch.float32) or factor.device != device:
+        if not is_plain(factor) or factor.device != device:
             return False
-    if dtype not in DTYPES or x.dim() == 0 or lora_b.dim() != 3:
+        if factor.dtype is not dtype and factor.dtype is not torch.float32:
+            return False
+    of_x, of_a, of_b, of_gate = x.shape, lora_a.shape, lora_b.shape, gate_weight.shape
+    if not of_x or len(of_b) != 3:
         return False
-    experts, rank, _ = lora_b.shape
-    in_features = x.shape[-1]
-    of_a = lora_a.shape
-    return (
-        experts >= 1
-        and rank >= 1
-        and (of_a == (experts, rank, in_features) or of_a == (1, rank, in_features))
-        and gate_weight.shape == (experts, in_features)
-    )
+    (experts, rank, _), in_features = of_b, of_x[-1]
+    fit = of_gate == (experts, in_features) and of_a in ((experts, rank, in_features), (1, rank, in_features))
+    return fit and experts >= 1 and rank >= 1
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: object) -> TypeGuard[Tensor]:
     """Whether this is a strided tensor of PyTorch's own classes."""
-    return type(tensor) in (Tensor, Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return (type(tensor) is Tensor or type(tensor) is Parameter) and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _check_factors(op: str, x: Tensor, factors: Factors) -> None:

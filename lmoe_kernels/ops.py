@@ -13,12 +13,15 @@ The backend is chosen inside the op, from the actual sizes. A choice during trac
 traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from lmoe_kernels import casting, dispatch
@@ -48,104 +51,125 @@ forward = torch.ops.lmoe_kernels.forward.default
 backward = torch.ops.lmoe_kernels.backward.default
 
 
-def run_forward(*args: Any) -> tuple[Tensor, ...]:
-    """The results of the op `forward`, whose arguments these are; without the op where only its results matter."""
-    return forward(*args) if _something_sees_ops(args) else _forward(*args)
+def run_forward(
+    x: Tensor, factors: Factors, weight: Tensor | None, base: Tensor | None, options: Options, *, save: bool, backend: str
+) -> tuple[Tensor | None, ...]:
+    """The results of the op `forward`; without the op where nothing but its results matters."""
+    tensors = (x, *factors, weight, base)
+    if _something_sees_ops(tensors):
+        return forward(*tensors, save, backend, *options)
+    return _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
 
 
-def run_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """The same for the op `backward`."""
-    return backward(*args) if _something_sees_ops(args) else _backward(*args)
+def run_backward(
+    dy: Tensor,
+    dlogits: Tensor | None,
+    x: Tensor | None,
+    factors: Factors,
+    weight: Tensor | None,
+    saved: tuple[Tensor | None, ...],
+    options: Options,
+    *,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The results of the op `backward`, likewise."""
+    tensors = (dy, dlogits, x, *factors, weight, *saved)
+    if _something_sees_ops(tensors):
+        return backward(*tensors, wanted, backend, *options)
+    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
-def _something_sees_ops(args: tuple[Any, ...]) -> bool:
+def _something_sees_ops(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether anything but the caller may see which op is called, or give it another meaning.
 
     That is torch.compile, a mode (of a tracer, a fake tensor, a default device), a transform of torch.func, torch.jit.trace,
-    the profiler, and any tensor that is more than its memory: of a subclass, or negated when it is read. A call of an op costs
+    the profiler, and a tensor that is more than its memory: of a subclass, or negated when it is read. A call of an op costs
     14 us more than one of its body while weights stream through the caches (Intel Xeon, 2 cores, 2026-11-26).
     """
-    if (
-        torch.compiler.is_dynamo_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
+    return (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
         or profiler._is_profiler_enabled
-    ):
-        return True
-    for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or arg.is_neg()):
-            return True
-    return False
+        or any(t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors)
+    )
 
 
 _PLAIN = (Tensor, Parameter)
 
 
-def _forward(
+def _compute_forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    gate_logits: Tensor | None,
+    factors: Factors,
     weight: Tensor | None,  # (O, I), the frozen layer's; None for no frozen product
     base: Tensor | None,  # (O), the frozen layer's bias, or (T, O), the output of another layer
+    options: Options,
+    *,
     save: bool,
     backend: str,  # a name or "auto"
-    *options: Any,  # the fields of Options
 ) -> tuple[Tensor | None, ...]:
     """Compute y = x weight^T + base + delta and, with `save`, the fields of Saved."""
-    x = _with_contiguous_rows(x)
-    factors = _contiguous(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    chosen = Options(*options)
+    x, factors = _with_contiguous_rows(x), _contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast_or_autograd(x):
-        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), chosen, save=save)
+        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
-    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, chosen))
+    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
 
 
-def _backward(
+def _compute_backward(
     dy: Tensor,  # (T, O)
     dlogits: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
     x: Tensor | None,  # (T, I), needed only for the gradients of weights
-    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    gate_logits: Tensor | None,
+    factors: Factors,
     weight: Tensor | None,  # (O, I)
-    logits: Tensor | None,  # logits to cast are the fields of Saved, as returned by the forward
-    u: Tensor,
-    route: Tensor | None,
-    cast: Tensor | None,
-    wanted: list[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
+    saved: tuple[Tensor | None, ...],  # the fields of Saved, as returned by the forward
+    options: Options,
+    *,
+    wanted: Sequence[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
     backend: str,
-    *options: Any,  # the fields of Options
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients that are wanted; the others are None."""
-    dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
-    factors = _contiguous(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
+    dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _contiguous(factors)
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
+    dlogits = None if dlogits is None else dlogits.contiguous()
+    *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
         grads: Gradients = dispatch.load(name).backward(
-            dy,
-            None if dlogits is None else dlogits.contiguous(),
-            x,
-            factors,
-            Saved(None if logits is None else logits.contiguous(), u, route, cast),
-            Options(*options),
-            wanted=Wanted(*wanted[:-1]),
+            dy, dlogits, x, factors, Saved(*saved), options, wanted=Wanted(*of_factors)
         )
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
-        dweight = dy.t() @ x if wanted[-1] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
+        dweight = dy.t() @ x if of_weight and x is not None else None  # [O, T] @ [T, I] -> [O, I]
     return *grads, dweight
+
+
+# The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
+def _forward(*args: Any) -> tuple[Tensor | None, ...]:
+    x, *factors, weight, base, save, backend = args[:10]
+    return _compute_forward(x, Factors(*factors), weight, base, Options(*args[10:]), save=save, backend=backend)
+
+
+def _backward(*args: Any) -> tuple[Tensor | None, ...]:
+    dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend = args[:15]
+    saved = None if logits is None else logits.contiguous(), u, route, cast
+    return _compute_backward(
+        dy,
+        dlogits,
+        x,
+        Factors(a, b, gate, bias, outside),
+        weight,
+        saved,
+        Options(*args[15:]),
+        wanted=wanted,
+        backend=backend,
+    )
 
 
 def _forward_fake(
@@ -195,12 +219,11 @@ def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
     return t.contiguous()
 
 
-def _contiguous(*factors: Tensor | None) -> Factors:
-    """The fields of Factors, as contiguous tensors."""
+def _contiguous(factors: Factors) -> Factors:
     for t in factors:
         if t is not None and not t.is_contiguous():
             return Factors(*(None if t is None else t.contiguous() for t in factors))
-    return Factors(*factors)
+    return factors
 
 
 def autocast_is_on() -> bool:

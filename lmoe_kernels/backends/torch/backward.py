@@ -8,14 +8,12 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import (
-    blend,
     expand,
     gate_softmax,
     in_dtype,
     linear_wide,
     mix,
     of_kept,
-    scaled_mm,
     shrink,
     sums_of,
     weighted,
@@ -42,7 +40,7 @@ def backward(
     gates = of_kept(softmax, dropped)
     sums = sums_of(gates, dropped)
     h, v = mix(gates, u, options, sums)
-    dlora_b = wgrad(v, dy, lora_b, options.scaling) if wanted.lora_b else None
+    dlora_b = wgrad(v.flatten(1), dy, lora_b, options.scaling) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
@@ -53,6 +51,7 @@ def backward(
         dlogits += dlogits_in
 
     dx = dlora_a = dgate_weight = dgate_bias = dgate_logits = None
+    du = du.flatten(1)
     if wanted.x:
         dx = expand(du, cast.lora_a, None, 1.0)
     if wanted.lora_a:
@@ -83,13 +82,14 @@ def mix_backward(
     sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
 ) -> tuple[Tensor, Tensor]:
     """du, shaped and typed as u, and dgates (T, E) in the gates' dtype."""
-    scaling = options.scaling
+    scaling, row = options.scaling, gates.unsqueeze(1)
     if options.averages_factors:
-        dh = blend(gates, dv).mul_(scaling)
-        through_a = torch.bmm(in_dtype(u, gates.dtype), dh.mT)  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
-        dgates = torch.baddbmm(through_a, dv, h.mT, alpha=scaling).squeeze(2)
+        column = dv.shape[0], dv.shape[2], 1
+        dh = torch.baddbmm(h, row, dv, beta=0, alpha=scaling)  # [T, 1, E] @ [T, E, R] -> [T, 1, R], shaped as h
+        through_a = torch.bmm(in_dtype(u, gates.dtype), dh.view(*column))  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
+        dgates = torch.baddbmm(through_a, dv, h.view(*column), alpha=scaling).squeeze(2)
     else:
-        dh = blend(gates, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
+        dh = torch.bmm(row, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
         dgates = (dv * h).sum(dim=2).mul_(scaling)
     if u.shape[1] != 1:
         return weighted(gates, dh, u.dtype), dgates
@@ -98,8 +98,13 @@ def mix_backward(
 
 
 def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor, scaling: float) -> Tensor:
-    """scaling * coefficients^T rows: (T, ...) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
-    left = coefficients.flatten(1).t()  # [E R, T] @ [T, F] -> [E R, F]
-    if parameter.dtype == rows.dtype:
-        return scaled_mm(left, rows, scaling).view(parameter.shape)
-    return linear_wide(left, rows.t()).mul_(scaling).to(parameter.dtype).view(parameter.shape)
+    """scaling * coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
+    left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
+    if parameter.dtype != rows.dtype:
+        grad = linear_wide(left, rows.t()).mul_(scaling).to(parameter.dtype)
+    elif scaling == 1.0:
+        grad = torch.mm(left, rows)
+    else:
+        shaped = parameter.flatten(0, -2)  # with beta=0 a sum gets no more than its shape from it
+        grad = torch.addmm(shaped, left, rows, beta=0, alpha=scaling)
+    return grad if parameter.dim() == 2 else grad.view(*parameter.shape)

@@ -33,7 +33,7 @@ def forward(
     softmax, dropped = gate_softmax(logits, x.dtype, options)
     gates = of_kept(softmax, dropped)
     _, v = mix(gates, u, options, sums_of(gates, dropped))
-    y = expand(v, lora_b, base, options.scaling)
+    y = expand(v.flatten(1), lora_b, base, options.scaling)
     if not save:
         return y, None
     return y, Saved(None if gate_weight is None else logits, u, cast=cast)
@@ -99,20 +99,15 @@ def weighted(gates: Tensor, per_expert: Tensor, dtype: torch.dtype) -> Tensor:
     return in_dtype(gates.unsqueeze(2) * per_expert, dtype)
 
 
-def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
-    """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
-    matrix = factor.flatten(0, 1)
-    coefficients = v.view(v.shape[0], matrix.shape[0])
+def expand(coefficients: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
+    """base + scaling * coefficients @ factor: (T, E R) and (E, R, F) to (T, F); the GEMM's epilogue adds `base`."""
+    rows = factor.flatten(0, 1)
     if base is not None:
-        return torch.addmm(base, coefficients, matrix, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
-    return scaled_mm(coefficients, matrix, scaling)
-
-
-def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling * a @ b, scaled in the accumulators."""
+        return torch.addmm(base, coefficients, rows, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
     if scaling == 1.0:
-        return torch.mm(a, b)
-    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scaling)
+        return torch.mm(coefficients, rows)
+    out = coefficients.new_empty(coefficients.shape[0], rows.shape[1])
+    return out.addmm_(coefficients, rows, beta=0, alpha=scaling)
 
 
 def linear_wide(rows: Tensor, matrix: Tensor) -> Tensor:
