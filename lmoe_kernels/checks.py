@@ -18,6 +18,7 @@ from lmoe_kernels.options import Factors, Mixing, Options
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXINGS = get_args(Mixing)
 _LARGEST = sys.float_info.max
+_PLAIN = frozenset((Tensor, Parameter))
 
 
 def fail(op: str, argument: str, must: str, got: object, error: type[Exception] = ValueError) -> NoReturn:
@@ -44,25 +45,27 @@ def _fits(x: Tensor, factors: Factors) -> bool:
     the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
     lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
-    if gate_bias is not None or gate_logits is not None or not is_plain(x) or x.dtype not in DTYPES:
+    if gate_bias is not None or gate_logits is not None or not (is_plain(x) and x.dtype in DTYPES):
         return False
     dtype, device = x.dtype, x.device
     for factor in (lora_a, lora_b, gate_weight):
-        if not is_plain(factor) or factor.device != device:
+        if not is_plain(factor) or factor.device != device or factor.dtype not in (dtype, torch.float32):
             return False
-        if factor.dtype is not dtype and factor.dtype is not torch.float32:
-            return False
-    of_x, of_a, of_b, of_gate = x.shape, lora_a.shape, lora_b.shape, gate_weight.shape
+    of_x, of_b = x.shape, lora_b.shape
     if not of_x or len(of_b) != 3:
         return False
     (experts, rank, _), in_features = of_b, of_x[-1]
-    fit = of_gate == (experts, in_features) and of_a in ((experts, rank, in_features), (1, rank, in_features))
-    return fit and experts >= 1 and rank >= 1
+    return (
+        experts >= 1
+        and rank >= 1
+        and gate_weight.shape == (experts, in_features)
+        and lora_a.shape in ((experts, rank, in_features), (1, rank, in_features))
+    )
 
 
 def is_plain(tensor: object) -> TypeGuard[Tensor]:
     """Whether this is a strided tensor of PyTorch's own classes."""
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and tensor.layout is torch.strided and not tensor.is_nested
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
 
 
 def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
@@ -98,12 +101,14 @@ def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
 
 def check_options(op: str, num_experts: int, options: Options) -> None:
     """Check the options, which are neither tensors nor sizes."""
-    check_finite(op, "scaling", options.scaling, "be a finite number")
-    if options.mixing not in MIXINGS:
-        fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(options.mixing))
-    if options.top_k is not None:
-        check_positive_int(op, "top_k", options.top_k, at_most=("E", num_experts))
-    check_bool(op, "renormalize", options.renormalize)
+    scaling, mixing, top_k, renormalize = options
+    if type(scaling) is not float or not abs(scaling) <= _LARGEST:  # a check less for the usual scaling
+        check_finite(op, "scaling", scaling, "be a finite number")
+    if mixing not in MIXINGS:
+        fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(mixing))
+    if top_k is not None:
+        check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
+    check_bool(op, "renormalize", renormalize)
 
 
 def check_bool(op: str, name: str, value: bool) -> None:
@@ -114,8 +119,6 @@ def check_bool(op: str, name: str, value: bool) -> None:
 
 def check_finite(op: str, name: str, value: float | None, must: str, at_least: float = -math.inf) -> None:
     """Check a Python number: not NaN, not infinite, and inside the range of a float."""
-    if type(value) is float and -_LARGEST <= value <= _LARGEST and value >= at_least:
-        return
     number = cast(Any, value)  # the type of numbers.Real has no comparisons
     if not isinstance(value, Real):
         fail(op, name, must, type(value).__name__, TypeError)

@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)  # fmt: skip
 from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
@@ -84,8 +90,8 @@ def _something_sees_ops(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether anything but the caller may see which op is called, or give it another meaning.
 
     That is torch.compile, a mode (of a tracer, a fake tensor, a default device), a transform of torch.func, torch.jit.trace,
-    the profiler, and a tensor that is more than its memory: of a subclass, or negated when it is read. A call of an op costs
-    14 us more than one of its body while weights stream through the caches (Intel Xeon, 2 cores, 2026-11-26).
+    the profiler, and a tensor of a subclass. A call of an op costs 14 us more than one of its body while weights stream
+    through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
     return (
         is_dynamo_compiling()
@@ -94,11 +100,11 @@ def _something_sees_ops(tensors: tuple[Tensor | None, ...]) -> bool:
         or _are_functorch_transforms_active()
         or _is_tracing()
         or profiler._is_profiler_enabled
-        or any(t is not None and (type(t) not in _PLAIN or t.is_neg()) for t in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
-_PLAIN = (Tensor, Parameter)
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
 
 
 def _compute_forward(
@@ -112,7 +118,7 @@ def _compute_forward(
     backend: str,  # a name or "auto"
 ) -> tuple[Tensor | None, ...]:
     """Compute y = x weight^T + base + delta and, with `save`, the fields of Saved."""
-    x, factors = _with_contiguous_rows(x), _contiguous(factors)
+    x, factors = _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast_or_autograd(x):
@@ -135,10 +141,10 @@ def _compute_backward(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients that are wanted; the others are None."""
-    dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _contiguous(factors)
+    dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
-    dlogits = None if dlogits is None else dlogits.contiguous()
+    dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
         grads: Gradients = dispatch.load(name).backward(
@@ -158,18 +164,8 @@ def _forward(*args: Any) -> tuple[Tensor | None, ...]:
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend = args[:15]
-    saved = None if logits is None else logits.contiguous(), u, route, cast
-    return _compute_backward(
-        dy,
-        dlogits,
-        x,
-        Factors(a, b, gate, bias, outside),
-        weight,
-        saved,
-        Options(*args[15:]),
-        wanted=wanted,
-        backend=backend,
-    )
+    factors, saved, options = Factors(a, b, gate, bias, outside), (_contiguous(logits), u, route, cast), Options(*args[15:])
+    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
 def _forward_fake(
@@ -214,21 +210,28 @@ def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Sa
 
 def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
     """The tensor itself if its last dim is contiguous and no two rows overlap in memory, else a contiguous copy."""
-    if t is None or t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+    if t is None:
         return t
-    return t.contiguous()
+    if t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+        return t.resolve_neg()
+    return _contiguous(t)
 
 
-def _contiguous(factors: Factors) -> Factors:
+def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
+    """A tensor whose memory holds its numbers in order; the imaginary part of a conjugate is stored with the other sign."""
+    return t if t is None else t.contiguous().resolve_neg()
+
+
+def _all_contiguous(factors: Factors) -> Factors:
     for t in factors:
-        if t is not None and not t.is_contiguous():
-            return Factors(*(None if t is None else t.contiguous() for t in factors))
+        if t is not None and (not t.is_contiguous() or t.is_neg()):
+            return Factors(*map(_contiguous, factors))
     return factors
 
 
 def autocast_is_on() -> bool:
     """Whether autocast is on for any device. PyTorch's own test leaves MPS out (2.11 and 2.13)."""
-    return torch._C._is_any_autocast_enabled() or torch.is_autocast_enabled("mps")
+    return _is_any_autocast_enabled() or torch.is_autocast_enabled("mps")
 
 
 def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:

@@ -15,7 +15,6 @@ from lmoe_kernels.backends.torch.forward import (
     mix,
     of_kept,
     shrink,
-    sums_of,
     weighted,
 )  # fmt: skip
 from lmoe_kernels.casting import from_buffer
@@ -37,8 +36,7 @@ def backward(
     cast = from_buffer(factors, dy.dtype, saved.cast)
     logits, u = saved.router_logits(factors), saved.u
     softmax, dropped = gate_softmax(logits, dy.dtype, options)
-    gates = of_kept(softmax, dropped)
-    sums = sums_of(gates, dropped)
+    gates, sums = of_kept(softmax, dropped)
     h, v = mix(gates, u, options, sums)
     dlora_b = wgrad(v.flatten(1), dy, lora_b, options.scaling) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
@@ -46,7 +44,9 @@ def backward(
 
     dv = in_dtype(shrink(dy, cast.lora_b), gates.dtype)
     du, dgates = mix_backward(gates, u, h, dv, options, sums)
-    dlogits = torch._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
+    if dropped is not None:
+        dgates = dgates.scatter(1, dropped, 0.0)
+    dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype)
     if dlogits_in is not None:
         dlogits += dlogits_in
 

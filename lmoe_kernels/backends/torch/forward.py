@@ -31,8 +31,8 @@ def forward(
             logits += gate_bias
     assert logits is not None
     softmax, dropped = gate_softmax(logits, x.dtype, options)
-    gates = of_kept(softmax, dropped)
-    _, v = mix(gates, u, options, sums_of(gates, dropped))
+    gates, sums = of_kept(softmax, dropped)
+    _, v = mix(gates, u, options, sums)
     y = expand(v.flatten(1), lora_b, base, options.scaling)
     if not save:
         return y, None
@@ -59,14 +59,12 @@ def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[
     return (logits.softmax(1) if logits.dtype is wide else logits.softmax(1, wide)), dropped
 
 
-def of_kept(values: Tensor, dropped: Tensor | None) -> Tensor:
-    """The values (T, E) of the experts kept, 0 for those that are still to be dropped."""
-    return values if dropped is None else values.scatter(1, dropped, 0.0)
-
-
-def sums_of(gates: Tensor, dropped: Tensor | None) -> Tensor | None:
-    """The sum of each token's gates, (T, 1, 1); None where it is 1."""
-    return None if dropped is None else gates.sum(dim=1)[:, None, None]
+def of_kept(softmax: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gates (T, E), 0 for the experts that are still to be dropped; the sum of each token's (T, 1, 1), None where 1."""
+    if dropped is None:
+        return softmax, None
+    gates = softmax.scatter(1, dropped, 0.0)
+    return gates, gates.sum(dim=1)[:, None, None]
 
 
 def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tuple[Tensor, Tensor]:
