@@ -62,9 +62,10 @@ def run_forward(
 ) -> tuple[Tensor | None, ...]:
     """The results of the op `forward`; without the op where nothing but its results matters."""
     tensors = (x, *factors, weight, base)
-    if _something_sees_ops(tensors):
+    if _something_sees_ops(x, tensors):
         return forward(*tensors, save, backend, *options)
-    return _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    return y, *(saved or _NOTHING_SAVED)
 
 
 def run_backward(
@@ -81,17 +82,17 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """The results of the op `backward`, likewise."""
     tensors = (dy, dlogits, x, *factors, weight, *saved)
-    if _something_sees_ops(tensors):
+    if _something_sees_ops(dy, tensors):
         return backward(*tensors, wanted, backend, *options)
     return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
-def _something_sees_ops(tensors: tuple[Tensor | None, ...]) -> bool:
+def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether anything but the caller may see which op is called, or give it another meaning.
 
     That is torch.compile, a mode (of a tracer, a fake tensor, a default device), a transform of torch.func, torch.jit.trace,
-    the profiler, and a tensor of a subclass. A call of an op costs 14 us more than one of its body while weights stream
-    through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
+    the profiler, and a tensor of a subclass or without memory. A call of an op costs 14 us more than one of its body while
+    weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
     return (
         is_dynamo_compiling()
@@ -101,6 +102,7 @@ def _something_sees_ops(tensors: tuple[Tensor | None, ...]) -> bool:
         or _is_tracing()
         or profiler._is_profiler_enabled
         or not _PLAIN.issuperset(map(type, tensors))
+        or x.is_meta
     )
 
 
@@ -116,8 +118,8 @@ def _compute_forward(
     *,
     save: bool,
     backend: str,  # a name or "auto"
-) -> tuple[Tensor | None, ...]:
-    """Compute y = x weight^T + base + delta and, with `save`, the fields of Saved."""
+) -> tuple[Tensor, Saved | None]:
+    """Compute y = x weight^T + base + delta and, with `save`, what the backward needs."""
     x, factors = _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
@@ -125,7 +127,7 @@ def _compute_forward(
         y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
-    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
+    return y, saved
 
 
 def _compute_backward(
@@ -159,7 +161,9 @@ def _compute_backward(
 # The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     x, *factors, weight, base, save, backend = args[:10]
-    return _compute_forward(x, Factors(*factors), weight, base, Options(*args[10:]), save=save, backend=backend)
+    factors, options = Factors(*factors), Options(*args[10:])
+    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:
