@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from lmoe_kernels import ops
-from lmoe_kernels.options import Factors, Options
+from lmoe_kernels.options import Factors, Options, Saved
 
 _Context = Any  # torch.autograd.function.FunctionCtx, whose attributes are set at run time
 # The arguments of a Function: x and the factors in the order of `Wanted`, weight, base, the backend, the options.
@@ -92,8 +92,8 @@ def _backward(
 
 
 def _gradients(*args: Any) -> tuple[Tensor | None, ...]:
-    dy, dlogits, x, a, b, gate, bias, outside, weight, *saved, wanted, backend, options = args
-    factors = Factors(a, b, gate, bias, outside)
+    dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend, options = args
+    factors, saved = Factors(a, b, gate, bias, outside), Saved(logits, u, route, cast)
     return ops.run_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
@@ -111,8 +111,8 @@ class _Function(torch.autograd.Function):
         return _backward(ctx, _gradients, *grads)
 
 
-# The method under `torch.autograd.Function.apply`, which prepares for transforms of torch.func. They are not active here, and
-# it takes 15 us while weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
+# The method under `torch.autograd.Function.apply`, which prepares for transforms of torch.func. None is active here, and it
+# takes 15 us while weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
 _apply = super(torch.autograd.Function, _Function).apply
 
 

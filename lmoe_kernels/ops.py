@@ -74,7 +74,7 @@ def run_backward(
     x: Tensor | None,
     factors: Factors,
     weight: Tensor | None,
-    saved: tuple[Tensor | None, ...],
+    saved: Saved,
     options: Options,
     *,
     wanted: Sequence[bool],
@@ -136,7 +136,7 @@ def _compute_backward(
     x: Tensor | None,  # (T, I), needed only for the gradients of weights
     factors: Factors,
     weight: Tensor | None,  # (O, I)
-    saved: tuple[Tensor | None, ...],  # the fields of Saved, as returned by the forward
+    saved: Saved,
     options: Options,
     *,
     wanted: Sequence[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
@@ -149,9 +149,7 @@ def _compute_backward(
     dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
-        grads: Gradients = dispatch.load(name).backward(
-            dy, dlogits, x, factors, Saved(*saved), options, wanted=Wanted(*of_factors)
-        )
+        grads: Gradients = dispatch.load(name).backward(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
         dweight = dy.t() @ x if of_weight and x is not None else None  # [O, T] @ [T, I] -> [O, I]
@@ -160,15 +158,19 @@ def _compute_backward(
 
 # The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
-    x, *factors, weight, base, save, backend = args[:10]
-    factors, options = Factors(*factors), Options(*args[10:])
+    x, a, b, gate, bias, outside, weight, base, save, backend = args[:10]
+    factors, options = Factors(a, b, gate, bias, outside), Options(*args[10:])
     y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
     return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:
     dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend = args[:15]
-    factors, saved, options = Factors(a, b, gate, bias, outside), (_contiguous(logits), u, route, cast), Options(*args[15:])
+    factors, saved, options = (
+        Factors(a, b, gate, bias, outside),
+        Saved(_contiguous(logits), u, route, cast),
+        Options(*args[15:]),
+    )
     return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
@@ -229,7 +231,8 @@ def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
 def _all_contiguous(factors: Factors) -> Factors:
     for t in factors:
         if t is not None and (not t.is_contiguous() or t.is_neg()):
-            return Factors(*map(_contiguous, factors))
+            lora_a, lora_b, *rest = factors
+            return Factors(_contiguous(lora_a), _contiguous(lora_b), *map(_contiguous, rest))
     return factors
 
 
