@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import (
+    blend,
     expand,
     gate_softmax,
     in_dtype,
     linear_wide,
     mix,
     of_kept,
+    scaled,
     shrink,
     weighted,
 )  # fmt: skip
@@ -37,13 +39,14 @@ def backward(
     logits, u = saved.router_logits(factors), saved.u
     softmax, dropped = gate_softmax(logits, dy.dtype, options)
     gates, sums = of_kept(softmax, dropped)
-    h, v = mix(gates, u, options, sums)
-    dlora_b = wgrad(v.flatten(1), dy, lora_b, options.scaling) if wanted.lora_b else None
+    scaled_gates = scaled(gates, options)
+    h, v = mix(gates, scaled_gates, u, options, sums)
+    dlora_b = wgrad(v.flatten(1), dy, lora_b) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
     dv = in_dtype(shrink(dy, cast.lora_b), gates.dtype)
-    du, dgates = mix_backward(gates, u, h, dv, options, sums)
+    du, dgates = mix_backward(gates, scaled_gates, u, h, dv, options, sums)
     if dropped is not None:
         dgates = dgates.scatter(1, dropped, 0.0)
     dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype)
@@ -53,10 +56,10 @@ def backward(
     dx = dlora_a = dgate_weight = dgate_bias = dgate_logits = None
     du = du.flatten(1)
     if wanted.x:
-        dx = expand(du, cast.lora_a, None, 1.0)
+        dx = expand(du, cast.lora_a, None)
     if wanted.lora_a:
         assert x is not None
-        dlora_a = wgrad(du, x, lora_a, 1.0)
+        dlora_a = wgrad(du, x, lora_a)
     if gate_weight is not None and (dx is not None or wanted.gate_weight):
         rounded = in_dtype(dlogits, dy.dtype)
         if dx is not None:
@@ -64,7 +67,7 @@ def backward(
             dx.addmm_(rounded, cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
         if wanted.gate_weight:
             assert x is not None
-            dgate_weight = wgrad(rounded, x, gate_weight, 1.0)
+            dgate_weight = wgrad(rounded, x, gate_weight)
     if wanted.gate_bias:
         assert gate_bias is not None
         dgate_bias = dlogits.sum(dim=0).to(gate_bias.dtype)
@@ -75,36 +78,31 @@ def backward(
 
 def mix_backward(
     gates: Tensor,  # (T, E)
+    scaled_gates: Tensor,  # (T, E)
     u: Tensor,  # (T, E, R) or (T, 1, R)
-    h: Tensor,  # what a gate multiplies, from `mix`
+    h: Tensor,  # of `mix`
     dv: Tensor,  # (T, E, R), in the gates' dtype, still without the scaling
     options: Options,
     sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
 ) -> tuple[Tensor, Tensor]:
     """du, shaped and typed as u, and dgates (T, E) in the gates' dtype."""
-    scaling, row = options.scaling, gates.unsqueeze(1)
     if options.averages_factors:
         column = dv.shape[0], dv.shape[2], 1
-        dh = torch.baddbmm(h, row, dv, beta=0, alpha=scaling)  # [T, 1, E] @ [T, E, R] -> [T, 1, R], shaped as h
+        dh = blend(scaled_gates, dv)
         through_a = torch.bmm(in_dtype(u, gates.dtype), dh.view(*column))  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
-        dgates = torch.baddbmm(through_a, dv, h.view(*column), alpha=scaling).squeeze(2)
-    else:
-        dh = torch.bmm(row, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
-        dgates = (dv * h).sum(dim=2).mul_(scaling)
+        dgates = torch.baddbmm(through_a, dv, h.view(*column)).squeeze(2)
+        if u.shape[1] != 1:
+            return weighted(gates, dh, u.dtype), dgates
+        return in_dtype(dh if sums is None else sums * dh, u.dtype), dgates  # a shared A gathers the same from every expert
+    dgates = (dv * h).sum(dim=2).mul_(options.scaling)
     if u.shape[1] != 1:
-        return weighted(gates, dh, u.dtype), dgates
-    # a shared A gathers from every expert: under "factors" the same from each, times its gate
-    return in_dtype(sums * dh if options.averages_factors and sums is not None else dh, u.dtype), dgates
+        return weighted(scaled_gates, dv, u.dtype), dgates
+    return in_dtype(blend(scaled_gates, dv), u.dtype), dgates
 
 
-def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor, scaling: float) -> Tensor:
-    """scaling * coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
+def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:
+    """coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
     left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
-    if parameter.dtype != rows.dtype:
-        grad = linear_wide(left, rows.t()).mul_(scaling).to(parameter.dtype)
-    elif scaling == 1.0:
-        grad = torch.mm(left, rows)
-    else:
-        shaped = parameter.flatten(0, -2)  # with beta=0 a sum gets no more than its shape from it
-        grad = torch.addmm(shaped, left, rows, beta=0, alpha=scaling)
+    same = parameter.dtype == rows.dtype
+    grad = torch.mm(left, rows) if same else linear_wide(left, rows.t()).to(parameter.dtype)
     return grad if parameter.dim() == 2 else grad.view(*parameter.shape)

@@ -32,8 +32,8 @@ def forward(
     assert logits is not None
     softmax, dropped = gate_softmax(logits, x.dtype, options)
     gates, sums = of_kept(softmax, dropped)
-    _, v = mix(gates, u, options, sums)
-    y = expand(v.flatten(1), lora_b, base, options.scaling)
+    _, v = mix(gates, scaled(gates, options), u, options, sums)
+    y = expand(v.flatten(1), lora_b, base)
     if not save:
         return y, None
     return y, Saved(None if gate_weight is None else logits, u, cast=cast)
@@ -67,18 +67,32 @@ def of_kept(softmax: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor | N
     return gates, gates.sum(dim=1)[:, None, None]
 
 
-def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+def scaled(gates: Tensor, options: Options) -> Tensor:
+    """The gates times the scaling: the smallest tensor that it can be applied to, for forward and backward alike."""
+    return gates if options.scaling == 1.0 else gates * options.scaling
+
+
+def mix(
+    gates: Tensor,  # (T, E)
+    scaled_gates: Tensor,  # (T, E)
+    u: Tensor,  # (T, E, R) or (T, 1, R)
+    options: Options,
+    sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
+) -> tuple[Tensor, Tensor]:
     """Blend the experts of every token, in the gates' dtype; only v is rounded, once.
 
     Returns:
-        h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
+        h, the scaled blend (T, 1, R), or u itself (T, E, R) under mixing="outputs"; v (T, E, R), scaled, in u's dtype.
     """
     h = in_dtype(u, gates.dtype)
-    if options.averages_factors:
-        if u.shape[1] != 1:
-            h = blend(gates, h)
-        elif sums is not None:  # under a shared A the blend is u itself, times the gates' sum
-            h = sums * h
+    if not options.averages_factors:
+        return h, weighted(scaled_gates, h, u.dtype)
+    if u.shape[1] != 1:
+        h = blend(scaled_gates, h)
+    elif sums is None:  # under a shared A the blend is u itself, times the gates' sum
+        h = h * options.scaling
+    else:
+        h = sums * h * options.scaling
     return h, weighted(gates, h, u.dtype)
 
 
@@ -97,15 +111,10 @@ def weighted(gates: Tensor, per_expert: Tensor, dtype: torch.dtype) -> Tensor:
     return in_dtype(gates.unsqueeze(2) * per_expert, dtype)
 
 
-def expand(coefficients: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
-    """base + scaling * coefficients @ factor: (T, E R) and (E, R, F) to (T, F); the GEMM's epilogue adds `base`."""
-    rows = factor.flatten(0, 1)
-    if base is not None:
-        return torch.addmm(base, coefficients, rows, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
-    if scaling == 1.0:
-        return torch.mm(coefficients, rows)
-    out = coefficients.new_empty(coefficients.shape[0], rows.shape[1])
-    return out.addmm_(coefficients, rows, beta=0, alpha=scaling)
+def expand(coefficients: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
+    """base + coefficients @ factor: (T, E R) and (E, R, F) to (T, F), the sum with `base` made in the GEMM's epilogue."""
+    rows = factor.flatten(0, 1)  # [T, E R] @ [E R, F] -> [T, F]
+    return torch.mm(coefficients, rows) if base is None else torch.addmm(base, coefficients, rows)
 
 
 def linear_wide(rows: Tensor, matrix: Tensor) -> Tensor:
