@@ -77,7 +77,7 @@ def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor | None, ..
 
 
 def _backward(
-    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, *_: None
+    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     # dy is None if the loss depends only on the router logits
@@ -113,7 +113,7 @@ class _Function(torch.autograd.Function):
 
 # The method under `torch.autograd.Function.apply`, which prepares for transforms of torch.func. None is active here, and it
 # takes 15 us while weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
-_apply = super(torch.autograd.Function, _Function).apply
+_apply = super(torch.autograd.Function, _Function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class _TransformableFunction(torch.autograd.Function):

@@ -45,7 +45,7 @@ def _fits(x: Tensor, factors: Factors) -> bool:
     the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
     lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
-    if gate_bias is not None or gate_logits is not None or not (is_plain(x) and x.dtype in DTYPES):
+    if gate_weight is None or gate_bias is not None or gate_logits is not None or not is_plain(x) or x.dtype not in DTYPES:
         return False
     dtype, device = x.dtype, x.device
     for factor in (lora_a, lora_b, gate_weight):
@@ -63,7 +63,7 @@ def _fits(x: Tensor, factors: Factors) -> bool:
     )
 
 
-def is_plain(tensor: object) -> TypeGuard[Tensor]:
+def is_plain(tensor: Any) -> TypeGuard[Tensor]:
     """Whether this is a strided tensor of PyTorch's own classes."""
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
 

@@ -261,7 +261,10 @@ def _call(
     y = _unflat(y, x)
     if not return_router_logits:
         return y
-    return y, _unflat(logits, x) if outside is None else outside
+    if outside is not None:
+        return y, outside
+    assert logits is not None
+    return y, _unflat(logits, x)
 
 
 def _unflat(t: Tensor, x: Tensor) -> Tensor:

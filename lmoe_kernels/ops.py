@@ -59,7 +59,7 @@ backward = torch.ops.lmoe_kernels.backward.default
 
 def run_forward(
     x: Tensor, factors: Factors, weight: Tensor | None, base: Tensor | None, options: Options, *, save: bool, backend: str
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Any, ...]:
     """The results of the op `forward`; without the op where nothing but its results matters."""
     tensors = (x, *factors, weight, base)
     if _something_sees_ops(x, tensors):
