@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import (
-    blend,
     expand,
     gate_softmax,
     in_dtype,
     linear_wide,
     mix,
     of_kept,
-    scaled,
+    row_and_column,
     shrink,
-    weighted,
 )  # fmt: skip
 from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
@@ -39,14 +37,14 @@ def backward(
     logits, u = saved.router_logits(factors), saved.u
     softmax, dropped = gate_softmax(logits, dy.dtype, options)
     gates, sums = of_kept(softmax, dropped)
-    scaled_gates = scaled(gates, options)
-    h, v = mix(gates, scaled_gates, u, options, sums)
+    row, column = row_and_column(gates, options)
+    h, v = mix(row, column, u, options, sums)
     dlora_b = wgrad(v.flatten(1), dy, lora_b) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
     dv = in_dtype(shrink(dy, cast.lora_b), gates.dtype)
-    du, dgates = mix_backward(gates, scaled_gates, u, h, dv, options, sums)
+    du, dgates = mix_backward(row, column, u, h, dv, options, sums)
     if dropped is not None:
         dgates = dgates.scatter(1, dropped, 0.0)
     dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype)
@@ -77,27 +75,26 @@ def backward(
 
 
 def mix_backward(
-    gates: Tensor,  # (T, E)
-    scaled_gates: Tensor,  # (T, E)
+    row: Tensor,  # (T, 1, E), scaled
+    column: Tensor,  # (T, E, 1)
     u: Tensor,  # (T, E, R) or (T, 1, R)
     h: Tensor,  # of `mix`
-    dv: Tensor,  # (T, E, R), in the gates' dtype, still without the scaling
+    dv: Tensor,  # (T, E, R), in the dtype of the gates, still without the scaling
     options: Options,
     sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
 ) -> tuple[Tensor, Tensor]:
     """du, shaped and typed as u, and dgates (T, E) in the gates' dtype."""
-    if options.averages_factors:
-        column = dv.shape[0], dv.shape[2], 1
-        dh = blend(scaled_gates, dv)
-        through_a = torch.bmm(in_dtype(u, gates.dtype), dh.view(*column))  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
-        dgates = torch.baddbmm(through_a, dv, h.view(*column)).squeeze(2)
-        if u.shape[1] != 1:
-            return weighted(gates, dh, u.dtype), dgates
-        return in_dtype(dh if sums is None else sums * dh, u.dtype), dgates  # a shared A gathers the same from every expert
-    dgates = (dv * h).sum(dim=2).mul_(options.scaling)
+    wide = row.dtype
+    if not options.averages_factors:
+        dgates = (dv * h).sum(dim=2).mul_(options.scaling)
+        return in_dtype(torch.bmm(row, dv) if u.shape[1] == 1 else row.mT * dv, u.dtype), dgates
+    dh = torch.bmm(row, dv)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+    tall = dv.shape[0], dv.shape[2], 1
+    through_a = torch.bmm(in_dtype(u, wide), dh.view(*tall))  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
+    dgates = torch.baddbmm(through_a, dv, h.view(*tall)).squeeze(2)
     if u.shape[1] != 1:
-        return weighted(scaled_gates, dv, u.dtype), dgates
-    return in_dtype(blend(scaled_gates, dv), u.dtype), dgates
+        return in_dtype(column * dh, u.dtype), dgates
+    return in_dtype(dh if sums is None else sums * dh, u.dtype), dgates  # a shared A gathers the same from every expert
 
 
 def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def forward(
     assert logits is not None
     softmax, dropped = gate_softmax(logits, x.dtype, options)
     gates, sums = of_kept(softmax, dropped)
-    _, v = mix(gates, scaled(gates, options), u, options, sums)
+    _, v = mix(*row_and_column(gates, options), u, options, sums)
     y = expand(v.flatten(1), lora_b, base)
     if not save:
         return y, None
@@ -67,14 +67,18 @@ def of_kept(softmax: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor | N
     return gates, gates.sum(dim=1)[:, None, None]
 
 
-def scaled(gates: Tensor, options: Options) -> Tensor:
-    """The gates times the scaling: the smallest tensor that it can be applied to, for forward and backward alike."""
-    return gates if options.scaling == 1.0 else gates * options.scaling
+def row_and_column(gates: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The gates as the left and as the right factor of a blend: a row (T, 1, E) with the scaling, and a column (T, E, 1).
+
+    The gates are the smallest tensor that the scaling can be applied to, for forward and backward alike.
+    """
+    scaled = gates if options.scaling == 1.0 else gates * options.scaling
+    return scaled.unsqueeze(1), gates.unsqueeze(2)
 
 
 def mix(
-    gates: Tensor,  # (T, E)
-    scaled_gates: Tensor,  # (T, E)
+    row: Tensor,  # (T, 1, E), scaled
+    column: Tensor,  # (T, E, 1)
     u: Tensor,  # (T, E, R) or (T, 1, R)
     options: Options,
     sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
@@ -84,31 +88,21 @@ def mix(
     Returns:
         h, the scaled blend (T, 1, R), or u itself (T, E, R) under mixing="outputs"; v (T, E, R), scaled, in u's dtype.
     """
-    h = in_dtype(u, gates.dtype)
+    h = in_dtype(u, row.dtype)
     if not options.averages_factors:
-        return h, weighted(scaled_gates, h, u.dtype)
+        return h, in_dtype(row.mT * h, u.dtype)
     if u.shape[1] != 1:
-        h = blend(scaled_gates, h)
+        h = torch.bmm(row, h)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
     elif sums is None:  # under a shared A the blend is u itself, times the gates' sum
         h = h * options.scaling
     else:
         h = sums * h * options.scaling
-    return h, weighted(gates, h, u.dtype)
+    return h, in_dtype(column * h, u.dtype)
 
 
 def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in this dtype. `to` alone takes a microsecond, several with cold caches, to return the tensor itself."""
     return t if t.dtype is dtype else t.to(dtype)
-
-
-def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
-    """sum_e gates[t,e] per_expert[t,e,r], as (T, 1, R)."""
-    return torch.bmm(gates.unsqueeze(1), per_expert)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
-
-
-def weighted(gates: Tensor, per_expert: Tensor, dtype: torch.dtype) -> Tensor:
-    """gates[t,e] per_expert[t,e,r] as (T, E, R), multiplied in the gates' dtype and rounded once, to the given one."""
-    return in_dtype(gates.unsqueeze(2) * per_expert, dtype)
 
 
 def expand(coefficients: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
