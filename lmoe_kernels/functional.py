@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack  # typing has it from Python 3.11 on; torch depends on typing_extensions
 
-from lmoe_kernels import autograd, checks, dispatch
+from lmoe_kernels import autograd, checks, dispatch, ops
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.options import Factors, Mixing, Options, Problem
 
@@ -114,7 +114,8 @@ def lmoe(
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     options = Options(scaling, mixing, top_k, renormalize)
-    x, base = _autocast(x), _autocast(base)
+    if ops.autocast_is_on():
+        x, base = _autocast(x), _autocast(base)
     checks.check_call("lmoe", x, factors, options)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
@@ -197,7 +198,8 @@ def lmoe_linear(
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     options = Options(scaling, mixing, top_k, renormalize)
-    x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+    if ops.autocast_is_on():
+        x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     checks.check_call("lmoe_linear", x, factors, options)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
     return _call("lmoe_linear", x, factors, weight, bias, options, return_router_logits, backend)
@@ -259,7 +261,10 @@ def _call(
     y = _unflat(y, x)
     if not return_router_logits:
         return y
-    return y, _unflat(logits, x) if outside is None else outside
+    if outside is not None:
+        return y, outside
+    assert logits is not None
+    return y, _unflat(logits, x)
 
 
 def _unflat(t: Tensor, x: Tensor) -> Tensor:

@@ -13,11 +13,22 @@ The backend is chosen inside the op, from the actual sizes. A choice during trac
 traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)  # fmt: skip
+from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from lmoe_kernels import casting, dispatch
 from lmoe_kernels.options import Factors, Gradients, Options, Problem, Saved, Wanted
@@ -46,72 +57,121 @@ forward = torch.ops.lmoe_kernels.forward.default
 backward = torch.ops.lmoe_kernels.backward.default
 
 
-def _forward(
+def run_forward(
+    x: Tensor, factors: Factors, weight: Tensor | None, base: Tensor | None, options: Options, *, save: bool, backend: str
+) -> tuple[Any, ...]:
+    """The results of the op `forward`; without the op where nothing but its results matters."""
+    tensors = (x, *factors, weight, base)
+    if _something_sees_ops(x, tensors):
+        return forward(*tensors, save, backend, *options)
+    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    return y, *(saved or _NOTHING_SAVED)
+
+
+def run_backward(
+    dy: Tensor,
+    dlogits: Tensor | None,
+    x: Tensor | None,
+    factors: Factors,
+    weight: Tensor | None,
+    saved: Saved,
+    options: Options,
+    *,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The results of the op `backward`, likewise."""
+    tensors = (dy, dlogits, x, *factors, weight, *saved)
+    if _something_sees_ops(dy, tensors):
+        return backward(*tensors, wanted, backend, *options)
+    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
+
+
+def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether anything but the caller may see which op is called, or give it another meaning.
+
+    That is torch.compile, a mode (of a tracer, a fake tensor, a default device), a transform of torch.func, torch.jit.trace,
+    the profiler, and a tensor of a subclass or without memory. A call of an op costs 14 us more than one of its body while
+    weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
+    """
+    return (
+        is_dynamo_compiling()
+        or _len_torch_dispatch_stack() > 0
+        or _len_torch_function_stack() > 0
+        or _are_functorch_transforms_active()
+        or _is_tracing()
+        or profiler._is_profiler_enabled
+        or not _PLAIN.issuperset(map(type, tensors))
+        or x.is_meta
+    )
+
+
+_PLAIN = frozenset((Tensor, Parameter, type(None)))
+
+
+def _compute_forward(
     x: Tensor,  # (T, I)
-    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    gate_logits: Tensor | None,
+    factors: Factors,
     weight: Tensor | None,  # (O, I), the frozen layer's; None for no frozen product
     base: Tensor | None,  # (O), the frozen layer's bias, or (T, O), the output of another layer
+    options: Options,
+    *,
     save: bool,
     backend: str,  # a name or "auto"
-    *options: Any,  # the fields of Options
-) -> tuple[Tensor | None, ...]:
-    """Compute y = x weight^T + base + delta and, with `save`, the fields of Saved."""
-    x = _with_contiguous_rows(x)
-    factors = Factors(
-        _contiguous(lora_a), _contiguous(lora_b), _contiguous(gate_weight), _contiguous(gate_bias), _contiguous(gate_logits)
-    )
+) -> tuple[Tensor, Saved | None]:
+    """Compute y = x weight^T + base + delta and, with `save`, what the backward needs."""
+    x, factors = _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast_or_autograd(x):
-        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), Options(*options), save=save)
+        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
-    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, Options(*options)))
+    return y, saved
 
 
-def _backward(
+def _compute_backward(
     dy: Tensor,  # (T, O)
     dlogits: Tensor | None,  # (T, E), the gradient that arrives at the returned router logits
     x: Tensor | None,  # (T, I), needed only for the gradients of weights
-    lora_a: Tensor,  # lora_a to gate_logits are the fields of Factors
-    lora_b: Tensor,
-    gate_weight: Tensor | None,
-    gate_bias: Tensor | None,
-    gate_logits: Tensor | None,
+    factors: Factors,
     weight: Tensor | None,  # (O, I)
-    logits: Tensor | None,  # logits to cast are the fields of Saved, as returned by the forward
-    u: Tensor,
-    route: Tensor | None,
-    cast: Tensor | None,
-    wanted: list[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
+    saved: Saved,
+    options: Options,
+    *,
+    wanted: Sequence[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
     backend: str,
-    *options: Any,  # the fields of Options
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients that are wanted; the others are None."""
-    dy, x = _with_contiguous_rows(dy), _with_contiguous_rows(x)
-    factors = Factors(
-        _contiguous(lora_a), _contiguous(lora_b), _contiguous(gate_weight), _contiguous(gate_bias), _contiguous(gate_logits)
-    )
+    dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
     name = dispatch.choose("lmoe", problem, backend)
+    dlogits = _contiguous(dlogits)
+    *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
-        grads: Gradients = dispatch.load(name).backward(
-            dy,
-            _contiguous(dlogits),
-            x,
-            factors,
-            Saved(_contiguous(logits), u, route, cast),
-            Options(*options),
-            wanted=Wanted(*wanted[:-1]),
-        )
+        grads: Gradients = dispatch.load(name).backward(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
-        dweight = dy.t() @ x if wanted[-1] and x is not None else None  # [O, T] @ [T, I] -> [O, I]
+        dweight = dy.t() @ x if of_weight and x is not None else None  # [O, T] @ [T, I] -> [O, I]
     return *grads, dweight
+
+
+# The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
+def _forward(*args: Any) -> tuple[Tensor | None, ...]:
+    x, a, b, gate, bias, outside, weight, base, save, backend = args[:10]
+    factors, options = Factors(a, b, gate, bias, outside), Options(*args[10:])
+    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
+
+
+def _backward(*args: Any) -> tuple[Tensor | None, ...]:
+    dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend = args[:15]
+    factors, saved, options = (
+        Factors(a, b, gate, bias, outside),
+        Saved(_contiguous(logits), u, route, cast),
+        Options(*args[15:]),
+    )
+    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
 
 
 def _forward_fake(
@@ -156,13 +216,29 @@ def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Sa
 
 def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
     """The tensor itself if its last dim is contiguous and no two rows overlap in memory, else a contiguous copy."""
-    if t is None or t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+    if t is None:
         return t
-    return t.contiguous()
+    if t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
+        return t.resolve_neg()
+    return _contiguous(t)
 
 
 def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
-    return t if t is None else t.contiguous()
+    """A tensor whose memory holds its numbers in order; the imaginary part of a conjugate is stored with the other sign."""
+    return t if t is None else t.contiguous().resolve_neg()
+
+
+def _all_contiguous(factors: Factors) -> Factors:
+    for t in factors:
+        if t is not None and (not t.is_contiguous() or t.is_neg()):
+            lora_a, lora_b, *rest = factors
+            return Factors(_contiguous(lora_a), _contiguous(lora_b), *map(_contiguous, rest))
+    return factors
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is on for any device. PyTorch's own test leaves MPS out (2.11 and 2.13)."""
+    return _is_any_autocast_enabled() or torch.is_autocast_enabled("mps")
 
 
 def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
@@ -170,9 +246,9 @@ def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
 
     Gradients are enabled if an op is called directly, for example by an exported model. In most calls both are disabled.
     """
-    device = x.device.type
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
+    if not torch.is_grad_enabled() and not autocast_is_on():
         return _NOTHING
+    device = x.device.type
     modes = ExitStack()
     modes.enter_context(torch.no_grad())
     if torch.is_autocast_enabled(device):

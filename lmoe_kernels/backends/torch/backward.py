@@ -7,7 +7,16 @@ Nothing is differentiated automatically, and no gradient is computed that is not
 import torch
 from torch import Tensor
 
-from lmoe_kernels.backends.torch.forward import blend, expand, gate_softmax, matmul_wide, mix, of_kept, shrink, sums_of
+from lmoe_kernels.backends.torch.forward import (
+    expand,
+    gate_softmax,
+    in_dtype,
+    linear_wide,
+    mix,
+    of_kept,
+    row_and_column,
+    shrink,
+)  # fmt: skip
 from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
@@ -27,30 +36,36 @@ def backward(
     cast = from_buffer(factors, dy.dtype, saved.cast)
     logits, u = saved.router_logits(factors), saved.u
     softmax, dropped = gate_softmax(logits, dy.dtype, options)
-    gates = of_kept(softmax, dropped)
-    sums = sums_of(gates, dropped)
-    h, v = mix(gates, u, options, sums)
-    dlora_b = wgrad(v, dy, lora_b, options.scaling) if wanted.lora_b else None
+    gates, sums = of_kept(softmax, dropped)
+    row, column = row_and_column(gates, options)
+    h, v = mix(row, column, u, options, sums)
+    dlora_b = wgrad(v.flatten(1), dy, lora_b) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
-    du, dgates = mix_backward(gates, u, h, shrink(dy, cast.lora_b), options, sums)
-    dlogits = torch.ops.aten._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
+    dv = in_dtype(shrink(dy, cast.lora_b), gates.dtype)
+    du, dgates = mix_backward(row, column, u, h, dv, options, sums)
+    if dropped is not None:
+        dgates = dgates.scatter(1, dropped, 0.0)
+    dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype)
     if dlogits_in is not None:
         dlogits += dlogits_in
 
     dx = dlora_a = dgate_weight = dgate_bias = dgate_logits = None
+    du = du.flatten(1)
     if wanted.x:
-        dx = expand(du, cast.lora_a, None, 1.0)
-        if cast.gate_weight is not None:
-            dx.addmm_(dlogits.to(dx.dtype), cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
+        dx = expand(du, cast.lora_a, None)
     if wanted.lora_a:
         assert x is not None
-        dlora_a = wgrad(du, x, lora_a, 1.0)
-    if wanted.gate_weight:
-        assert x is not None
-        assert gate_weight is not None
-        dgate_weight = wgrad(dlogits.to(x.dtype), x, gate_weight, 1.0)
+        dlora_a = wgrad(du, x, lora_a)
+    if gate_weight is not None and (dx is not None or wanted.gate_weight):
+        rounded = in_dtype(dlogits, dy.dtype)
+        if dx is not None:
+            assert cast.gate_weight is not None
+            dx.addmm_(rounded, cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
+        if wanted.gate_weight:
+            assert x is not None
+            dgate_weight = wgrad(rounded, x, gate_weight)
     if wanted.gate_bias:
         assert gate_bias is not None
         dgate_bias = dlogits.sum(dim=0).to(gate_bias.dtype)
@@ -60,33 +75,31 @@ def backward(
 
 
 def mix_backward(
-    gates: Tensor,  # (T, E)
+    row: Tensor,  # (T, 1, E), scaled
+    column: Tensor,  # (T, E, 1)
     u: Tensor,  # (T, E, R) or (T, 1, R)
-    h: Tensor,  # what a gate multiplies, from `mix`
-    dv: Tensor,  # (T, E, R), still without the scaling
+    h: Tensor,  # of `mix`
+    dv: Tensor,  # (T, E, R), in the dtype of the gates, still without the scaling
     options: Options,
     sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
 ) -> tuple[Tensor, Tensor]:
     """du, shaped and typed as u, and dgates (T, E) in the gates' dtype."""
-    wide, scaling, dv = gates.dtype, options.scaling, dv.to(gates.dtype)
-    du = torch.empty_like(u)
-    if options.averages_factors:
-        dh = blend(gates, dv).mul_(scaling)
-        through_a = torch.bmm(u.to(wide), dh.mT)  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
-        dgates = torch.baddbmm(through_a, dv, h.mT, alpha=scaling).squeeze(2)
-    else:
-        dh = blend(gates, dv).mul_(scaling) if u.shape[1] == 1 else dv * scaling
-        dgates = (dv * h).sum(dim=2).mul_(scaling)
-    if u.shape[1] == 1:  # a shared A gathers from every expert: under "factors" the same from each, times its gate
-        return du.copy_(sums * dh if options.averages_factors and sums is not None else dh), dgates
-    return torch.mul(gates[:, :, None], dh, out=du), dgates
+    wide = row.dtype
+    if not options.averages_factors:
+        dgates = (dv * h).sum(dim=2).mul_(options.scaling)
+        return in_dtype(torch.bmm(row, dv) if u.shape[1] == 1 else row.mT * dv, u.dtype), dgates
+    dh = torch.bmm(row, dv)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+    tall = dv.shape[0], dv.shape[2], 1
+    through_a = torch.bmm(in_dtype(u, wide), dh.view(*tall))  # [T, E, R] @ [T, R, 1] -> [T, E, 1]
+    dgates = torch.baddbmm(through_a, dv, h.view(*tall)).squeeze(2)
+    if u.shape[1] != 1:
+        return in_dtype(column * dh, u.dtype), dgates
+    return in_dtype(dh if sums is None else sums * dh, u.dtype), dgates  # a shared A gathers the same from every expert
 
 
-def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor, scaling: float) -> Tensor:
-    """scaling * coefficients^T rows: (T, ...) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
-    left = coefficients.flatten(1).t()  # [E R, T] @ [T, F] -> [E R, F]
-    if parameter.dtype == rows.dtype:
-        grad = rows.new_empty(left.shape[0], rows.shape[1]).addmm_(left, rows, beta=0, alpha=scaling)
-    else:
-        grad = matmul_wide(left, rows).mul_(scaling).to(parameter.dtype)
-    return grad.view(parameter.shape)
+def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:
+    """coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
+    left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
+    same = parameter.dtype == rows.dtype
+    grad = torch.mm(left, rows) if same else linear_wide(left, rows.t()).to(parameter.dtype)
+    return grad if parameter.dim() == 2 else grad.view(*parameter.shape)

@@ -6,6 +6,7 @@ numbers of the definition into `T E R`, and every large product into one GEMM th
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels.casting import cast_factors
@@ -22,26 +23,26 @@ def forward(
 ) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     factors, cast = cast_factors(factors, x.dtype)
-    u = shrink(x, factors.lora_a)
-    if factors.gate_weight is not None:
-        logits = matmul_wide(x, factors.gate_weight.t())  # [T, I] @ [I, E] -> [T, E]
-        if factors.gate_bias is not None:
-            logits += factors.gate_bias
-    else:
-        assert factors.gate_logits is not None
-        logits = factors.gate_logits
+    lora_a, lora_b, gate_weight, gate_bias, logits = factors
+    u = shrink(x, lora_a)
+    if gate_weight is not None:
+        logits = linear_wide(x, gate_weight)  # [T, I] @ [I, E] -> [T, E]
+        if gate_bias is not None:
+            logits += gate_bias
+    assert logits is not None
     softmax, dropped = gate_softmax(logits, x.dtype, options)
-    gates = of_kept(softmax, dropped)
-    _, v = mix(gates, u, options, sums_of(gates, dropped))
-    y = expand(v, factors.lora_b, base, options.scaling)
+    gates, sums = of_kept(softmax, dropped)
+    _, v = mix(*row_and_column(gates, options), u, options, sums)
+    y = expand(v.flatten(1), lora_b, base)
     if not save:
         return y, None
-    return y, Saved(logits if factors.gate_weight is not None else None, u, cast=cast)
+    return y, Saved(None if gate_weight is None else logits, u, cast=cast)
 
 
 def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     """Project every row onto the rank rows of all experts: (T, F) and (E, R, F) to (T, E, R)."""
-    return (rows @ factor.flatten(0, 1).t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
+    experts, rank, _ = factor.shape
+    return F.linear(rows, factor.flatten(0, 1)).view(rows.shape[0], experts, rank)  # [T, F] @ [F, E R] -> [T, E R]
 
 
 def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -49,57 +50,71 @@ def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[
 
     Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
     """
-    wide, dropped, kept = torch.promote_types(dtype, torch.float32), None, options.kept(logits.shape[1])
-    if kept < logits.shape[1]:
+    dropped = None
+    if options.top_k is not None and (kept := options.kept(logits.shape[1])) < logits.shape[1]:
         dropped = logits.argsort(dim=1, descending=True, stable=True)[:, kept:]
         if options.renormalize:
             logits, dropped = logits.scatter(1, dropped, float("-inf")), None
-    return logits.softmax(dim=1, dtype=wide), dropped
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return (logits.softmax(1) if logits.dtype is wide else logits.softmax(1, wide)), dropped
 
 
-def of_kept(values: Tensor, dropped: Tensor | None) -> Tensor:
-    """The values (T, E) of the experts kept, 0 for those that are still to be dropped."""
-    return values if dropped is None else values.scatter(1, dropped, 0.0)
+def of_kept(softmax: Tensor, dropped: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The gates (T, E), 0 for the experts that are still to be dropped; the sum of each token's (T, 1, 1), None where 1."""
+    if dropped is None:
+        return softmax, None
+    gates = softmax.scatter(1, dropped, 0.0)
+    return gates, gates.sum(dim=1)[:, None, None]
 
 
-def sums_of(gates: Tensor, dropped: Tensor | None) -> Tensor | None:
-    """The sum of each token's gates, (T, 1, 1); None where it is 1."""
-    return None if dropped is None else gates.sum(dim=1)[:, None, None]
+def row_and_column(gates: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """The gates as the left and as the right factor of a blend: a row (T, 1, E) with the scaling, and a column (T, E, 1).
+
+    The gates are the smallest tensor that the scaling can be applied to, for forward and backward alike.
+    """
+    scaled = gates if options.scaling == 1.0 else gates * options.scaling
+    return scaled.unsqueeze(1), gates.unsqueeze(2)
 
 
-def mix(gates: Tensor, u: Tensor, options: Options, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+def mix(
+    row: Tensor,  # (T, 1, E), scaled
+    column: Tensor,  # (T, E, 1)
+    u: Tensor,  # (T, E, R) or (T, 1, R)
+    options: Options,
+    sums: Tensor | None,  # (T, 1, 1), of the gates; None: they are 1
+) -> tuple[Tensor, Tensor]:
     """Blend the experts of every token, in the gates' dtype; only v is rounded, once.
 
     Returns:
-        h (T, 1, R), or u itself (T, E, R) under mixing="outputs": what a gate multiplies; v (T, E, R) in u's dtype.
+        h, the scaled blend (T, 1, R), or u itself (T, E, R) under mixing="outputs"; v (T, E, R), scaled, in u's dtype.
     """
-    alone = not options.averages_factors or u.shape[1] == 1  # under a shared A the blend is u itself, times the gates' sum
-    h = u.to(gates.dtype) if alone else blend(gates, u)
-    if options.averages_factors and u.shape[1] == 1 and sums is not None:
-        h = sums * h
-    v = u.new_empty(gates.shape[0], gates.shape[1], u.shape[2])
-    return h, torch.mul(gates[:, :, None], h, out=v)
+    h = in_dtype(u, row.dtype)
+    if not options.averages_factors:
+        return h, in_dtype(row.mT * h, u.dtype)
+    if u.shape[1] != 1:
+        h = torch.bmm(row, h)  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+    elif sums is None:  # under a shared A the blend is u itself, times the gates' sum
+        h = h * options.scaling
+    else:
+        h = sums * h * options.scaling
+    return h, in_dtype(column * h, u.dtype)
 
 
-def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
-    """sum_e gates[t,e] per_expert[t,e,r], as (T, 1, R) in the gates' dtype."""
-    return torch.bmm(gates[:, None, :], per_expert.to(gates.dtype))  # [T, 1, E] @ [T, E, R] -> [T, 1, R]
+def in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in this dtype. `to` alone takes a microsecond, several with cold caches, to return the tensor itself."""
+    return t if t.dtype is dtype else t.to(dtype)
 
 
-def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
-    """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
-    flat_v, flat = v.flatten(1), factor.flatten(0, 1)
-    if base is not None:
-        return torch.addmm(base, flat_v, flat, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
-    out = v.new_empty(v.shape[0], factor.shape[2])
-    return out.addmm_(flat_v, flat, beta=0, alpha=scaling)
+def expand(coefficients: Tensor, factor: Tensor, base: Tensor | None) -> Tensor:
+    """base + coefficients @ factor: (T, E R) and (E, R, F) to (T, F), the sum with `base` made in the GEMM's epilogue."""
+    rows = factor.flatten(0, 1)  # [T, E R] @ [E R, F] -> [T, F]
+    return torch.mm(coefficients, rows) if base is None else torch.addmm(base, coefficients, rows)
 
 
-def matmul_wide(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` as the accumulators hold it: fp32 for half-precision operands, unrounded."""
-    wide = torch.promote_types(a.dtype, torch.float32)
-    if wide == a.dtype:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)  # ATen's CPU products round their result to the operands' dtype
+def linear_wide(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`rows @ matrix^T` as the accumulators hold it: fp32 for half-precision operands, unrounded."""
+    if rows.dtype.itemsize > 2:
+        return F.linear(rows, matrix)
+    if rows.is_cuda:
+        return torch.mm(rows, matrix.t(), out_dtype=torch.float32)
+    return F.linear(rows.float(), matrix.float())  # ATen's CPU products round their result to the operands' dtype
