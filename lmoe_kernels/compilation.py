@@ -34,7 +34,7 @@ def warmup(
     of the program only loads them. The layers do not change, and no parameter gets a gradient.
 
     Args:
-        model: a model with L-MoE layers, plain or wrapped, on its device.
+        model: a model with L-MoE layers on its device, before FSDP shards it.
         tokens: how many tokens the calls will have (batch times sequence length): a number or several, as in
             `range(1, 4097)`. Numbers that need the same kernels cost no more than one of them.
         dtype: dtype of the activations; None for that of each frozen layer. Pass the autocast dtype if the model runs under

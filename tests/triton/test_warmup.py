@@ -33,6 +33,7 @@ with stubbed_gpu() as gpu:
 
 RECORDS = """
 from contextlib import nullcontext
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -98,15 +99,20 @@ with stubbed_gpu():
     assert of_run(layer, [5], dtype, autocast=True) == of_warmup(layer, 5, dtype=half)
     model = nn.ModuleList([layer for layer, _ in layers if layer.weight.dtype == half])
     assert of_warmup(model, 5) == set().union(*(of_warmup(layer, 5) for layer in model))
-    layer = LMoELinear(4096, 4096, dtype=half, backend="triton", device="meta")
-    every = [1, 15, 16, 17, *range(60, 3000, 59), 8192, 13000, 20000, 65536]  # for each number the kernels of its own
-    assert of_warmup(layer, every) == set().union(*(of_warmup(layer, number) for number in every))
-    print(len(of_warmup(layer, every)), len(of_warmup(layer, 16)))
+    every = [1, 16, 64, 65, 512, 1000, 1023, 1024, 8192, 13000, 65536]
+    for features in ((4096, 4096), (64, 4096), (4096, 64), (64, 16384), (16384, 64)):
+        for experts in (8, 64):
+            layer = LMoELinear(*features, num_experts=experts, dtype=half, backend="triton", device="meta")
+            alone = {number: of_warmup(layer, number) for number in every}
+            for pair in pairwise(every):
+                assert of_warmup(layer, pair) == of_warmup(layer, pair[::-1]) == alone[pair[0]] | alone[pair[1]], pair
+            assert of_warmup(layer, every) == set().union(*alone.values())
+    print(len(of_warmup(layer, every)), len(alone[16]))
 """
 
 
 def test_a_run_compiles_nothing_after_it(tmp_path) -> None:
-    """Another number of tokens, and 12 launches: forward, forward and backward."""
+    """With another number of tokens."""
     warmed, ran = run_compiled(COMPILES, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path))
     ready, loads, *kinds = warmed.split()
     assert (int(ready), kinds) == (int(loads), ["loaded"])
