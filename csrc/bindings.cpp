@@ -120,8 +120,8 @@ void set_backward(BackwardParams& p, py::handle dy, py::handle dlogits_in, py::h
     p.dy = to_rows(dy), p.dlogits_in = floats(dlogits_in);
     p.dv = address(dv), p.du_dlogits = to_rows(du_dlogits), p.wgrad_splits = wgrad_splits;
     const auto [x, lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<6>("Gradients", gradients);
-    p.dx = address(x), p.dlora_a = address(lora_a), p.dlora_b = address(lora_b);
-    p.dgate_weight = address(gate_weight), p.dlogits = address(gate_logits);  // gate_bias's is summed by torch
+    p.dx = address(x), p.dlora_a = to_tensor(lora_a), p.dlora_b = to_tensor(lora_b);
+    p.dgate_weight = to_tensor(gate_weight), p.dlogits = address(gate_logits);  // gate_bias's is summed by torch
 }
 
 void set_plan(DecodeParams& p, py::handle partial, int blocks, int64_t chunk, int64_t chunks, int64_t column_tile,

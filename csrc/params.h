@@ -65,11 +65,11 @@ struct BackwardParams : ForwardParams {
     Rows du_dlogits;       // workspace: experts_of_a * R columns of du, then E of a gate's dlogits; null with dv
     int64_t wgrad_splits;  // split-K factor of the weight gradients, which sum over the tokens
 
-    void* dx;            // (T, I)
-    void* dlora_a;       // shaped and typed as lora_a
-    void* dlora_b;       // as lora_b
-    void* dgate_weight;  // as gate_weight
-    void* dlogits;       // (T, E), of an outside router, typed as its logits
+    void* dx;             // (T, I)
+    Tensor dlora_a;       // shaped as lora_a; in fp32 if the parameter is, of which lora_a may be a rounded copy
+    Tensor dlora_b;       // as lora_b, likewise
+    Tensor dgate_weight;  // as gate_weight, likewise
+    void* dlogits;        // (T, E), of an outside router, typed as its logits
 };
 
 // A matrix with contiguous rows in one or two buffers: the first `split` rows lie in `first`, the others in `second`.

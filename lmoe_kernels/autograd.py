@@ -34,10 +34,10 @@ def apply(
     *,
     return_logits: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute y (T, O) and the logits (T, E), both differentiable.
 
-    The logits may be empty if they are not to be returned, and always are if an outside router computed them.
+    The logits may be None if they are not to be returned, and always are if an outside router computed them.
     """
     tensors = (x, *factors, weight, base)
     if torch._C._are_functorch_transforms_active():
@@ -48,10 +48,10 @@ def apply(
     return ops.forward(*tensors, return_logits, backend, *options)[:2]
 
 
-def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, ...]) -> None:
     x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base = args[:_TENSORS]
-    _, logits, u = results
-    ctx.mark_non_differentiable(u)
+    _, logits, u, route, cast = results
+    ctx.mark_non_differentiable(*(t for t in (u, route, cast) if t is not None))
     ctx.set_materialize_grads(False)
     *needed, needed_for_weight, ctx.base_wanted = ctx.needs_input_grad[:_TENSORS]
     wanted = Wanted(*needed)
@@ -64,22 +64,25 @@ def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor, Tensor, T
         gate_bias,
         gate_logits,
         weight if wanted.x else None,
-        logits if gate_logits is None else None,
+        logits,
         u,
+        route,
+        cast,
     )
     ctx.arguments = args[_TENSORS + 1 :]  # the backend and the options
     ctx.base_dim = None if base is None else base.dim()
 
 
 def _backward(
-    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, _: Tensor | None
+    ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
-    x, lora_a, lora_b, *rest, u = ctx.saved_tensors
+    x, lora_a, lora_b, *rest = ctx.saved_tensors
+    u = rest[-3]
     # dy is None if the loss depends only on the router logits
     grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
     grads: tuple[Tensor | None, ...] = (None,) * len(ctx.wanted)
     if any(ctx.wanted):
-        grads = op(grad_y, dlogits, x, lora_a, lora_b, *rest, u, ctx.wanted, *ctx.arguments)
+        grads = op(grad_y, dlogits, x, lora_a, lora_b, *rest, ctx.wanted, *ctx.arguments)
     dbase = None
     if ctx.base_wanted:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
@@ -88,7 +91,7 @@ def _backward(
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: _Context, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: _Context, *args: Any) -> tuple[Tensor, ...]:
         results = ops.forward(*args)
         _save(ctx, args, results)
         return results
@@ -104,11 +107,11 @@ class _TransformableFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return ops.forward(*args)
 
     @staticmethod
-    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _save(ctx, inputs, output)
 
     @staticmethod

@@ -2,8 +2,8 @@
 """The two torch.library ops, `lmoe_kernels::forward` and `lmoe_kernels::backward`.
 
 torch.compile, torch.export and the profiler treat each of them as one operation. The ops are functional, return a fixed
-tuple of tensors, and never return an alias of an input. A gradient that is not wanted is None; logits and u are empty if
-they are not saved. The ops have no derivative formulas; `autograd` defines the derivatives.
+tuple of tensors, and never return an alias of an input. What is not saved and a gradient that is not wanted are None. The
+ops have no derivative formulas; `autograd` defines the derivatives.
 
 The ops do the work that is the same for all backends: they make rows contiguous, disable autocast and autograd, and compute
 the frozen product last. The backend writes the delta, and the frozen GEMM adds to it with beta = 1. A compute-bound GEMM can
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lmoe_kernels import dispatch
+from lmoe_kernels import casting, dispatch
 from lmoe_kernels.options import Factors, Gradients, Options, Problem, Saved, Wanted
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
@@ -27,15 +27,16 @@ _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
 _library = torch.library.Library("lmoe_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _FACTORS = "Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_logits"
+_SAVED = "Tensor? logits, Tensor u, Tensor? route, Tensor? cast"
 _OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize"
 
 _library.define(
     f"forward(Tensor x, {_FACTORS}, Tensor? weight, Tensor? base, bool save, str backend, {_OPTIONS})"
-    " -> (Tensor y, Tensor logits, Tensor u)",
+    " -> (Tensor y, Tensor logits, Tensor u, Tensor route, Tensor cast)",
     tags=_TAGS,
 )
 _library.define(
-    f"backward(Tensor dy, Tensor? dlogits, Tensor? x, {_FACTORS}, Tensor? weight, Tensor? logits, Tensor u, bool[] wanted,"
+    f"backward(Tensor dy, Tensor? dlogits, Tensor? x, {_FACTORS}, Tensor? weight, {_SAVED}, bool[] wanted,"
     f" str backend, {_OPTIONS})"
     " -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dgate_weight, Tensor dgate_bias, Tensor dgate_logits,"
     " Tensor dweight)",
@@ -57,8 +58,8 @@ def _forward(
     save: bool,
     backend: str,  # a name or "auto"
     *options: Any,  # the fields of Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute y = x weight^T + base + delta and, with `save`, the logits (empty for an outside router) and u."""
+) -> tuple[Tensor | None, ...]:
+    """Compute y = x weight^T + base + delta and, with `save`, the fields of Saved."""
     x = _with_contiguous_rows(x)
     factors = Factors(
         _contiguous(lora_a), _contiguous(lora_b), _contiguous(gate_weight), _contiguous(gate_bias), _contiguous(gate_logits)
@@ -69,8 +70,7 @@ def _forward(
         y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), Options(*options), save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
-    logits, u = (None, None) if saved is None else saved
-    return y, x.new_empty(0) if logits is None else logits, x.new_empty(0) if u is None else u
+    return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, Options(*options)))
 
 
 def _backward(
@@ -83,8 +83,10 @@ def _backward(
     gate_bias: Tensor | None,
     gate_logits: Tensor | None,
     weight: Tensor | None,  # (O, I)
-    logits: Tensor | None,  # (T, E), as returned by the forward
-    u: Tensor,  # (T, E, R) or (T, 1, R)
+    logits: Tensor | None,  # logits to cast are the fields of Saved, as returned by the forward
+    u: Tensor,
+    route: Tensor | None,
+    cast: Tensor | None,
     wanted: list[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
     backend: str,
     *options: Any,  # the fields of Options
@@ -102,7 +104,7 @@ def _backward(
             _contiguous(dlogits),
             x,
             factors,
-            Saved(_contiguous(logits), u),
+            Saved(_contiguous(logits), u, route, cast),
             Options(*options),
             wanted=Wanted(*wanted[:-1]),
         )
@@ -114,19 +116,21 @@ def _backward(
 
 def _forward_fake(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    gate_logits: Tensor | None, weight: Tensor | None, base: Tensor | None, save: bool, *rest: object,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gate_logits: Tensor | None, weight: Tensor | None, base: Tensor | None, save: bool, backend: str, *options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     tokens, experts, wide = x.shape[0], lora_b.shape[0], torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(tokens, lora_b.shape[2])
-    has_logits = save and gate_weight is not None
-    logits = x.new_empty(tokens, experts, dtype=wide) if has_logits else x.new_empty(0)
-    return y, logits, x.new_empty(tokens, *lora_a.shape[:2]) if save else x.new_empty(0)
+    if not save:
+        return y, *_NOTHING_SAVED
+    logits = None if gate_weight is None else x.new_empty(tokens, experts, dtype=wide)
+    saved = Saved(logits, x.new_empty(tokens, *lora_a.shape[:2]))
+    return y, *_complete(saved, x, Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits), Options(*options))
 
 
 def _backward_fake(
     dy: Tensor, dlogits: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
     gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, logits: Tensor | None, u: Tensor,
-    wanted: list[bool], *rest: object,
+    route: Tensor | None, cast: Tensor | None, wanted: list[bool], *rest: object,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
@@ -135,6 +139,19 @@ def _backward_fake(
         like.new_empty(like.shape) if is_wanted and like is not None else None
         for like, is_wanted in zip(likes, wanted, strict=True)
     )
+
+
+def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Saved:
+    """Add uninitialised memory for what the backend did not save.
+
+    What torch.compile traces must not depend on the backend, which is chosen later.
+    """
+    if saved.route is None and options.top_k is not None and options.may_group(sizes := factors.sizes(x.shape[0])):
+        shape = options.kept(sizes.E), 2 * sizes.T + sizes.E + 1
+        saved = saved._replace(route=x.new_empty(shape, dtype=torch.int32))
+    if saved.cast is None and (size := casting.cast_size(factors, x.dtype)) > 0:
+        saved = saved._replace(cast=x.new_empty(size))
+    return saved
 
 
 def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
@@ -164,6 +181,7 @@ def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
 
 
 _NOTHING = nullcontext()
+_NOTHING_SAVED: tuple[None, ...] = (None,) * len(Saved._fields)
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):
     _library.impl("forward", _forward, _key)

@@ -50,6 +50,13 @@ class Options(NamedTuple):
         """Whether the softmax is computed over exactly the experts that are kept."""
         return self.renormalize or self.kept(num_experts) == num_experts
 
+    def may_group(self, sizes: "Sizes") -> bool:
+        """Whether a backend may group the tokens by expert, whatever their number is.
+
+        It pays only for few of many experts, and only where memory is not the limit, beyond E R of about 256.
+        """
+        return 2 * self.kept(sizes.E) < sizes.E == sizes.experts_of_a and sizes.E * sizes.R > 256
+
 
 class Sizes(NamedTuple):
     """The sizes of a call: T tokens, I in_features, O out_features, E experts, R rank."""
@@ -81,6 +88,8 @@ class Saved(NamedTuple):
 
     logits: Tensor | None  # (T, E) in fp32 (fp64 for fp64); None if an outside router computed them
     u: Tensor  # (T, E, R) or (T, 1, R), A_e x in x's dtype; elements of experts that a token does not keep may be undefined
+    route: Tensor | None = None  # (K, 2 T + E + 1) int32, how the tokens were grouped; None if they were not
+    cast: Tensor | None = None  # the buffer of `casting.cast_factors`; None if nothing was cast, or not by this backend
 
     def router_logits(self, factors: Factors) -> Tensor:
         """The logits that the gates were computed from: those of the forward or of the outside router."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lmoe_kernels.options import Sizes
+from lmoe_kernels.options import Options, Sizes
 
 PLANS = [  # of the backends that have several
     ("triton", "few processors"),  # one pass, or two if a case has too many columns
@@ -39,7 +39,13 @@ def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return grouped_plan(many, *rest)
 
     if plan == "in groups":
+        let_few_ranks_be_grouped(monkeypatch)
         monkeypatch.setattr(configs, "grouped_plan", of_many)
+
+
+def let_few_ranks_be_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let tokens be grouped by expert also where E R is so small that it does not pay."""
+    monkeypatch.setattr(Options, "may_group", lambda self, sizes: sizes.experts_of_a == sizes.E)
 
 
 def set_chip(chip: Any, monkeypatch: pytest.MonkeyPatch) -> None:

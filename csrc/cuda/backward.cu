@@ -48,26 +48,26 @@ void backward_of(const BackwardParams& p, cudaStream_t stream) {
         const Matrix both = matrix<S>(du_dlogits, false, p.T, du_columns + dlogits_columns, p.du_dlogits.stride);
         expand(p.dtype, {both, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
     }
-    if (p.dlora_a != nullptr || p.dgate_weight != nullptr) {
+    if (p.dlora_a.data != nullptr || p.dgate_weight.data != nullptr) {
         WgradParams w = {};
-        const int64_t first = p.dlora_a != nullptr ? 0 : du_columns;  // only the columns whose gradient is wanted
-        const int64_t last = p.dgate_weight != nullptr ? du_columns + dlogits_columns : du_columns;
+        const int64_t first = p.dlora_a.data != nullptr ? 0 : du_columns;  // only the columns whose gradient is wanted
+        const int64_t last = p.dgate_weight.data != nullptr ? du_columns + dlogits_columns : du_columns;
         w.coefficients = matrix<S>(du_dlogits + first, false, p.T, last - first, p.du_dlogits.stride);
         w.tokens = tokens_of<S>(p);
-        w.first = p.dlora_a;
-        w.first_fp32 = p.lora_a.fp32;
-        w.second = p.dgate_weight;
-        w.second_fp32 = p.gate_weight.fp32;
+        w.first = p.dlora_a.data;
+        w.first_fp32 = p.dlora_a.fp32;
+        w.second = p.dgate_weight.data;
+        w.second_fp32 = p.dgate_weight.fp32;
         w.split = du_columns - first;
         w.scaling = 1.f;
         wgrad<S>(w, p, stream);
     }
-    if (p.dlora_b != nullptr) {
+    if (p.dlora_b.data != nullptr) {
         WgradParams w = {};
         w.coefficients = matrix<S>(p.v.data, false, p.T, p.E * p.R, p.v.stride);
         w.tokens = dy_of<S>(p);
-        w.first = p.dlora_b;
-        w.first_fp32 = p.lora_b.fp32;
+        w.first = p.dlora_b.data;
+        w.first_fp32 = p.dlora_b.fp32;
         w.split = p.E * p.R;
         w.scaling = p.scaling;
         wgrad<S>(w, p, stream);

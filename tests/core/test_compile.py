@@ -32,11 +32,11 @@ def test_opcheck(case: Case) -> None:
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     for save in (True, False):
         torch.library.opcheck(ops.forward, (*args, save, "torch", *case.options), test_utils=utilities)
-    _, logits, u = ops.forward(*args, True, "torch", *case.options)
-    saved = (t.get("weight"), None if factors.gate_weight is None else logits, u)
+    _, *saved = ops.forward(*args, True, "torch", *case.options)
+    inputs = (t["x"], *factors, t.get("weight"), *saved)
     every, of_x = everything(factors), Wanted(True, *[False] * 5)
     for wanted in (every, every._replace(x=False, lora_b=False), of_x):
-        backward = (problem.dy, None, t["x"], *factors, *saved, [*wanted, case.linear], "torch", *case.options)
+        backward = (problem.dy, None, *inputs, [*wanted, case.linear], "torch", *case.options)
         torch.library.opcheck(ops.backward, backward, test_utils=utilities)
 
 

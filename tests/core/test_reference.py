@@ -124,7 +124,7 @@ def test_fp32_parameters_of_the_reference_never_pass_through_half_precision() ->
     def in_dtype(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The logits, and the gradients of bf16 problem and saved tensors, computed in another dtype."""
         x, dy, dlogits, *weights = (s.to(dtype) for s in (t["x"], problem.dy, problem.dlogits, *factors[:4]))
-        of_dtype = Saved(*(s.to(dtype) for s in saved))
+        of_dtype = Saved(*(None if s is None else s.to(dtype) for s in saved))
         grads = backward("reference", dy, x, Factors(*weights), of_dtype, options, dlogits=dlogits, wanted=wanted)
         own = forward_saved("reference", x, Factors(*weights), options)[1].logits
         assert own is not None

@@ -27,7 +27,7 @@ LEVELS = [
     {"ops"},
     {"dispatch"},
     {"backends"},
-    {"checks", "reference"},
+    {"casting", "checks", "reference"},
     {"distributed", "naming", "options", "quantised", "version"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
@@ -42,7 +42,7 @@ BENCHMARK_LEVELS = [
 ]
 BENCHMARK_LEVEL = {module: level for level, modules in enumerate(BENCHMARK_LEVELS) for module in modules}
 # What a backend may import in addition to its own modules.
-COMMON = ("lmoe_kernels.options",)
+COMMON = ("lmoe_kernels.casting", "lmoe_kernels.options")
 
 
 def _sources(*folders: str) -> list[Path]:

@@ -74,10 +74,11 @@ def _plans_of_few_tokens(case: Case, chip: Chip, monkeypatch: pytest.MonkeyPatch
     experts_of_a = 1 if case.shared_a else case.E
     few, many = (Sizes(T, case.I, case.O, case.E, case.R, experts_of_a) for T in (case.T, BEFORE))
     dtype = torch.bfloat16
+    plans.let_few_ranks_be_grouped(monkeypatch)
     chosen = {
         "forward_plan": configs.forward_plan(few, dtype, chip),
         "backward_plan": configs.backward_plan(few, dtype, chip),
-        "grouped_plan": configs.grouped_plan(many, case.top_k, dtype, chip),
+        "grouped_plan": configs.grouped_plan(many, case.options, dtype, chip),
     }
     for name, plan in chosen.items():
         monkeypatch.setattr(configs, name, lambda *_, plan=plan: plan)

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs
 from lmoe_kernels.backends.triton.configs import Chip, Tile
-from lmoe_kernels.options import Sizes
+from lmoe_kernels.options import Options, Sizes
 from tests.triton.chips import CHIPS
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -33,7 +33,7 @@ def _steps(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> Iterator[tuple[str, 
     for heights in ((sizes.E * sizes.R, sizes.E), (sizes.E * sizes.R,), (sizes.E,)):
         tile = configs.wgrad_plan(sizes.T, sizes.I, heights, dtype, chip).tile
         yield "wgrad: rows and coefficients", tile, (tile.F + tile.ER + (tile.E if len(heights) == 2 else 0)) * tile.T
-    groups = configs.grouped_plan(sizes, 2, dtype, chip)
+    groups = configs.grouped_plan(sizes, Options(top_k=2), dtype, chip)
     if groups is not None:
         yield "grouped shrink", groups.shrink, (groups.shrink.T + groups.shrink.ER) * groups.shrink.F
         yield "grouped wgrad", groups.wgrad, (groups.wgrad.F + groups.wgrad.ER) * groups.wgrad.T
@@ -82,8 +82,8 @@ def test_the_least_tokens_of_one_pass(chip: Chip) -> None:
 def test_no_groups_where_all_experts_share_one_a(chip: Chip) -> None:
     """Their u is one for all of them, so that there is nothing to spare."""
     sizes = Sizes(8192, 4096, 4096, 64, 16, 64)
-    assert configs.grouped_plan(sizes, 2, torch.bfloat16, chip) is not None
-    assert configs.grouped_plan(sizes._replace(experts_of_a=1), 2, torch.bfloat16, chip) is None
+    assert configs.grouped_plan(sizes, Options(top_k=2), torch.bfloat16, chip) is not None
+    assert configs.grouped_plan(sizes._replace(experts_of_a=1), Options(top_k=2), torch.bfloat16, chip) is None
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)

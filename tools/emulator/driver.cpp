@@ -188,8 +188,12 @@ Results run(const Problem& q) {
     out.dgate = q.outside ? make(q.T * q.E, q.logits_in.dtype) : make(q.E * q.I, q.gate_weight.dtype);
     p.dy = {q.dy.data(), q.O}, p.dv = dv.data(), p.du_dlogits = {du_dlogits.data(), up(columns, 8)};
     p.wgrad_splits = q.splits;
-    p.dx = out.dx.data(), p.dlora_a = out.da.data(), p.dlora_b = out.db.data();
-    (q.outside ? p.dlogits : p.dgate_weight) = out.dgate.data();
+    p.dx = out.dx.data(), p.dlora_a = out.da.tensor(), p.dlora_b = out.db.tensor();
+    if (q.outside) {
+        p.dlogits = out.dgate.data();
+    } else {
+        p.dgate_weight = out.dgate.tensor();
+    }
     backward(p, 0, nullptr);
     return out;
 }

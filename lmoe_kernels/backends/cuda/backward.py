@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import padded, shrink_parts, wgrad_splits
+from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Sizes, Wanted
 
 
@@ -40,7 +41,7 @@ def backward(
 
     library = extension.library()
     params = library.BackwardParams(extension.DTYPES[dy.dtype], sizes)
-    params.set_problem(options, factors, x, None, saved.logits, saved.u, None)
+    params.set_problem(options, from_buffer(factors, dy.dtype, saved.cast), x, None, saved.logits, saved.u, None)
     params.set_workspaces(v, scratch, partial, parts)
     params.set_backward(dy, dlogits_in, dv, du_dlogits, splits, grads)
     library.backward(params, device, stream)

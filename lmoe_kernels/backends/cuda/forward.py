@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.cuda.configs import decode_plan, one_pass_smem, padded, shrink_parts
+from lmoe_kernels.casting import CastFactors, cast_factors
 from lmoe_kernels.options import Factors, Options, Saved
 
 
@@ -24,6 +25,7 @@ def forward(
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     sizes, has_gate = factors.sizes(x.shape[0]), factors.gate_logits is None
     T, I, O, E, R, experts_of_a = sizes  # noqa: E741
+    factors, cast = cast_factors(factors, x.dtype) if save else CastFactors(factors, None)
     library = extension.library()
     device, stream = extension.queue(x)
     element_size, processors = x.element_size(), extension.processors(device)
@@ -53,4 +55,4 @@ def forward(
     else:
         params.set_one_pass(smem)
         library.forward(params, device, stream)
-    return y, Saved(logits, u) if save and u is not None else None
+    return y, Saved(logits, u, cast=cast) if save and u is not None else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import blend, expand, gate_softmax, matmul_wide, mix, of_kept, shrink, sums_of
+from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
@@ -23,6 +24,7 @@ def backward(
 ) -> Gradients:
     """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
     lora_a, lora_b, gate_weight, gate_bias, _ = factors
+    cast = from_buffer(factors, dy.dtype, saved.cast)
     logits, u = saved.router_logits(factors), saved.u
     softmax, dropped = gate_softmax(logits, dy.dtype, options)
     gates = of_kept(softmax, dropped)
@@ -32,16 +34,16 @@ def backward(
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
-    du, dgates = mix_backward(gates, u, h, shrink(dy, lora_b), options, sums)
+    du, dgates = mix_backward(gates, u, h, shrink(dy, cast.lora_b), options, sums)
     dlogits = torch.ops.aten._softmax_backward_data(of_kept(dgates, dropped), softmax, 1, softmax.dtype)
     if dlogits_in is not None:
         dlogits += dlogits_in
 
     dx = dlora_a = dgate_weight = dgate_bias = dgate_logits = None
     if wanted.x:
-        dx = expand(du, lora_a, None, 1.0)
-        if gate_weight is not None:
-            dx.addmm_(dlogits.to(dx.dtype), gate_weight.to(dx.dtype))  # [T, E] @ [E, I] -> [T, I]
+        dx = expand(du, cast.lora_a, None, 1.0)
+        if cast.gate_weight is not None:
+            dx.addmm_(dlogits.to(dx.dtype), cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
     if wanted.lora_a:
         assert x is not None
         dlora_a = wgrad(du, x, lora_a, 1.0)

@@ -8,6 +8,7 @@ numbers of the definition into `T E R`, and every large product into one GEMM th
 import torch
 from torch import Tensor
 
+from lmoe_kernels.casting import cast_factors
 from lmoe_kernels.options import Factors, Options, Saved
 
 
@@ -20,9 +21,10 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Saved | None]:
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
+    factors, cast = cast_factors(factors, x.dtype)
     u = shrink(x, factors.lora_a)
     if factors.gate_weight is not None:
-        logits = matmul_wide(x, factors.gate_weight.to(x.dtype).t())  # [T, I] @ [I, E] -> [T, E]
+        logits = matmul_wide(x, factors.gate_weight.t())  # [T, I] @ [I, E] -> [T, E]
         if factors.gate_bias is not None:
             logits += factors.gate_bias
     else:
@@ -34,13 +36,12 @@ def forward(
     y = expand(v, factors.lora_b, base, options.scaling)
     if not save:
         return y, None
-    return y, Saved(logits if factors.gate_weight is not None else None, u)
+    return y, Saved(logits if factors.gate_weight is not None else None, u, cast=cast)
 
 
 def shrink(rows: Tensor, factor: Tensor) -> Tensor:
     """Project every row onto the rank rows of all experts: (T, F) and (E, R, F) to (T, E, R)."""
-    flat = factor.to(rows.dtype).flatten(0, 1)
-    return (rows @ flat.t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
+    return (rows @ factor.flatten(0, 1).t()).unflatten(1, factor.shape[:2])  # [T, F] @ [F, E R] -> [T, E R]
 
 
 def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -87,7 +88,7 @@ def blend(gates: Tensor, per_expert: Tensor) -> Tensor:
 
 def expand(v: Tensor, factor: Tensor, base: Tensor | None, scaling: float) -> Tensor:
     """base + scaling * sum_e,r v[t,e,r] factor[e,r,:], the sum with `base` made in the GEMM's epilogue."""
-    flat_v, flat = v.flatten(1), factor.to(v.dtype).flatten(0, 1)
+    flat_v, flat = v.flatten(1), factor.flatten(0, 1)
     if base is not None:
         return torch.addmm(base, flat_v, flat, alpha=scaling)  # [T, E R] @ [E R, F] -> [T, F]
     out = v.new_empty(v.shape[0], factor.shape[2])

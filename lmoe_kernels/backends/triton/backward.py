@@ -42,6 +42,7 @@ from lmoe_kernels.backends.triton.mix import (
 from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
+from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
@@ -58,7 +59,8 @@ def backward(
     """The gradients that are wanted; see `lmoe_kernels.reference.backward` for the contract."""
     sizes, chip = factors.sizes(dy.shape[0]), host.chip_of(dy.device)
     plan = configs.backward_plan(sizes, dy.dtype, chip)
-    groups = configs.grouped_plan(sizes, options.top_k, dy.dtype, chip)
+    groups = configs.grouped_plan(sizes, options, dy.dtype, chip)
+    cast = from_buffer(factors, dy.dtype, saved.cast)
     logits = saved.router_logits(factors)
     columns = sizes.E if groups is None else options.kept(sizes.E)  # of v and dv for each token
     columns_of_u = sizes.experts_of_a if groups is None else columns
@@ -72,9 +74,9 @@ def backward(
     )
     with host.on_device_of(dy):
         if groups is None:
-            grads = _all_experts(dy, x, factors, tensors, options, plan, chip, wanted)
+            grads = _all_experts(dy, x, factors, cast, tensors, options, plan, chip, wanted)
         else:
-            grads = _grouped(dy, x, factors, tensors, options, plan, groups, chip, wanted)
+            grads = _grouped(dy, x, factors, cast, tensors, options, plan, groups, chip, wanted)
     if wanted.gate_bias:
         assert factors.gate_bias is not None
         summed = tensors.dlogits.sum(0, dtype=host.accumulator(dy))
@@ -86,6 +88,7 @@ def _all_experts(
     dy: Tensor,  # (T, O)
     x: Tensor | None,  # (T, I)
     factors: Factors,
+    cast: Factors,  # in dy's dtype
     tensors: MixTensors,
     options: Options,
     plan: BackwardPlan,
@@ -98,9 +101,9 @@ def _all_experts(
     dx = dlora_a = dlora_b = dgate_weight = None
     if du is not None or wanted.gate:
         if plan.splits == 1:
-            shrink_mix_bwd(dy, lora_b, tensors, options.scaling, constants, plan.shrink)
+            shrink_mix_bwd(dy, cast.lora_b, tensors, options.scaling, constants, plan.shrink)
         else:
-            dv_parts, _ = shrink_fwd(dy, lora_b, None, plan.splits, plan.shrink)
+            dv_parts, _ = shrink_fwd(dy, cast.lora_b, None, plan.splits, plan.shrink)
             mix_bwd(dv_parts, tensors, options.scaling, constants, plan.mix)
     elif v is not None:
         mix_fwd(tensors.u, v, constants, plan.mix, gate_logits=tensors.logits)
@@ -117,7 +120,7 @@ def _all_experts(
         assert du is not None
         dx = dy.new_empty(dy.shape[0], lora_a.shape[2])
         dlogits = None if gate_weight is None else tensors.dlogits
-        expand_fwd(du, lora_a, dx, plan.expand, dlogits=dlogits, gate_weight=gate_weight)
+        expand_fwd(du, cast.lora_a, dx, plan.expand, dlogits=dlogits, gate_weight=cast.gate_weight)
     return Gradients(dx, dlora_a, dlora_b, dgate_weight)
 
 
@@ -125,6 +128,7 @@ def _grouped(
     dy: Tensor,  # (T, O)
     x: Tensor | None,  # (T, I)
     factors: Factors,
+    cast: Factors,  # in dy's dtype
     tensors: MixTensors,
     options: Options,
     plan: BackwardPlan,
@@ -140,7 +144,7 @@ def _grouped(
     route = route_fwd(dy, sizes, options, plan.mix, gate_logits=tensors.logits)
     if du is not None or wanted.gate:
         dv = dy.new_empty(sizes.T, options.kept(sizes.E), sizes.R)
-        grouped_shrink_fwd(dy, lora_b, route, dv, groups.shrink, by_expert=False, scaling=options.scaling)
+        grouped_shrink_fwd(dy, cast.lora_b, route, dv, groups.shrink, by_expert=False, scaling=options.scaling)
         grouped_mix_bwd(dv, tensors, route, constants, plan.mix)
     elif v is not None:
         grouped_mix_fwd(tensors.u, route, v, constants, plan.mix)
@@ -157,7 +161,7 @@ def _grouped(
     if wanted.x:
         assert du is not None
         dx = dy.new_empty(sizes.T, sizes.I)
-        if gate_weight is not None:
-            expand_fwd(tensors.dlogits, gate_weight[:, None], dx, groups.gate_expand)
-        grouped_expand_fwd(du, lora_a, route, dx, groups.expand, base=None if gate_weight is None else dx)
+        if cast.gate_weight is not None:
+            expand_fwd(tensors.dlogits, cast.gate_weight[:, None], dx, groups.gate_expand)
+        grouped_expand_fwd(du, cast.lora_a, route, dx, groups.expand, base=None if gate_weight is None else dx)
     return Gradients(dx, dlora_a, dlora_b, dgate_weight)

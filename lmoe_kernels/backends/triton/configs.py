@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from lmoe_kernels.options import Sizes
+from lmoe_kernels.options import Options, Sizes
 
 
 @dataclass(frozen=True)
@@ -131,23 +131,22 @@ def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
 
 
 @cached_plan
-def grouped_plan(sizes: Sizes, top_k: int | None, dtype: torch.dtype, chip: Chip) -> GroupedPlan | None:
+def grouped_plan(sizes: Sizes, options: Options, dtype: torch.dtype, chip: Chip) -> GroupedPlan | None:
     """The tiles for tokens grouped by expert, or None where computing all experts costs no more.
 
     Grouped, x is read once by the gate and once by each slot, and y is written by the first slot and read and written by
-    each further one: `2 I (1 + k) + 2 O (2 k - 1)` bytes a token against `2 I + 2 O`. That pays only where memory is not
-    the limit, beyond E R of about 256, and where the tiles, of which each expert's last is on average half empty, take less
-    than half the work.
+    each further one: `2 I (1 + k) + 2 O (2 k - 1)` bytes a token against `2 I + 2 O`. That pays only where
+    `Options.may_group` holds, and where the tiles, of which each expert's last is on average half empty, take less than half
+    the work.
     """
-    if top_k is None or sizes.experts_of_a < sizes.E or sizes.R > 128:
+    if not options.may_group(sizes) or sizes.R > 128:
         return None
     shrink = Tile(T=64, F=64, ER=block_of(sizes.R), E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
-    memory_bound = 256  # E R up to which memory is the limit
     if chip.arch == "interpreter":
-        shrink, memory_bound = replace(shrink, T=16, F=32), 64
+        shrink = replace(shrink, T=16, F=32)
     elif dtype.itemsize > 2:
         shrink = replace(shrink, F=32, warps=8)
-    if memory_bound >= sizes.E * sizes.R or 2 * top_k * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
+    if 2 * options.kept(sizes.E) * (sizes.T + shrink.T * sizes.E) > sizes.T * sizes.E:
         return None
     shrink = fit_stages(shrink, 4, lambda t: (t.T + t.ER) * t.F * dtype.itemsize, chip)
     return GroupedPlan(

@@ -31,10 +31,10 @@ def expand_fwd(
 ) -> None:
     """out = base + scaling * (v factor + dlogits gate_weight)."""
     T, F = out.shape
-    gate, E = (None, 1) if gate_weight is None else (gate_weight.to(v.dtype), gate_weight.shape[0])
+    E = 1 if gate_weight is None else gate_weight.shape[0]
     host.launch(
         _expand_fwd_kernel, (tile.tiles_of(T), ceil_div(F, tile.F)),
-        v, factor.to(v.dtype), dlogits, gate, base, host.row_stride(base), out, scaling, T, F,
+        v, factor, dlogits, gate_weight, base, host.row_stride(base), out, scaling, T, F,
         ER=factor.shape[0] * factor.shape[1], E=E, **host.dot_constants(v), tile=tile,
     )  # fmt: skip
 
@@ -56,7 +56,6 @@ def grouped_expand_fwd(
     """
     E, R, F = factor.shape
     K, T = route.order.shape
-    factor = factor.to(v.dtype)
     for slot in range(K):
         host.launch(
             _grouped_expand_fwd_kernel, (tile.tiles_of(T) + E, ceil_div(F, tile.F)),

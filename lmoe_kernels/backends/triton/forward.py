@@ -19,6 +19,7 @@ from lmoe_kernels.backends.triton.fused import one_pass_fwd, shrink_mix_fwd
 from lmoe_kernels.backends.triton.mix import gate_constants, grouped_mix_fwd, mix_fwd
 from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
+from lmoe_kernels.casting import cast_factors
 from lmoe_kernels.options import Factors, Options, Saved
 
 
@@ -33,7 +34,8 @@ def forward(
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     sizes, chip = factors.sizes(x.shape[0]), host.chip_of(x.device)
     plan = configs.forward_plan(sizes, x.dtype, chip)
-    groups = configs.grouped_plan(sizes, options.top_k, x.dtype, chip)
+    groups = configs.grouped_plan(sizes, options, x.dtype, chip)
+    factors, cast = cast_factors(factors, x.dtype)
     y, logits = x.new_empty(sizes.T, sizes.O), None
     if save and factors.gate_weight is not None:
         logits = x.new_empty(sizes.T, sizes.E, dtype=host.accumulator(x))
@@ -42,7 +44,7 @@ def forward(
             u = _all_experts(x, factors, base, options, logits, y, plan)
         else:
             u = _grouped(x, factors, base, options, logits, y, plan, groups)
-    return y, Saved(logits, u) if save else None
+    return y, Saved(logits, u, cast=cast) if save else None
 
 
 def _all_experts(

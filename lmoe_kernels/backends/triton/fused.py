@@ -30,11 +30,10 @@ def one_pass_fwd(
 ) -> None:
     """All of the forward: logits, u, v, and y = base + scaling * v B."""
     (T, I), O = x.shape, y.shape[1]  # noqa: E741
-    a, gate, b = (None if t is None else t.to(x.dtype) for t in (factors.lora_a, factors.gate_weight, factors.lora_b))
     host.launch(
         _one_pass_fwd_kernel, (tile.tiles_of(T),),
-        x, x.stride(0), a, gate, factors.gate_bias, b, factors.gate_logits, base, host.row_stride(base), logits, u, v, y,
-        scaling, T, I, O, **constants, **host.dot_constants(x), tile=tile,
+        x, x.stride(0), factors.lora_a, factors.gate_weight, factors.gate_bias, factors.lora_b, factors.gate_logits,
+        base, host.row_stride(base), logits, u, v, y, scaling, T, I, O, **constants, **host.dot_constants(x), tile=tile,
     )  # fmt: skip
 
 
@@ -49,10 +48,9 @@ def shrink_mix_fwd(
 ) -> None:
     """u = x A^T and the logits, then v by the mix."""
     T, I = x.shape  # noqa: E741
-    gate = None if factors.gate_weight is None else factors.gate_weight.to(x.dtype)
     host.launch(
         _shrink_mix_fwd_kernel, (tile.tiles_of(T),),
-        x, x.stride(0), factors.lora_a.to(x.dtype), gate, factors.gate_bias, factors.gate_logits, logits, u, v, T, I,
+        x, x.stride(0), factors.lora_a, factors.gate_weight, factors.gate_bias, factors.gate_logits, logits, u, v, T, I,
         **constants, **host.dot_constants(x), tile=tile,
     )  # fmt: skip
 
@@ -71,7 +69,7 @@ def shrink_mix_bwd(
     dv = dy.new_empty(T, *lora_b.shape[:2])
     host.launch(
         _shrink_mix_bwd_kernel, (tile.tiles_of(T),),
-        dy, dy.stride(0), lora_b.to(dy.dtype), logits, dlogits_in, u, dv, du, dlogits, v, scaling, T, O,
+        dy, dy.stride(0), lora_b, logits, dlogits_in, u, dv, du, dlogits, v, scaling, T, O,
         **constants, **host.dot_constants(dy), tile=tile,
     )  # fmt: skip
 

@@ -31,11 +31,10 @@ def shrink_fwd(
     acc = host.accumulator(rows)
     parts = rows.new_empty(splits, T, ER, dtype=acc)
     gate_parts = None if gate_weight is None else rows.new_empty(splits, T, E, dtype=acc)
-    gate = None if gate_weight is None else gate_weight.to(rows.dtype)
     features_of_split = ceil_div(F, splits * tile.F) * tile.F
     host.launch(
         _shrink_fwd_kernel, (tile.tiles_of(T), ceil_div(ER, tile.ER), splits),
-        rows, rows.stride(0), factor.to(rows.dtype), gate, parts, gate_parts, T, F, features_of_split,
+        rows, rows.stride(0), factor, gate_weight, parts, gate_parts, T, F, features_of_split,
         ER=ER, E=E, **host.dot_constants(rows), tile=tile,
     )  # fmt: skip
     return parts, gate_parts
@@ -56,7 +55,7 @@ def grouped_shrink_fwd(
     K, T = route.order.shape
     host.launch(
         _grouped_shrink_fwd_kernel, (tile.tiles_of(T) + E, K),
-        rows, rows.stride(0), factor.to(rows.dtype), route.order, route.bounds, out, scaling, T, F,
+        rows, rows.stride(0), factor, route.order, route.bounds, out, scaling, T, F,
         E=E, R=R, OUT_ROWS=out.shape[1], BY_EXPERT=by_expert, **host.dot_constants(rows), tile=tile,
     )  # fmt: skip
 
