@@ -92,7 +92,7 @@ def _plans(call: Call, chip: Chip) -> tuple[Any, ...]:
     return (
         configs.forward_plan(sizes, dtype, chip),
         configs.backward_plan(sizes, dtype, chip),
-        configs.grouped_plan(sizes, call.options.top_k, dtype, chip),
+        configs.grouped_plan(sizes, call.options, dtype, chip),
         *((plan.tile, plan.splits > 1) for plan in wgrads),
     )
 
