@@ -151,7 +151,8 @@ def grids(device: torch.device, quick: bool) -> list[Grid]:
         main = cross(square, [1, 1024], eight, sixteen, ["float32", "bfloat16"])
         return [
             Grid(main, phases=PHASES),
-            Grid(cross(square, [4, 16, 64, 256], eight, sixteen, ["float32"]), phases=PHASES[2:], rows=(*few, "loop")),
+            Grid(cross(square, [16, 64], eight, sixteen, ["float32", "bfloat16"]), phases=PHASES, rows=(*few, "loop")),
+            Grid(cross(square, [4, 256], eight, sixteen, ["float32"]), phases=PHASES[2:], rows=(*few, "loop")),
             Grid(cross(square, [256], [1, 2, 4, 16, 32, 64], sixteen, ["float32"]), phases=PHASES[2:], rows=(*few, "loop")),
             Grid(cross(square, [1024], eight, sixteen, ["float32", "bfloat16"]), scopes=("delta",), phases=PHASES),
             Grid(cross(square, [256], eight, [4, 64], ["float32"]), phases=PHASES[2:], rows=few),
