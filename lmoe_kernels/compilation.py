@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels of a model before it runs."""
 
-import os
 from collections.abc import Iterable
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,6 @@ from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
 from lmoe_kernels.targets import lmoe_layers
 
 _Item = TypeVar("_Item")
-_MOST_PROCESSES = 16  # each of them imports PyTorch, some 300 MB
 
 
 def warmup(
@@ -71,7 +69,7 @@ def warmup(
     # Triton is installed, since its backend takes a call.
     from lmoe_kernels.backends.triton import precompile
 
-    most = processes or min(_MOST_PROCESSES, os.cpu_count() or 1)
+    most = processes or precompile.most_processes()
     return sum(
         precompile.ready([precompile.Call(*call) for call in calls], device, most, _with_bar)
         for device, calls in found.items()

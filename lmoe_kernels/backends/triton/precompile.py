@@ -36,6 +36,7 @@ from lmoe_kernels.options import Factors, Options, Sizes, Wanted
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _KERNELS_OF_A_CALL = 8  # about
+_MOST_PROCESSES = 16  # each of them imports PyTorch, some 300 MB
 
 
 class Call(NamedTuple):
@@ -152,6 +153,11 @@ def ready(
     for call in needed:
         run(call, device)
     return len(kernels)
+
+
+def most_processes() -> int:
+    """How many processes compile by default."""
+    return min(_MOST_PROCESSES, os.cpu_count() or 1)
 
 
 class Processes:
