@@ -34,14 +34,16 @@ class Rehearsal:
     """A simulated machine: what its tests say, and which steps were run, in their order."""
 
     def __init__(self) -> None:
-        self.wrong: set[str] = set()  # engines whose tests fail
+        self.wrong: set[str] = set()  # engines whose tests fail, or choices of tests that do
         self.seconds_of_a_step = 0.0
         self.now = 0.0
         self.ran: list[tuple[str, str]] = []
 
     def pytest(self, command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        engine = command[command.index("-k") + 1].split()[-1]
-        return subprocess.CompletedProcess(command, int(engine in self.wrong), stdout="1 passed\n")
+        choice = command[command.index("-k") + 1]
+        return subprocess.CompletedProcess(
+            command, int(bool({choice, choice.split()[-1]} & self.wrong)), stdout="1 passed\n"
+        )
 
     def main(self, *arguments: str) -> tuple[int, list[str]]:
         """The exit status of a call, and the parts of which it has run a step."""
@@ -164,6 +166,12 @@ def test_a_wrong_engine_is_not_timed_and_all_else_is(machine: Rehearsal, tmp_pat
     assert {step.split(",")[0] for step in machine.steps("experts")} == {"torch"}
     (path,) = tmp_path.rglob("results.json")
     assert {record["row"] for record in report.load(path)["records"]} == {"frozen", "torch"}
+
+
+def test_an_engine_that_is_wrong_on_large_shapes_alone_is_not_timed(machine: Rehearsal) -> None:
+    machine.wrong = {f"{parts.LARGE} and triton"}
+    assert machine.main("--parts", "tests-large", "tests", "tiles") == (1, ["tests-large", "tests"])
+    assert machine.main("--parts", "tests", "tiles") == (0, []), "nor in a later call"
 
 
 def test_failed_tests_are_repeated_and_the_engine_is_timed_once_they_pass(machine: Rehearsal) -> None:
