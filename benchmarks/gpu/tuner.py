@@ -1,5 +1,6 @@
 """The tuner of the Triton backend: which plans are tried in the place of the chosen ones, and how long each takes."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -76,6 +77,12 @@ def candidates(shape: Shape, chip: Chip) -> Iterator[Candidate]:
         yield _wgrad(shape.tokens, tile, chosen.splits, chosen)
 
 
+def later(shape: Shape, chip: Chip) -> list[Candidate]:
+    """Candidates with the kernels of all that `in_splits` can yield: those of several splits do not depend on their number."""
+    chosen = _chosen_wgrad(shape, chip)
+    return [_wgrad(shape.tokens, tile, splits, chosen) for tile, splits in product(_around(chosen.tile), WGRAD_SPLITS[:2])]
+
+
 def in_splits(shape: Shape, chip: Chip, timed: Iterable[Line]) -> Iterator[Candidate]:
     """The fastest tiles of wgrad in other splits of the tokens."""
     lines = [line for line in timed if line["what"] == "wgrad_plan" and line["us"] is not None and line["first"]]
@@ -93,7 +100,7 @@ def steps(programme: Programme, shape: Shape) -> Iterator[Step]:
     first = {name_of(shape, one): one for one in candidates(shape, chip)}
     left = first.keys() - {line["step"] for line in programme.lines("tiles")}
     if left and programme.seconds_left() > 0:
-        compile_all(shape, [one for name, one in first.items() if name in left], chip)
+        compile_all(shape, [one for name, one in first.items() if name in left] + later(shape, chip), chip)
     tensors = cache(partial(make_tensors, shape, programme.device))
     for name, one in first.items():
         yield Step(name, partial(_timed, shape, one, tensors, chip, first=True))
@@ -112,7 +119,10 @@ def compile_all(shape: Shape, found: list[Candidate], chip: Chip) -> int:
     """Compile the kernels of candidates into Triton's cache; returns their number. What cannot be compiled is not timed."""
     kernels = kernels_of(shape, found, chip)
     with precompile.Processes(precompile.most_processes(), chip) as processes:
-        list(tqdm(processes.map(precompile.compile_kernel, kernels), total=len(kernels), desc="Triton kernels"))
+        failures = processes.map(precompile.compile_kernel, kernels)
+        for kernel, failure in zip(kernels, tqdm(failures, total=len(kernels), desc="Triton kernels"), strict=True):
+            if failure is not None:
+                print(f"benchmarks.gpu: {kernel.name} cannot be compiled: {failure}", file=sys.stderr)
     return len(kernels)
 
 

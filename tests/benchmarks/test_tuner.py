@@ -33,7 +33,7 @@ configs.SEARCH_SPACE = {"T": (64, 128), "stages": (3, 4)}
 with stubbed_gpu(compiles=False):
     for tokens in (40, 6400):
         shape = Shape(tokens, 64, 4096, dtype="bfloat16")
-        found = list(tuner.candidates(shape, H100))
+        found = [*tuner.candidates(shape, H100), *tuner.later(shape, H100)]
         before = set(tuner.kernels_of(shape, found, H100))
         with precompile.recording() as timed:
             tensors = tuner.make_tensors(shape, torch.device("cpu"))
@@ -74,7 +74,7 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             (line,) = step.lines()
             programme._write("tiles", [{"step": step.name} | line])
             found.append((line, list(launched)))
-            assert step.name in compiled or not line["first"]
+            assert step.name in compiled or line["splits"] > 2, "of several splits the kernels do not depend on their number"
         return found
 
     return lines

@@ -1,9 +1,15 @@
 """After `warmup` a run compiles nothing: on a GPU that is not there, in processes in which Triton compiles."""
 
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
+from lmoe_kernels.backends import triton as triton_backend
 from tests.triton.compiling import run_compiled
 
 COMPILES = """
@@ -109,6 +115,13 @@ with stubbed_gpu():
             assert of_warmup(layer, every) == set().union(*alone.values())
     print(len(of_warmup(layer, every)), len(alone[16]))
 """
+
+
+def test_no_kernel_reads_a_global_constant() -> None:
+    """Triton hashes those into the name of a compiled kernel only if a kernel that it calls was hashed before."""
+    for path in Path(triton_backend.__path__[0]).glob("*.py"):
+        module = import_module(f"{triton_backend.__name__}.{path.stem}")
+        assert not [name for name, value in vars(module).items() if isinstance(value, tl.constexpr)], path.name
 
 
 def test_a_run_compiles_nothing_after_it(tmp_path) -> None:

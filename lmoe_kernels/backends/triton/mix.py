@@ -8,7 +8,7 @@ dv and du are then (T, K, R), of the experts that each token keeps.
 # pyright: reportGeneralTypeIssues=false
 # A jit function that calls another sees it typed as never returning.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,9 +17,6 @@ from torch import Tensor
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Tile
 from lmoe_kernels.backends.triton.gates import (
-    BLENDED,
-    PER_EXPERT,
-    SHARED_A,
     gate_and_mix_bwd_tile,
     gates_of,
     mix_fwd_tile,
@@ -31,17 +28,17 @@ from lmoe_kernels.backends.triton.route import Route
 from lmoe_kernels.backends.triton.tiles import load_rows, store_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 
-Constants = dict[str, int]
+Constants = dict[str, Any]
 
 
 def gate_constants(sizes: Sizes, options: Options) -> Constants:
     """The constants of the kernels that have gates: sizes, which experts are kept, and what a gate multiplies."""
     sum_to_one = options.gates_sum_to_one(sizes.E)
-    mixing = BLENDED if options.averages_factors else PER_EXPERT
-    if sizes.experts_of_a < sizes.E and (sum_to_one or mixing == PER_EXPERT):
-        mixing = SHARED_A
+    mixing = "blended" if options.averages_factors else "per expert"
+    if sizes.experts_of_a < sizes.E and (sum_to_one or mixing == "per expert"):
+        mixing = "shared a"
     return {
-        "E": sizes.E, "EXPERTS_OF_A": sizes.experts_of_a, "R": sizes.R, "MIXING": mixing.value,
+        "E": sizes.E, "EXPERTS_OF_A": sizes.experts_of_a, "R": sizes.R, "MIXING": mixing,
         "TOP_K": options.kept(sizes.E), "RENORMALIZE": sum_to_one,
     }  # fmt: skip
 
@@ -222,7 +219,7 @@ def _grouped_mix_fwd_kernel(
         h = _blend_slots(u_ptr, E, gates_ptr, experts_ptr, t, r, T, R, TOP_K)
         for slot in range(TOP_K):
             gate, u = _load_slot(u_ptr, E, gates_ptr, experts_ptr, slot, t, r, T, R)
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h = u
             _store_slot(gate * h, v_ptr, slot, t, r, T, R, TOP_K)
 
@@ -258,7 +255,7 @@ def _grouped_mix_bwd_kernel(
         for slot in range(TOP_K):
             gate, u = _load_slot(u_ptr, E, gates_ptr, experts_ptr, slot, t, r, T, R)
             _, dv = _load_slot(dv_ptr, TOP_K, gates_ptr, None, slot, t, r, T, R)
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h, dh = u, dv
                 dgate = dv * u
             else:
