@@ -78,7 +78,7 @@ def candidates(shape: Shape, chip: Chip) -> Iterator[Candidate]:
 
 
 def later(shape: Shape, chip: Chip) -> list[Candidate]:
-    """Candidates with the kernels of all that `in_splits` can yield: those of several splits do not depend on their number."""
+    """Candidates with the kernels of all that `in_splits` can yield, which do not depend on the number of several splits."""
     chosen = _chosen_wgrad(shape, chip)
     return [_wgrad(shape.tokens, tile, splits, chosen) for tile, splits in product(_around(chosen.tile), WGRAD_SPLITS[:2])]
 

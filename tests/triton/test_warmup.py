@@ -47,6 +47,7 @@ from torch import nn
 
 from lmoe_kernels import LMoELinear, warmup
 from lmoe_kernels.backends.triton import precompile
+from lmoe_kernels.options import Options, Sizes, Wanted
 from tools.stubbed_gpu import H100, stubbed_gpu
 
 
@@ -114,6 +115,14 @@ with stubbed_gpu():
                 assert of_warmup(layer, pair) == of_warmup(layer, pair[::-1]) == alone[pair[0]] | alone[pair[1]], pair
             assert of_warmup(layer, every) == set().union(*alone.values())
     print(len(of_warmup(layer, every)), len(alone[16]))
+
+    given = (single, single, single, None, None)
+    call = precompile.Call(Sizes(5, 48, 80, 4, 16, 4), single, given, 0, Options(), False, Wanted(*[False] * 6))
+    exact = precompile.kernels_of(call)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the user's flag, which the processes must follow
+    with precompile.Processes(1, H100) as processes:
+        (found,) = processes.map(precompile.kernels_of, [call])
+    assert found == precompile.kernels_of(call) != exact
 """
 
 

@@ -174,7 +174,7 @@ class Processes:
         ]
         self._idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
         for process in self._all:
-            pickle.dump((target, chip), process.stdin)  # pyright: ignore[reportArgumentType]
+            pickle.dump((target, chip, torch.backends.cuda.matmul.fp32_precision), process.stdin)  # pyright: ignore[reportArgumentType]
             self._idle.put(process)
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
@@ -209,7 +209,7 @@ def work() -> None:
     """What each process does: take jobs from its input and write their results to its output, until it is ended."""
     jobs, results = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print must not be among the results
-    target, chip = pickle.load(jobs)
+    target, chip, torch.backends.cuda.matmul.fp32_precision = pickle.load(jobs)
     triton.runtime.driver.set_active(_driver_of(target))
     host.chip_of = lambda device: chip
     while True:
