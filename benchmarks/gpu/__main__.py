@@ -5,6 +5,7 @@
 Each part writes a file of JSON lines into build/gpu/<device>/, and the goals results.json and results.md as well. Nothing is
 started after --minutes. The next call with the same command continues where this one stopped: what the files have for the
 present sources is not repeated, but for tests that failed. The speed of an engine whose tests failed is not measured.
+At its end a call shows the fastest tiles.
 
 For a machine that is lent for 45 minutes, in commands of at most ten; minutes are estimated, since it has not run on a GPU
 so far:
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import tuner
 from benchmarks.gpu.parts import EFFORT, PARTS
 from benchmarks.gpu.programme import ROOT, Programme
 from benchmarks.measuring.environment import describe, device_name
@@ -48,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     programme = Programme(folder, device, end)
     good = [programme.perform(part, steps(programme)) for part, steps in PARTS.items() if part in args.parts]
+    for line in tuner.summary(programme.lines("tiles")):
+        print(line)
     if programme.lines("limits") and programme.lines("goals"):
         report.write(results(programme), folder)
     return int(not all(good))

@@ -71,7 +71,9 @@ class Programme:
             self._write(part, lines)
             good = good and bool(lines) and all(line.get("passed", True) and "error" not in line for line in lines)
             verdict = ": not finished" if not lines else f": {lines[0]['error']}" if "error" in lines[0] else ""
-            print(f"benchmarks.gpu: {part}, {step.name}{verdict} ({time.monotonic() - start:.0f} s)", file=sys.stderr)
+            seconds = time.monotonic() - start
+            if verdict or seconds >= 1:  # the tuner has hundreds of steps
+                print(f"benchmarks.gpu: {part}, {step.name}{verdict} ({seconds:.0f} s)", file=sys.stderr)
         return good
 
     def _lines_of(self, step: Step) -> list[Line]:

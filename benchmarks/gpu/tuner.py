@@ -109,6 +109,19 @@ def steps(programme: Programme, shape: Shape) -> Iterator[Step]:
         yield Step(name_of(shape, one), partial(_timed, shape, one, tensors, chip, first=False))
 
 
+def summary(lines: Iterable[Line]) -> Iterator[str]:
+    """For each plan and number of tokens the chosen tile's time, and the fastest tile with its own."""
+    of_plan: dict[tuple[str, int], list[Line]] = {}
+    for line in lines:
+        if line.get("us") is not None:
+            of_plan.setdefault((line["what"], line["tokens"]), []).append(line)
+    for (what, tokens), timed in of_plan.items():
+        best = min(timed, key=lambda line: line["us"])
+        chosen = next((f"chosen {line['us']:.1f} us, " for line in timed if line["chosen"]), "")
+        tile = " ".join(f"{name}={value}" for name, value in best["tile"].items())
+        yield f"{what}, T={tokens}: {chosen}best {best['us']:.1f} us with splits={best['splits']} {tile}"
+
+
 def name_of(shape: Shape, one: Candidate) -> str:
     """The name of a candidate's step."""
     tile = " ".join(f"{name}={value}" for name, value in asdict(one.tile).items())

@@ -95,13 +95,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
     return rehearsal
 
 
-def test_the_whole_programme_in_its_order(machine: Rehearsal, tmp_path: Path) -> None:
+def test_the_whole_programme_in_its_order(machine: Rehearsal, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, order = machine.main()
     assert (status, order) == (0, [*ORDER[:4], "compiled", *ORDER[4:]])
     assert machine.steps("tests-large") == machine.steps("tests") == ["triton", "cuda"]
     assert machine.steps("goals") == [f"{SMALL}: layer", f"{SMALL}: delta"]
     assert machine.steps("sanitizers")[:2] == ["memcheck, triton", "memcheck, cuda"]
     assert len(machine.steps("experts")) == 5 * 2 * 2
+    assert "wgrad_plan, T=5: chosen 1.0 us, best 1.0 us" in capsys.readouterr().out
     assert len(machine.steps("compiled")) == 1
     (folder,) = (tmp_path / "build" / "gpu").iterdir()
     kept = report.load(folder / "results.json")
@@ -111,6 +112,11 @@ def test_the_whole_programme_in_its_order(machine: Rehearsal, tmp_path: Path) ->
         machine_line, *lines = map(json.loads, path.read_text().splitlines())
         assert "packages" in machine_line
         assert all("step" in line for line in lines)
+
+
+def test_without_a_gpu_nothing_is_run(machine: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "this_gpu", lambda: None)
+    assert machine.main() == (1, [])
 
 
 def test_a_second_call_repeats_nothing(machine: Rehearsal) -> None:

@@ -112,6 +112,16 @@ def test_only_the_best_tiles_of_wgrad_are_tried_in_other_splits(monkeypatch: pyt
         assert len({line["splits"] for line in later if line["tile"] == tile["tile"]}) >= 2
 
 
+def test_the_summary_names_the_fastest_tile() -> None:
+    one: Line = {"what": "wgrad_plan", "tokens": 8, "chosen": True, "us": 5.0, "splits": 1, "tile": {"T": 64}}
+    others = [{**one, "chosen": False, "us": us, "splits": 2, "tile": {"T": 128}} for us in (None, 4.0, 7.0)]
+    elsewhere: list[Line] = [{**one, "what": "backward_plan.shrink", "chosen": False}, {"step": "one", "error": "no"}]
+    assert list(tuner.summary([one, *others, *elsewhere])) == [
+        "wgrad_plan, T=8: chosen 5.0 us, best 4.0 us with splits=2 T=128",
+        "backward_plan.shrink, T=8: best 5.0 us with splits=1 T=64",
+    ]
+
+
 def test_a_tile_that_cannot_run_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(call: Call) -> float:
         raise RuntimeError("out of resource: shared memory")
