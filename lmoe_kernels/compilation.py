@@ -15,6 +15,7 @@ from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
 from lmoe_kernels.targets import lmoe_layers
 
 _Item = TypeVar("_Item")
+_TILE = 64  # tokens
 
 
 def warmup(
@@ -85,7 +86,7 @@ class _Kind(NamedTuple):
 
 
 def _numbers(tokens: int | Iterable[int]) -> list[int]:
-    """The numbers of tokens, each once."""
+    """The numbers of tokens that are looked at."""
     numbers = [tokens] if isinstance(tokens, int) else list(tokens) if isinstance(tokens, Iterable) else None
     if numbers is None:
         fail("warmup", "tokens", "be an int or several", type(tokens).__name__, TypeError)
@@ -93,7 +94,19 @@ def _numbers(tokens: int | Iterable[int]) -> list[int]:
         fail("warmup", "tokens", "be at least one number", "none")
     for number in numbers:
         checks.check_positive_int("warmup", "tokens", number)
-    return list(dict.fromkeys(numbers))
+    return _thinned(numbers)
+
+
+def _thinned(numbers: Iterable[int]) -> list[int]:
+    """The numbers whose plans are looked at, since making a plan takes up to a millisecond.
+
+    A plan changes with the number of tiles, of 64 tokens or more, or else slowly: the first and the last number of each tile
+    stand for those in between.
+    """
+    of_tile: dict[int, list[int]] = {}
+    for number in numbers:
+        of_tile.setdefault(-(-number // _TILE) if number > _TILE else -number, []).append(number)
+    return [number for tile in of_tile.values() for number in sorted({min(tile), max(tile)})]
 
 
 def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> _Kind:

@@ -16,11 +16,7 @@ from tests import plans
 from tests.benchmarks.small import CPU
 from tests.triton.compiling import run_compiled
 
-CHIP = configs.Chip("sm_90", 8, 227 << 10)
-STAGES = {
-    5: {"forward_plan.shrink", "forward_plan.expand"},  # two or three kernels
-    900: {"forward_plan.one_pass", "forward_plan.shrink"},
-}
+FEW, MANY = configs.Chip("sm_90", 1, 227 << 10), configs.Chip("sm_90", 64, 227 << 10)  # processors: one pass, or stages
 # The kernels of the candidates are those that were compiled before the clock starts.
 COMPILED_BEFORE = """
 import torch
@@ -66,9 +62,9 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         tuner, "compile_all", lambda shape, found, chip: compiled.extend(tuner.name_of(shape, f) for f in found)
     )
-    plans.set_chip(CHIP, monkeypatch)
 
-    def lines(tokens: int) -> list[tuple[Line, list[Tile]]]:
+    def lines(tokens: int, chip: configs.Chip) -> list[tuple[Line, list[Tile]]]:
+        plans.set_chip(chip, monkeypatch)
         programme, found = Programme(tmp_path, CPU), []
         for step in tuner.steps(programme, Shape(tokens, 24, 40, dtype="bfloat16")):
             (line,) = step.lines()
@@ -80,32 +76,32 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lines
 
 
-@pytest.mark.parametrize("tokens", STAGES)
-def test_every_candidate_is_launched_in_the_place_of_the_chosen_one(tokens: int, timed) -> None:
+@pytest.mark.parametrize("chip", [FEW, MANY], ids=["one pass", "stages"])
+def test_every_candidate_is_launched_in_the_place_of_the_chosen_one(chip: configs.Chip, timed) -> None:
     seen: dict[str, list[bool]] = {}
-    for line, launched in timed(tokens):
+    for line, launched in timed(900, chip):
         assert Tile(**line["tile"]) in launched, line
         if line["what"].endswith("shrink"):  # shrink and mix in one kernel or, in splits, in two, and expand
             assert len(launched) == (1 if line["splits"] == 1 else 2) + 1, line
         if line["what"].endswith("one_pass"):
             assert len(launched) == 1
         seen.setdefault(line["what"], []).append(line["chosen"])
-    assert set(seen) == STAGES[tokens] | {"backward_plan.shrink", "backward_plan.expand", "wgrad_plan"}
-    assert all(chosen[0] for what, chosen in seen.items() if what != "forward_plan.shrink" or tokens == 5)
+    forward = {"forward_plan.shrink", "forward_plan.one_pass" if chip is FEW else "forward_plan.expand"}
+    assert set(seen) == forward | {"backward_plan.shrink", "backward_plan.expand", "wgrad_plan"}
+    assert all(chosen[0] for what, chosen in seen.items() if chip is MANY or what != "forward_plan.shrink")
     assert all(not any(chosen[1:]) for chosen in seen.values())
 
 
 def test_tiles_of_the_shrink_are_tried_together_with_splits(timed) -> None:
-    found = [line for line, _ in timed(5) if line["what"] == "backward_plan.shrink"]
+    found = [line for line, _ in timed(5, MANY) if line["what"] == "backward_plan.shrink"]
     tried = {(line["tile"]["T"], line["splits"]) for line in found}
     assert tried >= {(t, splits) for t in configs.SEARCH_SPACE["T"] for splits in tuner.SPLITS}
 
 
 def test_only_the_best_tiles_of_wgrad_are_tried_in_other_splits(monkeypatch: pytest.MonkeyPatch, timed) -> None:
     monkeypatch.setattr(tuner, "time_of", lambda call: {"us": 1.0})
-    lines = [line for line, _ in timed(900) if line["what"] == "wgrad_plan"]
+    lines = [line for line, _ in timed(900, MANY) if line["what"] == "wgrad_plan"]
     first = [line for line in lines if line["first"]]
-    assert len({line["splits"] for line in first}) == 1
     later = [line for line in lines if not line["first"]]
     assert {str(line["tile"]) for line in later} == {str(line["tile"]) for line in first[: tuner.BEST]}
     for tile in first[: tuner.BEST]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmoe_kernels import LMoELinear, use_backend, warmup
+from lmoe_kernels import LMoELinear, compilation, use_backend, warmup
 
 
 @pytest.fixture
@@ -65,6 +65,13 @@ def test_bad_input(arguments: dict[str, Any], error: type[Exception], text: str,
         warmup(**{"model": model, "tokens": 5} | arguments)
     dtypes = "torch.float32, torch.bfloat16, torch.float16, torch.float64"
     assert str(caught.value) == f"warmup: {text.format(dtypes=dtypes)}"
+
+
+def test_the_numbers_that_are_looked_at() -> None:
+    """All up to one tile of 64 tokens, then the first and the last of each tile."""
+    assert compilation._thinned(range(1, 66)) == [*range(1, 66)]
+    assert compilation._thinned([200, 70, 128, 65, 129, 100, 200]) == [200, 65, 128, 129]
+    assert compilation._thinned([5, 5, 300]) == [5, 300]
 
 
 def test_parameters_that_do_not_fit_the_activations() -> None:
