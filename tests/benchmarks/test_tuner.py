@@ -1,6 +1,8 @@
 """What the tuner of `make gpu` times, on CPU tensors and without a clock: the calls are those that its lines name."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from tests import plans
 from tests.benchmarks.small import CPU
 from tests.triton.compiling import run_compiled
 
-FEW, MANY = configs.Chip("sm_90", 1, 227 << 10), configs.Chip("sm_90", 64, 227 << 10)  # processors: one pass, or stages
+CHIP = configs.Chip("sm_90", 64, 227 << 10)
 # The kernels of the candidates are those that were compiled before the clock starts.
 COMPILED_BEFORE = """
 import torch
@@ -62,9 +64,9 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         tuner, "compile_all", lambda shape, found, chip: compiled.extend(tuner.name_of(shape, f) for f in found)
     )
+    plans.set_chip(CHIP, monkeypatch)
 
-    def lines(tokens: int, chip: configs.Chip) -> list[tuple[Line, list[Tile]]]:
-        plans.set_chip(chip, monkeypatch)
+    def lines(tokens: int) -> list[tuple[Line, list[Tile]]]:
         programme, found = Programme(tmp_path, CPU), []
         for step in tuner.steps(programme, Shape(tokens, 24, 40, dtype="bfloat16")):
             (line,) = step.lines()
@@ -76,31 +78,40 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return lines
 
 
-@pytest.mark.parametrize("chip", [FEW, MANY], ids=["one pass", "stages"])
-def test_every_candidate_is_launched_in_the_place_of_the_chosen_one(chip: configs.Chip, timed) -> None:
+@pytest.mark.parametrize("one_pass", [True, False], ids=["one pass", "stages"])
+def test_every_candidate_is_launched_in_the_place_of_the_chosen_one(
+    one_pass: bool, timed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward_plan = configs.forward_plan
+
+    def plan_of(*problem: Any) -> configs.ForwardPlan:
+        plan = forward_plan(*problem)
+        return replace(plan, splits=1, one_pass=(plan.one_pass or plan.shrink) if one_pass else None)
+
+    monkeypatch.setattr(configs, "forward_plan", plan_of)
     seen: dict[str, list[bool]] = {}
-    for line, launched in timed(900, chip):
+    for line, launched in timed(900):
         assert Tile(**line["tile"]) in launched, line
         if line["what"].endswith("shrink"):  # shrink and mix in one kernel or, in splits, in two, and expand
             assert len(launched) == (1 if line["splits"] == 1 else 2) + 1, line
         if line["what"].endswith("one_pass"):
             assert len(launched) == 1
         seen.setdefault(line["what"], []).append(line["chosen"])
-    forward = {"forward_plan.shrink", "forward_plan.one_pass" if chip is FEW else "forward_plan.expand"}
+    forward = {"forward_plan.shrink", "forward_plan.one_pass" if one_pass else "forward_plan.expand"}
     assert set(seen) == forward | {"backward_plan.shrink", "backward_plan.expand", "wgrad_plan"}
-    assert all(chosen[0] for what, chosen in seen.items() if chip is MANY or what != "forward_plan.shrink")
+    assert all(chosen[0] for what, chosen in seen.items() if not one_pass or what != "forward_plan.shrink")
     assert all(not any(chosen[1:]) for chosen in seen.values())
 
 
 def test_tiles_of_the_shrink_are_tried_together_with_splits(timed) -> None:
-    found = [line for line, _ in timed(5, MANY) if line["what"] == "backward_plan.shrink"]
+    found = [line for line, _ in timed(5) if line["what"] == "backward_plan.shrink"]
     tried = {(line["tile"]["T"], line["splits"]) for line in found}
     assert tried >= {(t, splits) for t in configs.SEARCH_SPACE["T"] for splits in tuner.SPLITS}
 
 
 def test_only_the_best_tiles_of_wgrad_are_tried_in_other_splits(monkeypatch: pytest.MonkeyPatch, timed) -> None:
     monkeypatch.setattr(tuner, "time_of", lambda call: {"us": 1.0})
-    lines = [line for line, _ in timed(900, MANY) if line["what"] == "wgrad_plan"]
+    lines = [line for line, _ in timed(900) if line["what"] == "wgrad_plan"]
     first = [line for line in lines if line["first"]]
     later = [line for line in lines if not line["first"]]
     assert {str(line["tile"]) for line in later} == {str(line["tile"]) for line in first[: tuner.BEST]}
