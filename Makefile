@@ -6,6 +6,7 @@ READY  := $(VENV)/ready
 TESTS  := $(VENV)/ready-for-tests
 DOCS   := $(VENV)/ready-for-docs
 OUT    ?= demo
+ARCHS   = $(or $(LMOE_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .))
 CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: help demo test lint format types docs pictures build bench gpu static racecheck check clean
@@ -46,8 +47,8 @@ bench: $(READY) ## Measure what the layer costs on this machine
 	$(BIN)/python -m pytest benchmarks/test_rows.py --benchmark-only
 	$(BIN)/python -m benchmarks
 
-gpu: ## Build, test, tune and measure on this machine's GPU, without a network; PARTS="tests rows" MINUTES=9
-	$(PYTHON) setup.py --quiet build_ext --inplace
+gpu: ## Test, measure and tune on this machine's GPU, without a network; again: go on; PARTS="tests goals" MINUTES=9
+	LMOE_CUDA_ARCHS="$(ARCHS)" $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes); WITH=python of another Triton

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels of a model before it runs."""
 
-import os
 from collections.abc import Iterable
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
@@ -16,7 +15,7 @@ from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
 from lmoe_kernels.targets import lmoe_layers
 
 _Item = TypeVar("_Item")
-_MOST_PROCESSES = 16  # each of them imports PyTorch, some 300 MB
+_TILE = 64  # tokens
 
 
 def warmup(
@@ -34,7 +33,7 @@ def warmup(
     of the program only loads them. The layers do not change, and no parameter gets a gradient.
 
     Args:
-        model: a model with L-MoE layers, plain or wrapped, on its device.
+        model: a model with L-MoE layers on its device, before FSDP shards it.
         tokens: how many tokens the calls will have (batch times sequence length): a number or several, as in
             `range(1, 4097)`. Numbers that need the same kernels cost no more than one of them.
         dtype: dtype of the activations; None for that of each frozen layer. Pass the autocast dtype if the model runs under
@@ -71,7 +70,7 @@ def warmup(
     # Triton is installed, since its backend takes a call.
     from lmoe_kernels.backends.triton import precompile
 
-    most = processes or min(_MOST_PROCESSES, os.cpu_count() or 1)
+    most = processes or precompile.most_processes()
     return sum(
         precompile.ready([precompile.Call(*call) for call in calls], device, most, _with_bar)
         for device, calls in found.items()
@@ -87,7 +86,7 @@ class _Kind(NamedTuple):
 
 
 def _numbers(tokens: int | Iterable[int]) -> list[int]:
-    """The numbers of tokens, each once."""
+    """The numbers of tokens that are looked at."""
     numbers = [tokens] if isinstance(tokens, int) else list(tokens) if isinstance(tokens, Iterable) else None
     if numbers is None:
         fail("warmup", "tokens", "be an int or several", type(tokens).__name__, TypeError)
@@ -95,7 +94,19 @@ def _numbers(tokens: int | Iterable[int]) -> list[int]:
         fail("warmup", "tokens", "be at least one number", "none")
     for number in numbers:
         checks.check_positive_int("warmup", "tokens", number)
-    return list(dict.fromkeys(numbers))
+    return _thinned(numbers)
+
+
+def _thinned(numbers: Iterable[int]) -> list[int]:
+    """The numbers whose plans are looked at, since making a plan takes up to a millisecond.
+
+    A plan changes with the number of tiles, of 64 tokens or more, or else slowly: the first and the last number of each tile
+    stand for those in between.
+    """
+    of_tile: dict[int, list[int]] = {}
+    for number in numbers:
+        of_tile.setdefault(-(-number // _TILE) if number > _TILE else -number, []).append(number)
+    return [number for tile in of_tile.values() for number in sorted({min(tile), max(tile)})]
 
 
 def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> _Kind:

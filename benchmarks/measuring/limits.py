@@ -4,6 +4,7 @@ The floor counts every tensor as read once and written once; the delta is writte
 the sum of max(bytes / bandwidth, FLOPs / rate) over the passes that cannot overlap.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from benchmarks.measuring.timing import Call, clock_for
 from benchmarks.rows.shapes import DTYPES, Shape
 
 NARROW = 16
+READS = 256  # by each program out of the L2, so that the launch takes little of the time
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Limits:
     gemm_flops_per_s: dict[str, float]  # by dtype, a large square GEMM
     narrow_flops_per_s: dict[str, float]  # by dtype, a GEMM of NARROW columns, as many as one LoRA has ranks
     cache_bytes: int  # of the last level; the copies of the inputs together exceed it
+    cache_bytes_per_s: float | None = None  # bytes that all processors read out of a GPU's L2 together
 
 
 def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limits:
@@ -43,7 +46,19 @@ def measure_limits(device: torch.device, dtypes: list[str], quick: bool) -> Limi
         out = torch.empty_like(b)
         return 2 * size**2 * columns / seconds(lambda: torch.mm(a, b, out=out))
 
-    return Limits(copied, {name: rate(name, size) for name in dtypes}, {name: rate(name, NARROW) for name in dtypes}, cache)
+    rates, narrow_rates = ({name: rate(name, columns) for name in dtypes} for columns in (size, NARROW))
+    return Limits(copied, rates, narrow_rates, cache, _cache_bytes_per_s(device, cache, seconds))
+
+
+def _cache_bytes_per_s(device: torch.device, cache: int, seconds: Callable[[Call], float]) -> float | None:
+    """How fast a GPU's processors read a buffer that fills half of the L2, over and over."""
+    if device.type != "cuda":
+        return None
+    from benchmarks.measuring.l2 import read_repeatedly  # needs Triton
+
+    buffer = torch.zeros(cache // 8, device=device)
+    programs = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return read_repeatedly(buffer, programs, READS)[1] / seconds(lambda: read_repeatedly(buffer, programs, READS))
 
 
 def cache_bytes(device: torch.device) -> int:

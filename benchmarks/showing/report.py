@@ -101,12 +101,14 @@ def heading(results: Results) -> str:
     )
     load = "" if environment["load"] is None else f", load {environment['load']} at the start"
     load += f", OpenMP threads wait {environment['waiting']}" if environment["waiting"] else ""
+    read = limits.get("cache_bytes_per_s")
+    cache = f", L2 read {read / 1e9:.3g} GB/s" if read else ""
     run = f"{environment['date']}, commit {environment['commit']}"
     run += f", stopped {environment['stopped']}" if "stopped" in environment else ""
     return (
         f"{environment['device']}, {environment['threads']} threads{load}; {run}\n"
         f"{environment['system']}, {packages}\n"
-        f"measured limits: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s, {rates}; {results['method']}"
+        f"measured limits: copy {limits['copy_bytes_per_s'] / 1e9:.3g} GB/s{cache}, {rates}; {results['method']}"
     )
 
 

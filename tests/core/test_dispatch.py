@@ -1,7 +1,11 @@
 """Which backend a call takes: the automatic choice on a simulated GPU; `use_backend` with errors, overlaps and threads."""
 
+import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
+from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +21,19 @@ HERE = GPU._replace(device=torch.device("cpu"))
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Simulates a GPU of compute capability 8.0, with Triton, a C compiler and the CUDA extension."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Simulates a GPU of compute capability 8.0, with a tested Triton, a C compiler and the CUDA extension."""
+    availability._why_not_chip.cache_clear()
+    availability._why_untested.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(availability, "_installed", lambda package: True)
     monkeypatch.setattr(availability, "_why_no_launchers", lambda: None)
+    monkeypatch.setattr(availability, "_version_of_triton", lambda: "3.6.0")
     monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(why_not=lambda problem: None))
-    return monkeypatch
+    yield monkeypatch
+    availability._why_not_chip.cache_clear()
+    availability._why_untested.cache_clear()
 
 
 @pytest.fixture
@@ -61,12 +70,73 @@ def test_triton_takes_no_fp64_on_a_gpu(gpu) -> None:
         dispatch.choose("lmoe", GPU._replace(dtype=torch.float64), "triton")
 
 
+def taken_instead(problem: Problem = GPU) -> tuple[str, str]:
+    """The backend that is taken, and what `explain` says of triton."""
+    lines = dispatch.explain_choice("lmoe", problem, AUTO).splitlines()
+    return taken(problem), next(line.removeprefix("  triton     ") for line in lines if line.startswith("  triton"))
+
+
 @pytest.mark.parametrize("capability", [(7, 0), (7, 5)], ids=["Volta", "Turing"])
 def test_triton_takes_no_gpu_before_ampere(gpu, capability: tuple[int, int]) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert taken(GPU) == "torch"
-    with pytest.raises(ValueError, match="'triton': its kernels need compute capability"):
+    reason = f"its kernels need compute capability 8.0, not {capability[0]}.{capability[1]}"
+    assert taken_instead() == ("torch", f"cannot: {reason}")
+    with pytest.raises(ValueError, match=f"'triton': {re.escape(reason)}"):
         dispatch.choose("lmoe", GPU, "triton")
+
+
+@pytest.mark.parametrize(
+    "arch, takes",
+    [(f"gfx{model}", False) for model in ("803", "900", "906", "90c", "1010", "1030")]
+    + [(f"gfx{model}", True) for model in ("908", "90a", "942", "950", "1100", "1151", "1201", "1250")],
+)
+@pytest.mark.parametrize("features", ["", ":sramecc+:xnack-"], ids=["", "with features"])
+def test_triton_takes_chips_of_amd_with_matrix_instructions(gpu, arch: str, takes: bool, features: str) -> None:
+    gpu.setattr(torch.version, "hip", "7.0")
+    gpu.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=arch + features))
+    if takes:
+        assert taken_instead() == ("triton", "taken: the first that can take the call")
+    else:
+        reason = f"cannot: its kernels need matrix instructions for bf16, which {arch} does not have"
+        assert taken_instead() == ("torch", reason)
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.5.1", "3.5.1+git0b5c", "4.0.0"])
+def test_an_untested_triton_is_taken_only_by_name(gpu, version: str) -> None:
+    gpu.setattr(availability, "_version_of_triton", lambda: version)
+    reason = f"not taken: its kernels are tested with Triton 3.6 or later, below 4, not {version}"
+    assert taken_instead() == ("torch", reason)
+    assert dispatch.choose("lmoe", GPU, "triton") == "triton"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.10.0+rocm7", "3.8.0.dev20261101", ""])
+def test_a_triton_that_is_tested_or_follows_such_a_one_is_taken(gpu, version: str) -> None:
+    """A build that does not say its version is taken too."""
+    gpu.setattr(availability, "_version_of_triton", lambda: version)
+    assert taken() == "torch"
+    assert taken(GPU) == "triton"
+
+
+def test_the_version_is_that_of_the_installed_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under any of the names that PyTorch's builds have."""
+    triton = pytest.importorskip("triton")
+    assert availability._version_of_triton().split("+")[0] == triton.__version__.split("+")[0]
+    known = {"pytorch-triton-rocm": "3.6.0+rocm7.0"}
+
+    def version(name: str) -> str:
+        if name not in known:
+            raise metadata.PackageNotFoundError(name)
+        return known[name]
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert availability._version_of_triton() == "3.6.0+rocm7.0"
+    known.clear()
+    assert availability._version_of_triton() == ""
+
+
+def test_a_gpu_without_a_c_compiler_runs_pytorch(gpu) -> None:
+    gpu.setattr(availability, "_why_no_launchers", lambda: "Triton finds no C compiler")
+    assert taken_instead() == ("torch", "not taken: Triton finds no C compiler")
 
 
 def test_a_block_is_undone_at_its_end(peer: str) -> None:

@@ -1,9 +1,15 @@
 """After `warmup` a run compiles nothing: on a GPU that is not there, in processes in which Triton compiles."""
 
+from importlib import import_module
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
+from lmoe_kernels.backends import triton as triton_backend
 from tests.triton.compiling import run_compiled
 
 COMPILES = """
@@ -33,6 +39,7 @@ with stubbed_gpu() as gpu:
 
 RECORDS = """
 from contextlib import nullcontext
+from itertools import pairwise
 from unittest import mock
 
 import torch
@@ -40,6 +47,7 @@ from torch import nn
 
 from lmoe_kernels import LMoELinear, warmup
 from lmoe_kernels.backends.triton import precompile
+from lmoe_kernels.options import Options, Sizes, Wanted
 from tools.stubbed_gpu import H100, stubbed_gpu
 
 
@@ -98,15 +106,35 @@ with stubbed_gpu():
     assert of_run(layer, [5], dtype, autocast=True) == of_warmup(layer, 5, dtype=half)
     model = nn.ModuleList([layer for layer, _ in layers if layer.weight.dtype == half])
     assert of_warmup(model, 5) == set().union(*(of_warmup(layer, 5) for layer in model))
-    layer = LMoELinear(4096, 4096, dtype=half, backend="triton", device="meta")
-    every = [1, 15, 16, 17, *range(60, 3000, 59), 8192, 13000, 20000, 65536]  # for each number the kernels of its own
-    assert of_warmup(layer, every) == set().union(*(of_warmup(layer, number) for number in every))
-    print(len(of_warmup(layer, every)), len(of_warmup(layer, 16)))
+    every = [1, 16, 64, 65, 512, 1000, 1023, 1024, 8192, 13000, 65536]
+    for features in ((4096, 4096), (64, 4096), (4096, 64), (64, 16384), (16384, 64)):
+        for experts in (8, 64):
+            layer = LMoELinear(*features, num_experts=experts, dtype=half, backend="triton", device="meta")
+            alone = {number: of_warmup(layer, number) for number in every}
+            for pair in pairwise(every):
+                assert of_warmup(layer, pair) == of_warmup(layer, pair[::-1]) == alone[pair[0]] | alone[pair[1]], pair
+            assert of_warmup(layer, every) == set().union(*alone.values())
+    print(len(of_warmup(layer, every)), len(alone[16]))
+
+    given = (single, single, single, None, None)
+    call = precompile.Call(Sizes(5, 48, 80, 4, 16, 4), single, given, 0, Options(), False, Wanted(*[False] * 6))
+    exact = precompile.kernels_of(call)
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # the user's flag, which the processes must follow
+    with precompile.Processes(1, H100) as processes:
+        (found,) = processes.map(precompile.kernels_of, [call])
+    assert found == precompile.kernels_of(call) != exact
 """
 
 
+def test_no_kernel_reads_a_global_constant() -> None:
+    """Triton hashes those into the name of a compiled kernel only if a kernel that it calls was hashed before."""
+    for path in Path(triton_backend.__path__[0]).glob("*.py"):
+        module = import_module(f"{triton_backend.__name__}.{path.stem}")
+        assert not [name for name, value in vars(module).items() if isinstance(value, tl.constexpr)], path.name
+
+
 def test_a_run_compiles_nothing_after_it(tmp_path) -> None:
-    """Another number of tokens, and 12 launches: forward, forward and backward."""
+    """With another number of tokens."""
     warmed, ran = run_compiled(COMPILES, str(tmp_path), TRITON_CACHE_DIR=str(tmp_path))
     ready, loads, *kinds = warmed.split()
     assert (int(ready), kinds) == (int(loads), ["loaded"])

@@ -14,10 +14,12 @@ import triton.language as tl
 
 from lmoe_kernels.backends.triton.tiles import load_rows, store_rows
 
-# The values of MIXING: what the gate of an expert e multiplies.
-BLENDED = tl.constexpr(0)  # h = sum_f gates[f] u[f], the same for all e: mixing="factors"
-PER_EXPERT = tl.constexpr(1)  # u[e]: mixing="outputs"
-SHARED_A = tl.constexpr(2)  # the only u of a shared A: mixing="outputs", or "factors" with gates that sum to one
+# MIXING is what the gate of an expert e multiplies:
+# "blended": h = sum_f gates[f] u[f], the same for all e; mixing="factors"
+# "per expert": u[e]; mixing="outputs"
+# "shared a": the only u of a shared A; mixing="outputs", or "factors" with gates that sum to one
+# Kernels use these words and no global constants. Triton (3.6 and 3.7) would hash such constants into a kernel's name on the
+# disk only if another kernel was hashed before, so that another process could look for another name (see precompile.py).
 
 
 @triton.jit
@@ -158,12 +160,12 @@ def mix_fwd_tile(
         mask = (t < T)[:, None] & (r < R)[None, :]
         u_at = u_ptr + t.to(tl.int64)[:, None] * (EXPERTS_OF_A * R) + r[None, :]
         v_at = v_ptr + t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        if MIXING == BLENDED:
+        if MIXING == "blended":
             h = blend(u_at, mask, gates, e, E, U_STEP)
         else:
             h = tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
         for expert in range(E):
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h = tl.load(u_at + expert * R, mask=mask, other=0.0).to(gates.dtype)
             v = gate_column(gates, e, expert) * h
             tl.store(v_at + expert * R, v.to(v_ptr.dtype.element_ty), mask=mask)
@@ -197,19 +199,19 @@ def mix_bwd_tile(
         mask = (t < T)[:, None] & (r < R)[None, :]
         u_at = u_ptr + t.to(tl.int64)[:, None] * (EXPERTS_OF_A * R) + r[None, :]
         of_expert_0 = t.to(tl.int64)[:, None] * (E * R) + r[None, :]
-        if MIXING == BLENDED:
+        if MIXING == "blended":
             h = blend(u_at, mask, gates, e, E, U_STEP)
         else:
             h = tl.load(u_at, mask=mask, other=0.0).to(gates.dtype)
-        dh = h if MIXING == PER_EXPERT else blend(dv_ptr + of_expert_0, mask, gates, e, E, R)
+        dh = h if MIXING == "per expert" else blend(dv_ptr + of_expert_0, mask, gates, e, E, R)
         for expert in range(E):
             gate = gate_column(gates, e, expert)
             dv = tl.load(dv_ptr + of_expert_0 + expert * R, mask=mask, other=0.0).to(gates.dtype)
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h = tl.load(u_at + expert * R, mask=mask, other=0.0).to(gates.dtype)
                 dh = dv
             dgate = dv * h
-            if MIXING == BLENDED:
+            if MIXING == "blended":
                 dgate += dh * tl.load(u_at + expert * U_STEP, mask=mask, other=0.0).to(gates.dtype)
             dgates += tl.where(e[None, :] == expert, tl.sum(dgate, axis=1)[:, None], 0.0)
             if du_ptr is not None and EXPERTS_OF_A == E:
@@ -218,8 +220,8 @@ def mix_bwd_tile(
             if v_ptr is not None:
                 v_at = v_ptr + of_expert_0 + expert * R
                 tl.store(v_at, (gate * h).to(v_ptr.dtype.element_ty), mask=mask)
-        if du_ptr is not None and EXPERTS_OF_A < E:  # the only du is the sum over all experts; under SHARED_A that is dh
-            du = tl.sum(gates, axis=1)[:, None] * dh if MIXING == BLENDED else dh
+        if du_ptr is not None and EXPERTS_OF_A < E:  # the only du is the sum over all experts; "shared a": that is dh
+            du = tl.sum(gates, axis=1)[:, None] * dh if MIXING == "blended" else dh
             tl.store(du_ptr + t.to(tl.int64)[:, None] * R + r[None, :], du.to(du_ptr.dtype.element_ty), mask=mask)
     return dgates
 

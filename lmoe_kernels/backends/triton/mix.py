@@ -8,7 +8,7 @@ dv and du are then (T, K, R), of the experts that each token keeps.
 # pyright: reportGeneralTypeIssues=false
 # A jit function that calls another sees it typed as never returning.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,9 +17,6 @@ from torch import Tensor
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.configs import Tile, cached_plan
 from lmoe_kernels.backends.triton.gates import (
-    BLENDED,
-    PER_EXPERT,
-    SHARED_A,
     gate_and_mix_bwd_tile,
     gate_column,
     gates_of,
@@ -32,18 +29,18 @@ from lmoe_kernels.backends.triton.route import parts_of_slot
 from lmoe_kernels.backends.triton.tiles import load_rows, store_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 
-Constants = dict[str, int]
+Constants = dict[str, Any]
 
 
 @cached_plan
 def gate_constants(sizes: Sizes, options: Options) -> Constants:
     """The constants of the kernels that have gates: sizes, which experts are kept, and what a gate multiplies."""
     sum_to_one = options.gates_sum_to_one(sizes.E)
-    mixing = BLENDED if options.averages_factors else PER_EXPERT
-    if sizes.experts_of_a < sizes.E and (sum_to_one or mixing == PER_EXPERT):
-        mixing = SHARED_A
+    mixing = "blended" if options.averages_factors else "per expert"
+    if sizes.experts_of_a < sizes.E and (sum_to_one or mixing == "per expert"):
+        mixing = "shared a"
     return {
-        "E": sizes.E, "EXPERTS_OF_A": sizes.experts_of_a, "R": sizes.R, "MIXING": mixing.value,
+        "E": sizes.E, "EXPERTS_OF_A": sizes.experts_of_a, "R": sizes.R, "MIXING": mixing,
         "TOP_K": options.kept(sizes.E), "RENORMALIZE": sum_to_one,
     }  # fmt: skip
 
@@ -241,11 +238,11 @@ def _grouped_mix_fwd_kernel(
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         h = tl.zeros((BLOCK_T, BLOCK_R), ACC)
-        if MIXING != PER_EXPERT:
+        if MIXING != "per expert":
             h = _blend_slots(u_ptr, True, gates, route_ptr, t, e, r, T, E, R, TOP_K)
         for slot in range(TOP_K):
             expert = _expert_of_slot(route_ptr, slot, t, T, E)
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h = _load_slot(u_ptr, expert, E, t, r, T, R, ACC)
             _store_slot(gate_column(gates, e, expert) * h, v_ptr, slot, t, r, T, R, TOP_K)
 
@@ -278,14 +275,14 @@ def _grouped_mix_bwd_kernel(
     for start in range(0, R, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
         h, dh = tl.zeros((BLOCK_T, BLOCK_R), ACC), tl.zeros((BLOCK_T, BLOCK_R), ACC)
-        if MIXING != PER_EXPERT:
+        if MIXING != "per expert":
             h = _blend_slots(u_ptr, True, softmax, route_ptr, t, e, r, T, E, R, TOP_K)
             dh = _blend_slots(dv_ptr, False, softmax, route_ptr, t, e, r, T, E, R, TOP_K)
         for slot in range(TOP_K):
             expert = _expert_of_slot(route_ptr, slot, t, T, E)
             gate = gate_column(softmax, e, expert)
             u, dv = _load_slot(u_ptr, expert, E, t, r, T, R, ACC), _load_slot(dv_ptr, slot, TOP_K, t, r, T, R, ACC)
-            if MIXING == PER_EXPERT:
+            if MIXING == "per expert":
                 h, dh = u, dv
                 dgate = dv * u
             else:

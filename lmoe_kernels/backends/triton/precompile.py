@@ -36,6 +36,7 @@ from lmoe_kernels.options import Factors, Options, Sizes, Wanted
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 _KERNELS_OF_A_CALL = 8  # about
+_MOST_PROCESSES = 16  # each of them imports PyTorch, some 300 MB
 
 
 class Call(NamedTuple):
@@ -92,7 +93,7 @@ def _plans(call: Call, chip: Chip) -> tuple[Any, ...]:
     return (
         configs.forward_plan(sizes, dtype, chip),
         configs.backward_plan(sizes, dtype, chip),
-        configs.grouped_plan(sizes, call.options.top_k, dtype, chip),
+        configs.grouped_plan(sizes, call.options, dtype, chip),
         *((plan.tile, plan.splits > 1) for plan in wgrads),
     )
 
@@ -154,6 +155,11 @@ def ready(
     return len(kernels)
 
 
+def most_processes() -> int:
+    """How many processes compile by default."""
+    return min(_MOST_PROCESSES, os.cpu_count() or 1)
+
+
 class Processes:
     """Some processes that compile for the current chip, until the end of a `with` block."""
 
@@ -168,7 +174,7 @@ class Processes:
         ]
         self._idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
         for process in self._all:
-            pickle.dump((target, chip), process.stdin)  # pyright: ignore[reportArgumentType]
+            pickle.dump((target, chip, torch.backends.cuda.matmul.fp32_precision), process.stdin)  # pyright: ignore[reportArgumentType]
             self._idle.put(process)
 
     def map(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
@@ -203,7 +209,7 @@ def work() -> None:
     """What each process does: take jobs from its input and write their results to its output, until it is ended."""
     jobs, results = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what compilers print must not be among the results
-    target, chip = pickle.load(jobs)
+    target, chip, torch.backends.cuda.matmul.fp32_precision = pickle.load(jobs)
     triton.runtime.driver.set_active(_driver_of(target))
     host.chip_of = lambda device: chip
     while True:
