@@ -189,7 +189,7 @@ def mix_bwd_tile(
 ):
     """The backward of the mix: stores du and v, returns the gates' gradient (BLOCK_T, BLOCK_E).
 
-    Under BLENDED a gate enters twice, through B(t) and through A(t): dgates[e] = <dv[e], h> + <dh, u[e]>. Under SHARED_A the
+    If blended, a gate enters twice, through B(t) and through A(t): dgates[e] = <dv[e], h> + <dh, u[e]>. With a shared A the
     second term is the same for all experts, so the backward of the softmax cancels it and it is left out.
     """
     U_STEP: tl.constexpr = R if EXPERTS_OF_A == E else 0  # pyright: ignore[reportAssignmentType]
