@@ -288,7 +288,8 @@ def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> 
         tiles = [replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)]
     else:
         tiles = [replace(tile, warps=8 if tile.ER + tile.E > 160 or uses_mma_sync(chip) else 4)]
-        tiles += [replace(tile, T=128, warps=8)] if tile.E <= 64 and sizes.T > 64 else []
+        spills = tile.ER == 64 and chip.arch.startswith("sm_10")  # two registers, in splits
+        tiles += [replace(tile, T=128, warps=8)] if tile.E <= 64 and sizes.T > 64 and not spills else []
     # fp32 keeps its operands in registers, like the accumulators: more than two stages spill (Triton 3.6 for sm_90)
     stages = 2 if dtype.itemsize > 2 else 4
     return [fit_stages(one, stages, lambda t: shrink_bytes(t, dtype) // t.stages, chip) for one in tiles]
