@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -101,18 +101,32 @@ class Launch:
     tile: Tile
 
 
+class Recorded(NamedTuple):
+    """A launch, and what its traffic depends on in addition."""
+
+    launch: Launch
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # under their names, without "_ptr"
+
+
 def launches(case: Case, chip: Chip) -> list[Launch]:
     """What a forward and a backward would launch on a chip, each once."""
+    return list(dict.fromkeys(one.launch for one in recorded(case, chip)))
+
+
+def recorded(case: Case, chip: Chip) -> list[Recorded]:
+    """All that they would launch, in order."""
     T, I, O, E, R, _ = case.shape.sizes  # noqa: E741
     own, of_factors = DTYPES[case.shape.dtype], DTYPES[case.factors_dtype or case.shape.dtype]
-    found: list[Launch] = []
+    found: list[Recorded] = []
 
     def make(*shape: int, dtype: torch.dtype = own) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def record(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
         kinds = tuple(_kind(arg, p.do_not_specialize) for arg, p in zip(args, kernel.params, strict=False))
-        found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile))
+        launch = Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile)
+        found.append(Recorded(launch, grid, arguments_of(kernel, args)))
 
     factors = Factors(
         make(1 if case.shared_a else E, R, I, dtype=of_factors),
@@ -126,7 +140,12 @@ def launches(case: Case, chip: Chip) -> list[Launch]:
         _, saved = calls.forward_saved("triton", x, factors, case.options)
         dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
         calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
-    return list(dict.fromkeys(found))
+    return found
+
+
+def arguments_of(kernel: triton.JITFunction, args: tuple[object, ...]) -> dict[str, object]:
+    """A launch's arguments under their names, without "_ptr"."""
+    return {name.removesuffix("_ptr"): arg for name, arg in zip(kernel.arg_names, args, strict=False)}
 
 
 def _kind(arg: object, do_not_specialize: bool) -> str:
@@ -219,8 +238,8 @@ COLUMNS = {  # of the table: the width, and the key in a line
 LEGEND = """\
 serialised  configurations whose wgmma wait for one another
 registers   of a thread
-loop        instructions of a step of the main loop; "its mma" are those for tensor cores, "its loads" load global memory into
-            registers, not by cp.async; mma, wgmma and cp.async count in the whole kernel
+loop        instructions of a step of the main loop; "its mma" are those for tensor cores, "its loads" load global memory
+            into registers, not by cp.async; mma, wgmma and cp.async count in the whole kernel
 programs    that fit one processor at once, by registers, warps and shared memory"""
 
 

@@ -3,11 +3,12 @@
     python -m benchmarks.inspect.traffic
 
 The tiles are those that `configs.py` chooses for an H200. The problem is small and the chip has few processors, so that each
-program gets as many tokens as on the whole chip. All loads and stores are counted; on a GPU most of those of A, B, u and v
-are served by caches.
+program gets as many tokens as on the whole chip; kernels cost only their bytes, as those of large problems nearly do. All
+loads and stores are counted; on a GPU most of those of A, B, u and v are served by caches.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -18,14 +19,14 @@ interpret()
 import torch  # noqa: E402
 
 from benchmarks.measuring.environment import provenance  # noqa: E402
-from lmoe_kernels.backends.triton import host  # noqa: E402
+from lmoe_kernels.backends.triton import configs, cost, host  # noqa: E402
 from lmoe_kernels.backends.triton.configs import Chip  # noqa: E402
 from lmoe_kernels.options import Factors, Options  # noqa: E402
 from tools import calls  # noqa: E402
 from tools.interpreter.bytes import counted, counted_flops  # noqa: E402
 
 T, I, O, E, R = 256, 512, 768, 8, 16  # noqa: E741
-PLANS = {"tokens fill the chip": 4, "tokens fill half the chip": 8, "few tokens": 64}
+PLANS = {"tokens fill the chip": 2, "tokens fill half the chip": 4, "few tokens": 64}  # and processors
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,14 @@ class Traffic:
     stored: float
 
 
-def on_chip_with(processors: int) -> AbstractContextManager:
-    """Plans for an H200 with so many processors."""
-    return mock.patch.object(host, "chip_of", return_value=Chip("sm_90", processors, 227 << 10))
+@contextmanager
+def on_chip_with(processors: int) -> Iterator[None]:
+    """Plans for an H200 with so many processors, where kernels cost only their bytes."""
+    chip, rates = Chip("sm_90", processors, 227 << 10), cost.H100._replace(launch=0, wave=0)
+    with mock.patch.object(host, "chip_of", return_value=chip), mock.patch.object(cost, "H100", rates):
+        for plan in (configs.forward_plan, configs.backward_plan):
+            plan.cache_clear()
+        yield
 
 
 def measure(processors: int) -> list[Traffic]:

@@ -79,8 +79,8 @@ print(static.complaints(line))
 def test_a_split_that_may_have_no_tokens_serialises_wgmma(tmp_path: Path) -> None:
     """The kernel's own text without its assumption."""
     lines = Path(wgrad.__file__).read_text(encoding="utf-8").splitlines()
-    without = [line for line in lines if "tl.assume(" not in line]
-    assert len(without) == len(lines) - 1
+    without = [line.replace("tl.assume(t_to > t_from)", "pass") for line in lines]
+    assert without != lines
     (tmp_path / "without.py").write_text("\n".join(without), encoding="utf-8")
     printed, _ = _run("-c", COMPILED_WITHOUT, str(tmp_path))
     assert printed == "['serialised wgmma']\n"

@@ -92,10 +92,11 @@ def _start_the_last_tiles_alone(case: Case, monkeypatch: pytest.MonkeyPatch) -> 
     program_id, by_expert = builder.create_get_program_id, route.by_expert
 
     def launch_last(kernel, grid: tuple[int, ...], *args, tile: Tile, **constants) -> None:
-        tiles, splits = BEFORE // tile.T, (grid[2] if kernel.fn.__name__ == "_wgrad_bwd_kernel" else 1)
-        of_tokens = grid[0] > tiles
-        first = (tiles if of_tokens and "order_ptr" not in kernel.arg_names else 0, 0, splits - 1)
-        grid = (grid[0] - tiles if of_tokens else grid[0], *grid[1:2], *([1] if splits > 1 else grid[2:]))
+        splits = grid[2] if kernel.fn.__name__ == "_wgrad_bwd_kernel" else 1
+        programs_of_tile = grid[0] // tile.tiles_of(BEFORE + case.T)  # 0 where programs are not for tiles of tokens
+        before = programs_of_tile * (BEFORE // tile.T)
+        first = (before if "order_ptr" not in kernel.arg_names else 0, 0, splits - 1)
+        grid = (grid[0] - before, *grid[1:2], *([1] if splits > 1 else grid[2:]))
 
         def shifted(self: Any, axis: int) -> Any:
             program = program_id(self, axis)

@@ -1,6 +1,7 @@
 """Triton plans against the chips they are for: shared memory, long fp32 sums, when one pass or grouping is chosen."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs
-from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Options, Sizes
 from tests.triton.chips import CHIPS, H200
 
@@ -135,3 +136,69 @@ def test_no_sum_of_fp32_runs_over_more_than_1024_features(chip: Chip) -> None:
         forward, backward = (plan(sizes, torch.float32, chip) for plan in (configs.forward_plan, configs.backward_plan))
         for splits, features in ((forward.splits, sizes.I), (backward.splits, sizes.O)):
             assert features <= 1024 * splits, f"{sizes} on {chip.arch}: {splits} splits"
+
+
+HEIGHTS = [(1,), (16,), (64,), (128,), (1024,), (16, 1), (64, 8), (128, 8), (128, 16), (64, 64)]  # of wgrad: ER, or ER and E
+FEATURES = (1, 512, 2051, 4096, 11008, 14336, 28672)
+TOKENS = (0, 1, 511, 2048, 8192, 10_000, 65_536)
+
+
+def _wgrads(dtype: torch.dtype, chip: Chip) -> Iterator[tuple[tuple[int, int, tuple[int, ...]], WgradPlan]]:
+    for sizes in product(TOKENS, FEATURES, HEIGHTS):
+        yield sizes, configs.wgrad_plan.__wrapped__(*sizes, dtype, chip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
+def test_the_splits_of_a_weight_gradient_have_all_tokens_and_each_has_some(chip: Chip, dtype: torch.dtype) -> None:
+    for sizes, plan in _wgrads(dtype, chip):
+        T, splits = sizes[0], plan.splits
+        assert (splits - 1) * plan.tokens < max(T, 1) <= splits * plan.tokens, sizes
+        assert splits == 1 or plan.tokens % plan.tile.T == 0, f"{sizes}: a tile of two splits"
+        assert splits == 1 or dtype == torch.float32 or plan.tokens >= 512, f"{sizes}: many partial sums of few tokens"
+        assert plan == configs.wgrad_plan(*sizes, dtype, chip), "a pure function"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
+def test_256_features_of_a_weight_gradient_only_where_they_compile_and_win_by_bytes(chip: Chip, dtype: torch.dtype) -> None:
+    """Elsewhere their accumulators spill; one program for each tile of 128 features, in one wave, loads at least as much."""
+    wide = 0
+    for sizes, plan in _wgrads(dtype, chip):
+        tokens, features, heights = sizes
+        tile = replace(plan.tile, F=min(plan.tile.F, 128))
+        programs = configs.ceil_div(features, tile.F) * configs.ceil_div(heights[0], tile.ER)
+        least = configs.ceil_div(tokens, 2048) if dtype == torch.float32 else 1
+        splits = max(1, min(chip.processors // programs, tokens // 512), least)
+        of_split = max(1, configs.ceil_div(tokens, splits * tile.T)) * tile.T
+        one_wave = WgradPlan(tile, max(1, configs.ceil_div(tokens, of_split)), of_split)
+        taken, other = (configs.wgrad_bytes(one, features, heights, dtype, chip) for one in (plan, one_wave))
+        assert taken <= other, sizes
+        if plan.tile.F > 128:
+            wide += 1
+            assert taken < other, sizes
+            assert plan.tile.F == 256
+            assert plan.tile.ER <= 128
+            assert len(heights) == 1 or heights[1] <= 16
+    assert bool(wide) == (chip.arch in ("sm_90", "sm_100") and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "tokens, features, splits, programs",
+    [(8192, 4096, 8, 128), (8192, 11008, 3, 129), (8192, 14336, 2, 112), (65_536, 14336, 7, 392), (8192, 28672, 1, 112)],
+)
+def test_weight_gradients_of_common_layers_on_hopper(tokens: int, features: int, splits: int, programs: int) -> None:
+    """Of 132 processors, with eight experts of 16 ranks; 392 programs are three waves, of which 1 % is idle."""
+    plan = configs.wgrad_plan(tokens, features, (128, 8), torch.bfloat16, H200)
+    assert (plan.tile.F, plan.splits) == (256, splits)
+    assert configs.ceil_div(features, plan.tile.F) * plan.splits == programs
+
+
+@pytest.mark.parametrize("features", [2048, 4096, 14336])
+def test_weight_gradients_of_lengths_that_vary_meet_few_kernels(features: int) -> None:
+    """A kernel is compiled for each tile, and for partial sums as for results."""
+    kinds = set()
+    for T in range(1, 16385, 16):
+        plan = configs.wgrad_plan.__wrapped__(T, features, (128, 8), torch.bfloat16, H200)
+        kinds.add((plan.tile, plan.splits > 1))
+    assert len(kinds) <= 4

@@ -74,7 +74,7 @@ def test_no_tokens_give_zeros_without_a_kernel(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_split_without_tokens_is_an_error_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel lets the compiler assume that there is none, which the interpreter checks."""
+    """In half precision the kernel lets the compiler assume that there is none, which the interpreter checks."""
     monkeypatch.setattr(configs, "wgrad_plan", lambda *sizes: WgradPlan(TILE, 3, 16))
     with pytest.raises(triton.runtime.errors.InterpreterError, match="Assume failed"):
-        wgrad_bwd(torch.randn(20, 40), [(torch.randn(20, E, R), torch.empty(E, R, 40))], CHIP)
+        wgrad_bwd(torch.randn(20, 40).bfloat16(), [(torch.randn(20, E, R).bfloat16(), torch.empty(E, R, 40))], CHIP)

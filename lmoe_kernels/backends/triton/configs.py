@@ -109,7 +109,6 @@ SEARCH_SPACE = {
     "F": (64, 128, 256),  # rows of 32 are 64 bytes in bf16, half of what memory gives at once
     "warps": (4, 8),
     "stages": (3, 4),
-    "splits": (1, 2),
 }
 
 

@@ -85,6 +85,7 @@ def _shrink_fwd_kernel(
     split = tl.program_id(2)
     f_from = split * features_of_split
     f_to = tl.minimum(F, f_from + features_of_split)
+    tl.assume(f_to > f_from)  # else Triton 3.6 and its ptxas serialise wgmma (warning C7515)
     part, gate_part = shrink_tile(
         rows_ptr, stride_t, factor_ptr, gate_ptr, t, er, e, f_from, f_to, T, F, ER, E, ACC, PRECISION, BLOCK_F
     )
