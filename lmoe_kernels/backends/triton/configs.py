@@ -39,10 +39,7 @@ class Tile:
     stages: int = 2
     chunk: int = 0  # features that a program of expand walks over, block by block; at least one block
 
-    @cached_property
-    def key(self) -> tuple[int, ...]:
-        """The fields as a tuple, which is hashed and compared faster."""
-        return astuple(self)
+    key = cached_property(astuple)  # the fields, which are hashed and compared faster in a tuple
 
     def blocks(self) -> dict[str, int]:
         """The blocks under the names of the kernels' parameters."""
