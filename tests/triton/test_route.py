@@ -50,6 +50,7 @@ def _kept(logits: Tensor, K: int) -> Tensor:
     return ranked[:, :K].sort(dim=1).values.t()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")  # of a token with -inf alone
 @pytest.mark.parametrize(("most_tiles", "renormalize"), [(128, True), (3, False)], ids=["a tile a step", "several steps"])
 @pytest.mark.parametrize("draw", [_random, _with_ties, _all_alike, _with_nan])
 @pytest.mark.parametrize(("T", "E", "K"), [(0, 5, 2), (1, 3, 1), (17, 2, 1), (49, 33, 5), (65, 16, 7), (115, 20, 2)])
@@ -134,13 +135,14 @@ def test_only_the_gradient_of_b_recomputes_the_gates(renormalize: bool, watch) -
     case = replace(GROUPED, T=80, top_k=2, renormalize=renormalize, outside_logits=False)
     problem = make_problem(case, torch.float64)
     x, factors = problem.tensors["x"], calls.factors_of(problem.tensors)
-    _, saved = calls.forward_saved("triton", x, factors, case.options)
-    every = calls.backward("triton", problem.dy, x, factors, saved, case.options)
     of_b = Wanted(*(name == "lora_b" for name in Wanted._fields))
-    with counted() as counts:
-        grads = calls.backward("triton", problem.dy, None, factors, saved, case.options, wanted=of_b)
+    grads = {}
+    for backend in ("reference", "triton"):
+        _, saved = calls.forward_saved(backend, x, factors, case.options)
+        with counted() as counts:
+            grads[backend] = calls.backward(backend, problem.dy, None, factors, saved, case.options, wanted=of_b).lora_b
     assert {access.kernel for access in counts} == {"_grouped_mix_fwd_kernel", "_grouped_wgrad_bwd_kernel"}
-    assert torch.equal(grads.lora_b, every.lora_b)
+    torch.testing.assert_close(grads["triton"], grads["reference"])
 
 
 def test_a_backward_without_the_route_is_refused() -> None:

@@ -31,7 +31,7 @@ from lmoe_kernels.backends.triton.tiles import load_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 
 # Every program of the sort reads the counts of all tiles, so beyond this number more tokens make larger tiles. Then the
-# counts take at most 512 K E bytes, and the programs together read 65536 K E bytes of them, however many tokens there are.
+# counts take at most 512 K E bytes, and all programs together read 65536 K E bytes of them.
 MOST_TILES = 128
 
 
