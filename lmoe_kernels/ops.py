@@ -9,6 +9,8 @@ The ops do the work that is the same for all backends: they make rows contiguous
 the frozen product last. The backend writes the delta, and the frozen GEMM adds to it with beta = 1. A compute-bound GEMM can
 overlap that read of y with its products, and only the delta is rounded before the sum.
 
+A call that nothing else sees runs the body of an op and not the op, see `_something_sees_ops`.
+
 The backend is chosen inside the op, from the actual sizes. A choice during tracing by torch.compile would depend on the
 traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
 """

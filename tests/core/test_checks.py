@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmoe_kernels import LMoELinear, explain, lmoe, lmoe_linear
+from lmoe_kernels import LMoELinear, explain, lmoe, lmoe_linear, ops
 from tests.problems import good_arguments
 
 
@@ -39,6 +39,16 @@ def test_autocast_does_not_cast_fp64() -> None:
         y = lmoe(**arguments)
     assert y.dtype == torch.float64
     assert torch.equal(y, lmoe(**arguments))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
+def test_autocast_of_every_device_of_the_ops_is_noticed(device: str) -> None:
+    assert not ops.autocast_is_on()
+    torch.set_autocast_enabled(device, True)
+    try:
+        assert ops.autocast_is_on()
+    finally:
+        torch.set_autocast_enabled(device, False)
 
 
 @pytest.mark.parametrize(

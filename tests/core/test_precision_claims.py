@@ -1,5 +1,7 @@
 """What is rounded and what is not: a test for each claim, on numbers for which one more rounding changes the result."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -63,6 +65,16 @@ def test_the_frozen_product_is_not_rounded_before_the_sum(tokens: int, dtype: to
     lora_b, gate_weight = torch.full((1, 1, 1), eps / 8, dtype=dtype), torch.zeros(1, 2, dtype=dtype)
     y = lmoe_linear(x, weight, None, lora_a, lora_b, gate_weight=gate_weight, backend=backend)
     assert torch.equal(y, x[:, :1] * (1 + eps))
+
+
+@HALVES
+@pytest.mark.parametrize("scaling", [1e-3, 300.0])
+@pytest.mark.parametrize("case", [Case(), Case(mixing="outputs"), Case(T=1, shared_a=True)], ids=str)
+def test_a_small_or_large_scaling_costs_no_precision(case: Case, scaling: float, dtype: torch.dtype, watch) -> None:
+    """The torch backend scales the gates, in fp32: what it rounds to half precision is scaled already."""
+    problem = make_problem(replace(case, scaling=scaling), dtype)
+    leaves = leaves_of(problem.tensors)
+    assert_all_no_worse(problem, outcome(problem, problem.call("torch", **leaves), leaves))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")  # of padded experts in the interpreter
