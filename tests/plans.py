@@ -28,8 +28,8 @@ def force(backend: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _force_triton(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    configs = import_module("lmoe_kernels.backends.triton.configs")
-    set_chip(configs.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), monkeypatch)
+    configs, plans = (import_module(f"lmoe_kernels.backends.triton.{name}") for name in ("configs", "plans"))
+    set_chip(plans.Chip("interpreter", 64 if plan == "many processors" else 1, 1 << 16), monkeypatch)
     grouped_plan = configs.grouped_plan
 
     def of_many(sizes: Sizes, *rest: Any) -> Any:

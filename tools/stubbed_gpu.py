@@ -32,7 +32,7 @@ from triton.backends.nvidia.driver import CudaDriver
 
 from lmoe_kernels import dispatch
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Chip
+from lmoe_kernels.backends.triton.plans import Chip
 
 COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 H100 = Chip("sm_90", 132, 227 << 10)

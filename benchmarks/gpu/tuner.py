@@ -17,7 +17,7 @@ from benchmarks.gpu.programme import Line, Programme, Step, is_fatal
 from benchmarks.measuring.timing import Call, capture
 from benchmarks.rows.shapes import DTYPES, SCALING, Shape
 from lmoe_kernels.backends.triton import configs, host, precompile, wgrad
-from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Factors, Options, Saved, Wanted
 from tools import calls
 
@@ -200,15 +200,15 @@ def _timed(shape: Shape, one: Candidate, tensors: Callable[[], Tensors], chip: C
     return [line | {"tile": asdict(one.tile), "splits": one.splits} | time_of(call_of(one, tensors(), chip))]
 
 
-def _chosen_wgrad(shape: Shape, chip: Chip) -> configs.WgradPlan:
+def _chosen_wgrad(shape: Shape, chip: Chip) -> WgradPlan:
     T, _, O, E, R, _ = shape.sizes  # noqa: E741
     return configs.wgrad_plan(T, O, (E * R,), DTYPES[shape.dtype], chip)
 
 
-def _wgrad(tokens: int, tile: Tile, splits: int, chosen: configs.WgradPlan) -> Candidate:
+def _wgrad(tokens: int, tile: Tile, splits: int, chosen: WgradPlan) -> Candidate:
     """The gradient of B with a tile, the tokens in at most so many splits, each of whole tiles."""
     of_split = configs.ceil_div(tokens, splits * tile.T) * tile.T
-    plan = configs.WgradPlan(tile, configs.ceil_div(tokens, of_split), of_split)
+    plan = WgradPlan(tile, configs.ceil_div(tokens, of_split), of_split)
     return Candidate("wgrad_plan", plan, tile, plan.splits, plan == chosen)
 
 

@@ -22,8 +22,8 @@ from benchmarks.inspect.static import Case, Launch, Recorded, case, line_of, rec
 from benchmarks.measuring.environment import provenance
 from benchmarks.rows.shapes import DTYPES
 from lmoe_kernels.backends.triton import cost
-from lmoe_kernels.backends.triton.configs import Chip
 from lmoe_kernels.backends.triton.cost import Rates, Traffic
+from lmoe_kernels.backends.triton.plans import Chip
 
 TOKENS = (512, 4096, 8192, 65536)
 

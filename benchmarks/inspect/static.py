@@ -31,7 +31,7 @@ from benchmarks.inspect.machine_code import MachineCodeError, figures_of
 from benchmarks.measuring.environment import provenance
 from benchmarks.rows.shapes import DTYPES, Shape
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.options import Factors, Options
 from tools import calls
 

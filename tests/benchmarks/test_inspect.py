@@ -59,7 +59,7 @@ def test_a_models_bytes_are_those_that_the_kernels_move(
     pytest.importorskip("triton")
     from benchmarks.inspect import kernels, static
     from lmoe_kernels.backends.triton import host
-    from lmoe_kernels.backends.triton.configs import Chip
+    from lmoe_kernels.backends.triton.plans import Chip
 
     plans.set_chip(Chip("interpreter", processors, 1 << 16), monkeypatch)
     launch, modelled = host.launch, Counter()

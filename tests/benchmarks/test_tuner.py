@@ -13,12 +13,12 @@ from benchmarks.gpu.programme import Line, Programme
 from benchmarks.measuring.timing import Call
 from benchmarks.rows.shapes import Shape
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.plans import Chip, ForwardPlan, Tile
 from tests import plans
 from tests.benchmarks.small import CPU
 from tests.triton.compiling import run_compiled
 
-CHIP = configs.Chip("sm_90", 64, 227 << 10)
+CHIP = Chip("sm_90", 64, 227 << 10)
 # The kernels of the candidates are those that were compiled before the clock starts.
 COMPILED_BEFORE = """
 import torch
@@ -51,7 +51,7 @@ def timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def no_launch(kernel: object, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
         launched.append(tile)
 
-    def compile_all(shape: Shape, found: list[tuner.Candidate], chip: configs.Chip) -> None:
+    def compile_all(shape: Shape, found: list[tuner.Candidate], chip: Chip) -> None:
         compiled.extend(tuner.name_of(shape, one) for one in found)
 
     def once(call: Call) -> float:
@@ -84,7 +84,7 @@ def test_every_candidate_is_launched_in_the_place_of_the_chosen_one(
 ) -> None:
     forward_plan = configs.forward_plan
 
-    def plan_of(*problem: Any) -> configs.ForwardPlan:
+    def plan_of(*problem: Any) -> ForwardPlan:
         plan = forward_plan(*problem)
         return replace(plan, splits=1, one_pass=(plan.one_pass or plan.shrink) if one_pass else None)
 

@@ -1,6 +1,6 @@
 """Chips that plans are made for, with the shared memory that one program can use."""
 
-from lmoe_kernels.backends.triton.configs import Chip
+from lmoe_kernels.backends.triton.plans import Chip
 
 H200 = Chip("sm_90", 132, 227 << 10)
 CHIPS = [

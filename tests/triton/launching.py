@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.plans import Tile
 from tests.problems import Case, make_problem
 from tools import calls
 from tools.stubbed_gpu import StubbedGpu, stubbed_gpu

@@ -9,8 +9,8 @@ pytest.importorskip("triton")
 
 from lmoe_kernels import dispatch, explain, lmoe
 from lmoe_kernels.backends.triton import availability, configs
-from lmoe_kernels.backends.triton.configs import Chip
 from lmoe_kernels.backends.triton.host import dot_constants
+from lmoe_kernels.backends.triton.plans import Chip
 from lmoe_kernels.options import Problem, Sizes
 from tests import plans
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs, cost, host
-from lmoe_kernels.backends.triton.configs import BackwardPlan, Chip, ForwardPlan, Tile
 from lmoe_kernels.backends.triton.cost import Traffic
+from lmoe_kernels.backends.triton.plans import BackwardPlan, Chip, ForwardPlan, Tile
 from lmoe_kernels.options import Options, Sizes
 from tests.problems import Case, make_problem
 from tests.triton.chips import H200

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton.configs import Tile
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import Route, by_expert
 from tools.interpreter.races import race_checked
 

@@ -14,7 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
+from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Sizes
 from tests import plans
 from tests.problems import Case, Problem, make_problem

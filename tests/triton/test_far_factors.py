@@ -15,8 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
+from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from tools.far import untouched

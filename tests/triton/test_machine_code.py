@@ -12,7 +12,7 @@ import triton
 
 from benchmarks.inspect import machine_code, static
 from benchmarks.inspect.machine_code import MachineCodeError, loops, parse_amdgcn, parse_sass, programs_of_a_processor
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.plans import Tile
 
 USAGE = "Function kernel:\n  REG:90 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:600 TEXTURE:0 SURFACE:0 SAMPLER:0"
 WGMMA = "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16"

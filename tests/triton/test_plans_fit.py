@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton import configs
-from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
+from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Options, Sizes
 from tests.triton.chips import CHIPS, H200
 

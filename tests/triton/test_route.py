@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 from lmoe_kernels import ops
 from lmoe_kernels.backends.triton import host, route
-from lmoe_kernels.backends.triton.configs import Tile, block_of
+from lmoe_kernels.backends.triton.configs import block_of
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.options import Options, Sizes, Wanted
 from tests.problems import Case, gradients, leaves_of, make_problem
 from tools import calls

@@ -10,7 +10,7 @@ PROGRAM = """
 import torch
 from lmoe_kernels import lmoe
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Chip
+from lmoe_kernels.backends.triton.plans import Chip
 from tools.stubbed_gpu import stubbed_gpu
 
 tensors = torch.randn(2, 16), torch.randn(2, 4, 16), torch.randn(2, 4, 16)

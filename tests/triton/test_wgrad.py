@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import triton
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import Chip, Tile, WgradPlan
+from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from tools.interpreter.bytes import counted, of_tensor
 

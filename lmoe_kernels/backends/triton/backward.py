@@ -28,7 +28,6 @@ costs (E R = 128, 132 processors; nothing was timed):
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import BackwardPlan, GroupedPlan
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
 from lmoe_kernels.backends.triton.fused import shrink_mix_bwd
 from lmoe_kernels.backends.triton.mix import (
@@ -39,6 +38,7 @@ from lmoe_kernels.backends.triton.mix import (
     mix_bwd,
     mix_fwd,
 )
+from lmoe_kernels.backends.triton.plans import BackwardPlan, Chip, GroupedPlan
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
 from lmoe_kernels.casting import from_buffer
@@ -92,7 +92,7 @@ def _all_experts(
     options: Options,
     plan: BackwardPlan,
     sizes: Sizes,
-    chip: configs.Chip,
+    chip: Chip,
     wanted: Wanted,
 ) -> Gradients:
     """Writes du, dlogits and v of all experts for every token; returns the gradients of x, A, B and gate_weight.
@@ -139,7 +139,7 @@ def _grouped(
     options: Options,
     plan: BackwardPlan,
     groups: GroupedPlan,
-    chip: configs.Chip,
+    chip: Chip,
     wanted: Wanted,
 ) -> Gradients:
     """The same by the tokens of each expert."""

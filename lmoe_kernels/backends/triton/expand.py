@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import tile_of_group
 from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, write_tile
 

@@ -13,10 +13,10 @@ grouped        _shrink_fwd_kernel (gate alone), _route_fwd_kernel,         top_k
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import ForwardPlan, GroupedPlan
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
 from lmoe_kernels.backends.triton.fused import one_pass_fwd, shrink_mix_fwd
 from lmoe_kernels.backends.triton.mix import gate_constants, grouped_mix_fwd, mix_fwd
+from lmoe_kernels.backends.triton.plans import ForwardPlan, GroupedPlan
 from lmoe_kernels.backends.triton.route import route_fwd
 from lmoe_kernels.backends.triton.shrink import grouped_shrink_fwd, shrink_fwd
 from lmoe_kernels.casting import cast_factors

@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile
 from lmoe_kernels.backends.triton.gates import gate_and_mix_bwd_tile, gates_of, mix_fwd_tile, router_logits
 from lmoe_kernels.backends.triton.mix import Constants, MixTensors
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, shrink_tile, store_rows, write_tile
 from lmoe_kernels.options import Factors
 

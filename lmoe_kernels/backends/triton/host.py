@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
-from lmoe_kernels.backends.triton.configs import Chip, Tile
+from lmoe_kernels.backends.triton.plans import Chip, Tile
 
 _SAME_DEVICE = nullcontext()
 # Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in.

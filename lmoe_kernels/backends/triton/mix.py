@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile, cached_plan
+from lmoe_kernels.backends.triton.configs import cached_plan
 from lmoe_kernels.backends.triton.gates import (
     gate_and_mix_bwd_tile,
     gate_column,
@@ -25,6 +25,7 @@ from lmoe_kernels.backends.triton.gates import (
     softmax_among,
     softmax_bwd,
 )
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import parts_of_slot
 from lmoe_kernels.backends.triton.tiles import load_rows, store_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes

@@ -29,8 +29,8 @@ from triton.backends.compiler import GPUTarget
 
 from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.backward import backward
-from lmoe_kernels.backends.triton.configs import Chip, Tile
 from lmoe_kernels.backends.triton.forward import forward
+from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.options import Factors, Options, Sizes, Wanted
 
 Job = TypeVar("Job")

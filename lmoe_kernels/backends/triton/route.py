@@ -25,8 +25,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile, block_of, ceil_div
+from lmoe_kernels.backends.triton.configs import block_of
+from lmoe_kernels.backends.triton.cost import ceil_div
 from lmoe_kernels.backends.triton.gates import router_logits, softmax_and_kept
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.tiles import load_rows, sum_splits
 from lmoe_kernels.options import Options, Sizes
 

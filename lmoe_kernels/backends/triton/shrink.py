@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import host
-from lmoe_kernels.backends.triton.configs import Tile, ceil_div
+from lmoe_kernels.backends.triton.cost import ceil_div
+from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import tile_of_group
 from lmoe_kernels.backends.triton.tiles import shrink_tile, store_rows
 

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lmoe_kernels.backends.triton import configs, host
-from lmoe_kernels.backends.triton.configs import Chip, Tile, ceil_div
+from lmoe_kernels.backends.triton.cost import ceil_div
+from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.backends.triton.route import parts_of_slot
 from lmoe_kernels.backends.triton.tiles import load_rows
 
