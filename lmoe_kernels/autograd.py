@@ -112,7 +112,8 @@ class _Function(torch.autograd.Function):
 
 
 # The method under `torch.autograd.Function.apply`, which prepares for transforms of torch.func. None is active here, and it
-# takes 15 us while weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
+# takes 15 us while weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26). torch.compile of
+# PyTorch 2.11 cannot trace this method.
 _apply = super(torch.autograd.Function, _Function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
