@@ -42,11 +42,14 @@ def _run(*arguments: str) -> tuple[str, str]:
 
 
 def assert_tiles_come_by_cp_async(rows: list[dict]) -> None:
-    """On NVIDIA's chips no loop of products loads its tiles into registers, which leave no room for several stages."""
-    by_registers = {
-        row["kernel"] for row in rows if not row["arch"].startswith("gfx") and row["loop_mma"] and row["loop_loads"]
-    }
-    assert not by_registers
+    """On NVIDIA's chips no loop of products loads its tiles into registers, which leave no room for several stages.
+
+    An expand reads in its loop the output that it adds to: the operand of a sum, not of a product.
+    """
+    of_products = [row for row in rows if row["loop_mma"] and not row["arch"].startswith("gfx")]
+    by_registers = {row["kernel"] for row in of_products if row["loop_loads"]}
+    assert by_registers <= {"_grouped_expand_fwd_kernel"}
+    assert all(row["cp_async"] for row in of_products if row["kernel"] in by_registers)
 
 
 def test_three_calls_on_hopper() -> None:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from lmoe_kernels.backends.triton.expand import expand_fwd, grouped_expand_fwd
 from lmoe_kernels.backends.triton.plans import Tile
-from lmoe_kernels.backends.triton.route import Route, by_expert
+from tests.triton.routes import route_of
 from tools.interpreter.races import race_checked
 
 T, F = 37, 290  # features in five blocks of 64
@@ -54,7 +54,6 @@ def test_every_chunk_of_tokens_in_groups(chunk: int) -> None:
     kept = torch.stack([torch.randperm(E)[:K] for _ in range(T)]).t().contiguous().int()
     out = torch.full((T, F), float("nan"))
     with race_checked():
-        route = Route(torch.ones(K, T), kept, *by_expert(kept, E))
-        grouped_expand_fwd(v, factor, route, out, replace(TILE, chunk=chunk), scaling=0.5)
+        grouped_expand_fwd(v, factor, route_of(kept, E), out, replace(TILE, chunk=chunk), scaling=0.5)
     true = 0.5 * torch.einsum("tkr,ktrf->tf", v.double(), factor.double()[kept.long()])
     torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)

@@ -11,6 +11,7 @@ import triton
 from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.backends.triton.wgrad import grouped_wgrad_bwd, wgrad_bwd
+from tests.triton.routes import route_of
 from tools.interpreter.bytes import counted, of_tensor
 
 CHIP = Chip("interpreter", 1, 1 << 16)
@@ -23,13 +24,6 @@ def _surrounded(tokens: int, features: int) -> Tensor:
     around = torch.full((tokens + 2, features + 40), torch.nan)
     rows = around[1:-1, 16 : 16 + features]
     return rows.copy_(torch.randn(tokens, features))
-
-
-def _route(kept: Tensor) -> Tensor:
-    """The route of tokens that keep these experts (K, T)."""
-    order = kept.sort(dim=1, stable=True).indices
-    counts = torch.stack([row.bincount(minlength=E) for row in kept])
-    return torch.cat([kept, order, torch.zeros(len(kept), 1), counts.cumsum(1)], 1).int()
 
 
 def _same(ours: Tensor, true: Tensor) -> None:
@@ -59,7 +53,7 @@ def test_rows_and_coefficients_are_loaded_once_and_nothing_else(
 def test_each_expert_loads_its_own_tokens_and_nothing_else(tokens: int, features: int, watch) -> None:
     """The last expert gets no tokens."""
     kept = torch.stack([torch.randperm(E - 1) for _ in range(tokens)], 1).int()
-    route = _route(kept)
+    route = route_of(kept, E)
     rows, v = _surrounded(tokens, features), torch.randn(tokens, E - 1, R)
     with counted() as counts:
         grad = grouped_wgrad_bwd(rows, v, torch.empty(E, R, features), route, TILE, scaling=0.5)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward of the `triton` backend: which kernels run, in which order.
 
-    _shrink_mix_bwd_kernel    dy, B, u -> dv -> du, dlogits, v      split-K over O: _shrink_fwd_kernel, _mix_bwd_kernel
+    _shrink_mix_bwd_kernel    dy, B, u -> dv -> du, dlogits, v      or split-K over O: _shrink_fwd_kernel, _mix_bwd_kernel
     _wgrad_bwd_kernel         v, dy -> dB;  [du | dlogits], x -> dA, dgate_weight
     _reduce_bwd_kernel        adds up the partial sums of a weight gradient that is split over the tokens
     _expand_fwd_kernel        [du | dlogits], [A | gate_weight] -> dx

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Forward of the `triton` backend: which kernels run, in which order.
 
-plan           kernels                                                     taken where
-one pass       _one_pass_fwd_kernel                                        E * R fits one tile and T fills the chip
-two kernels    _shrink_mix_fwd_kernel, _expand_fwd_kernel                  E * R is larger, or T fills half the chip
-three kernels  _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel     tokens are few, or fp32 sums long: split-K over I
+plan           kernels                                                     possible where
+one pass       _one_pass_fwd_kernel                                        E * R fits one tile
+two kernels    _shrink_mix_fwd_kernel, _expand_fwd_kernel                  always, but for long fp32 sums
+three kernels  _shrink_fwd_kernel, _mix_fwd_kernel, _expand_fwd_kernel     always: split-K over I
 grouped        _shrink_fwd_kernel (gate alone), _route_fwd_kernel,         top_k is small against E
                _group_fwd_kernel, _grouped_shrink_fwd_kernel, _grouped_mix_fwd_kernel,
                _grouped_expand_fwd_kernel for each slot
+
+Of the first three the one is taken that `cost.py` models as fastest: three kernels for few tokens, and up to some 8000 on an
+H100, which they fill with tiles of 128 tokens; one pass for more (E R = 128, 4096 features).
 """
 
 from torch import Tensor
