@@ -64,7 +64,7 @@ def run_forward(
 ) -> tuple[tuple[Any, ...], str]:
     """The results of the op `forward`, without the op where nothing but its results matters; and the name of the backend.
 
-    It is the chosen one, so that the backward need not choose again; or the requested one if the op ran, which chooses inside.
+    It is the chosen one, so that the backward need not choose again; the requested one if the op ran, which chooses inside.
     """
     tensors = (x, *factors, weight, base)
     if _something_sees_ops(x, tensors):
