@@ -45,16 +45,18 @@ def apply(
     if backward or forward_ad._current_level >= 0:  # in forward mode the Function raises; the op would drop the tangent
         function = _Function.apply if is_dynamo_compiling() else _apply
         return function(*tensors, backend, options)[:2]
-    return ops.run_forward(x, factors, weight, base, options, save=return_logits, backend=backend)[:2]
+    results, _ = ops.run_forward(x, factors, weight, base, options, save=return_logits, backend=backend)
+    return results[:2]
 
 
-def _forward(*args: Any) -> tuple[Tensor | None, ...]:
+def _forward(*args: Any) -> tuple[tuple[Tensor | None, ...], str]:
     x, *factors, weight, base, backend, options = args
     return ops.run_forward(x, Factors(*factors), weight, base, options, save=True, backend=backend)
 
 
-def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor | None, ...]) -> None:
-    x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base, ctx.backend, ctx.options = args
+def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor | None, ...], backend: str) -> None:
+    x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base, _, ctx.options = args
+    ctx.backend = backend
     _, logits, u, route, cast = results
     ctx.mark_non_differentiable(*(t for t in (u, route, cast) if t is not None))
     ctx.set_materialize_grads(False)
@@ -100,8 +102,8 @@ def _gradients(*args: Any) -> tuple[Tensor | None, ...]:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, *args: Any) -> tuple[Tensor | None, ...]:
-        results = _forward(*args)
-        _save(ctx, args, results)
+        results, backend = _forward(*args)
+        _save(ctx, args, results, backend)
         return results
 
     @staticmethod
@@ -122,11 +124,12 @@ class _TransformableFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor | None, ...]:
-        return _forward(*args)
+        return _forward(*args)[0]
 
     @staticmethod
     def setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        _save(ctx, inputs, output)
+        *_, backend, _ = inputs
+        _save(ctx, inputs, output, backend)
 
     @staticmethod
     def backward(ctx: _Context, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -120,6 +120,8 @@ def _innermost_choice() -> str | None:
 
     The second rule is for worker threads: those of autograd, which recompute checkpointed layers, and of DataParallel.
     """
+    if not _blocks_of_all_threads:  # the usual call, without a look at the thread
+        return None
     # A slice, because another thread may leave its block between a test for emptiness and an access.
     innermost = (_blocks.of_this_thread or _blocks_of_all_threads)[-1:]
     return innermost[0].name if innermost else None

@@ -61,13 +61,16 @@ backward = torch.ops.lmoe_kernels.backward.default
 
 def run_forward(
     x: Tensor, factors: Factors, weight: Tensor | None, base: Tensor | None, options: Options, *, save: bool, backend: str
-) -> tuple[Any, ...]:
-    """The results of the op `forward`; without the op where nothing but its results matters."""
+) -> tuple[tuple[Any, ...], str]:
+    """The results of the op `forward`, without the op where nothing but its results matters; and the name of the backend.
+
+    It is the chosen one, so that the backward need not choose again; the requested one if the op ran, which chooses inside.
+    """
     tensors = (x, *factors, weight, base)
     if _something_sees_ops(x, tensors):
-        return forward(*tensors, save, backend, *options)
-    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
-    return y, *(saved or _NOTHING_SAVED)
+        return forward(*tensors, save, backend, *options), backend
+    y, saved, name = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    return (y, *(saved or _NOTHING_SAVED)), name
 
 
 def run_backward(
@@ -120,8 +123,8 @@ def _compute_forward(
     *,
     save: bool,
     backend: str,  # a name or "auto"
-) -> tuple[Tensor, Saved | None]:
-    """Compute y = x weight^T + base + delta and, with `save`, what the backward needs."""
+) -> tuple[Tensor, Saved | None, str]:
+    """Compute y = x weight^T + base + delta and, with `save`, what the backward needs; name the chosen backend."""
     x, factors = _with_contiguous_rows(x), _all_contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
@@ -129,7 +132,7 @@ def _compute_forward(
         y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
-    return y, saved
+    return y, saved, name
 
 
 def _compute_backward(
@@ -144,10 +147,11 @@ def _compute_backward(
     wanted: Sequence[bool],  # the fields of Wanted, and whether the gradient of weight is wanted
     backend: str,
 ) -> tuple[Tensor | None, ...]:
-    """Compute the gradients that are wanted; the others are None."""
+    """Compute the gradients that are wanted; the others are None. A named backend is one that took the forward."""
     dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _all_contiguous(factors)
-    problem = Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device)
-    name = dispatch.choose("lmoe", problem, backend)
+    name = backend
+    if name == dispatch.AUTO:
+        name = dispatch.choose("lmoe", Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device), name)
     dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
@@ -162,7 +166,7 @@ def _compute_backward(
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
     x, a, b, gate, bias, outside, weight, base, save, backend = args[:10]
     factors, options = Factors(a, b, gate, bias, outside), Options(*args[10:])
-    y, saved = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    y, saved, _ = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
     return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
 
 
@@ -221,7 +225,7 @@ def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
     if t is None:
         return t
     if t.is_contiguous() or (t.dim() == 2 and t.stride(1) == 1 and t.stride(0) >= t.shape[1]):
-        return t.resolve_neg()
+        return t.resolve_neg() if t.is_neg() else t
     return _contiguous(t)
 
 
@@ -240,7 +244,7 @@ def _all_contiguous(factors: Factors) -> Factors:
 
 def autocast_is_on() -> bool:
     """Whether autocast is on for any device. PyTorch's own test leaves MPS out (2.11 and 2.13)."""
-    return _is_any_autocast_enabled() or torch.is_autocast_enabled("mps")
+    return _is_any_autocast_enabled() or (_HAS_MPS and torch.is_autocast_enabled("mps"))
 
 
 def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
@@ -258,6 +262,7 @@ def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
     return modes
 
 
+_HAS_MPS = torch.backends.mps.is_built()
 _NOTHING = nullcontext()
 _NOTHING_SAVED: tuple[None, ...] = (None,) * len(Saved._fields)
 

@@ -42,7 +42,8 @@ def test_autocast_does_not_cast_fp64() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu", "mps"])
-def test_autocast_of_every_device_of_the_ops_is_noticed(device: str) -> None:
+def test_autocast_of_every_device_of_the_ops_is_noticed(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_HAS_MPS", True)
     assert not ops.autocast_is_on()
     torch.set_autocast_enabled(device, True)
     try:

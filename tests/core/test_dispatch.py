@@ -57,6 +57,17 @@ def test_on_a_gpu_few_tokens_go_to_cuda_and_many_to_triton(gpu, tokens: int, fir
     assert taken(gpu_with(T=tokens)) == first
 
 
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_on_a_cpu_torch_is_taken(gpu, device: str, tokens: int) -> None:
+    """Also where all the others could take the call."""
+    gpu.setenv("TRITON_INTERPRET", "1")
+    problem = gpu_with(T=tokens)._replace(device=torch.device(device))
+    assert dispatch.choose("lmoe", problem, "triton") == "triton"
+    assert dispatch.choose("lmoe", problem, "cuda") == "cuda"
+    assert taken(problem) == "torch"
+
+
 def test_triton_takes_up_to_256_experts(gpu) -> None:
     assert taken(gpu_with(E=256)) == "triton"
     assert taken(gpu_with(E=257)) == "torch"

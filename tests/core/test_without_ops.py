@@ -1,7 +1,7 @@
 """A plain call runs the bodies of the ops directly; whatever may want to see an op still sees it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lmoe_kernels import lmoe, ops
+from lmoe_kernels import dispatch, lmoe, ops
+from lmoe_kernels.options import Problem
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
 
 NAMES = ("x", "lora_a", "lora_b", "gate_weight")
@@ -92,6 +93,27 @@ def test_a_mode_of_functions_sees_the_forward(watching: Callable[[], Any], monke
     with watching():
         lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"])
     assert called.seen == ["forward"]
+
+
+@pytest.mark.parametrize(
+    ("forward_seen", "backward_seen", "choices"), [(False, False, 1), (False, True, 1), (True, False, 2), (True, True, 2)]
+)
+def test_the_backward_takes_what_the_forward_chose(
+    forward_seen: bool, backward_seen: bool, choices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward that ran as an op chose inside it, and the backward chooses again."""
+    chosen, choose, t = [], dispatch.choose, _arguments()
+
+    def counted(op: str, problem: Problem, backend: str) -> str:
+        chosen.append(choose(op, problem, backend))
+        return chosen[-1]
+
+    monkeypatch.setattr(dispatch, "choose", counted)
+    with _Dispatched() if forward_seen else nullcontext():
+        y = lmoe(t["x"], t["lora_a"], t["lora_b"], gate_weight=t["gate_weight"])
+    with _Dispatched() if backward_seen else nullcontext():
+        y.sum().backward()
+    assert chosen == ["torch"] * choices
 
 
 def test_fake_tensors_go_through_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:

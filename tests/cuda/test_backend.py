@@ -286,11 +286,27 @@ def test_cpu_and_fp64_are_refused_and_not_chosen() -> None:
         lmoe(x, factor, factor, gate_weight=x, backend="cuda")
 
 
-def test_the_automatic_choice_takes_it_for_few_tokens(emulated_cuda) -> None:
-    few, many = _problem(64), _problem(65)
+def test_the_automatic_choice_takes_it_for_few_tokens(emulated_cuda, monkeypatch) -> None:
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", dispatch.BACKENDS["reference"])
+    few, many = _problem(64, "cuda:0"), _problem(65, "cuda:0")
     assert dispatch.choose("lmoe", few, dispatch.AUTO) == "cuda"
     assert dispatch.choose("lmoe", many, dispatch.AUTO) == "torch"
     assert "expected to win at T <= 64" in dispatch.explain_choice("lmoe", many, dispatch.AUTO)
+
+
+def test_on_a_cpu_it_is_taken_only_by_name(emulated_cuda) -> None:
+    few = _problem(64)
+    assert dispatch.choose("lmoe", few, "cuda") == "cuda"
+    assert dispatch.choose("lmoe", few, dispatch.AUTO) == "torch"
+    assert "cuda       not taken: on a CPU only if selected by name" in dispatch.explain_choice("lmoe", few, dispatch.AUTO)
+
+
+def test_on_a_cpu_the_choice_does_not_look_for_the_extension(monkeypatch) -> None:
+    def look() -> None:
+        raise AssertionError("the extension was looked for")
+
+    monkeypatch.setattr(extension, "why_not_loaded", look)
+    assert dispatch.choose("lmoe", _problem(1), dispatch.AUTO) == "torch"
 
 
 def _problem(tokens: int, device: str = "cpu") -> Problem:

@@ -18,6 +18,8 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_by_default(problem: Problem) -> str | None:
     """Expected, not measured: one launch and the lowest launch cost win while latency is the limit."""
+    if problem.on_cpu:  # before `why_not` looks for the extension: on a CPU the choice itself takes time
+        return "on a CPU only if selected by name"
     return None if problem.sizes.T <= 64 else "it is expected to win at T <= 64 alone"
 
 

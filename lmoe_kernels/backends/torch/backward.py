@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import (
     expand,
+    flat,
     gate_softmax,
     in_dtype,
     linear_wide,
@@ -39,7 +40,7 @@ def backward(
     gates, sums = of_kept(softmax, dropped)
     row, column = row_and_column(gates, options)
     h, v = mix(row, column, u, options, sums)
-    dlora_b = wgrad(v.flatten(1), dy, lora_b) if wanted.lora_b else None
+    dlora_b = wgrad(flat(v), dy, lora_b) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
@@ -52,7 +53,7 @@ def backward(
         dlogits += dlogits_in
 
     dx = dlora_a = dgate_weight = dgate_bias = dgate_logits = None
-    du = du.flatten(1)
+    du = flat(du)
     if wanted.x:
         dx = expand(du, cast.lora_a, None)
     if wanted.lora_a:
@@ -102,4 +103,4 @@ def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:
     left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
     same = parameter.dtype == rows.dtype
     grad = torch.mm(left, rows) if same else linear_wide(left, rows.t()).to(parameter.dtype)
-    return grad if parameter.dim() == 2 else grad.view(*parameter.shape)
+    return grad if parameter.dim() == 2 else grad.view(parameter.shape)

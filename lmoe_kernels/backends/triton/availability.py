@@ -25,7 +25,7 @@ def why_not(problem: Problem) -> str | None:
         return f"its kernels take at most {MOST_EXPERTS} experts, not {problem.sizes.E}"
     if not _installed("triton"):
         return "Triton is not installed"
-    if problem.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if problem.on_cpu and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if problem.device.type != "cuda":
         return f"its kernels run on GPUs, not on {problem.device.type}"
@@ -36,7 +36,7 @@ def why_not(problem: Problem) -> str | None:
 
 def why_not_by_default(problem: Problem) -> str | None:
     """The interpreter is for tests; on a GPU Triton needs a C compiler, and a version that is tested."""
-    if problem.device.type == "cpu":
+    if problem.on_cpu:
         return "on a CPU only if selected by name"
     return _why_no_launchers() or _why_untested()
 
