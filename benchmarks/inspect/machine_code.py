@@ -13,6 +13,7 @@ from typing import NamedTuple
 import triton
 from triton.compiler import CompiledKernel
 
+SPILL = r"(STL|LDL)\b"
 TENSOR_CORES = r"(HMMA|HGMMA|UTC\w*MMA)\b"
 OF_PTX = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 FMA = r"(FFMA|HFMA2|DFMA|v_(pk_)?fmac?_)"
@@ -84,11 +85,11 @@ def read_sass(code: str, usage: str, ptx: str) -> dict[str, int | bool]:
     if bool(mma) != bool(re.search(OF_PTX, ptx)):
         raise MachineCodeError(f"the PTX has tensor-core instructions, the SASS has {mma} that are known, or the reverse")
     found = {
-        "regs": int(used["REG"]), "stack": int(used["STACK"]), "spills": read.count(r"(STL|LDL)\b"), "mma": mma,
+        "regs": int(used["REG"]), "stack": int(used["STACK"]), "spills": read.count(SPILL), "mma": mma,
         "wgmma": read.count(r"HGMMA\b"), "serialised": is_serialised(read, ptx), "cp_async": read.count(r"LDGSTS\b"),
         "tma": read.count(r"UTMALDG\b"),
     }  # fmt: skip
-    return found | _of_main_loop(read, TENSOR_CORES, r"LDG\b")
+    return found | _of_main_loop(read, TENSOR_CORES, r"LDG\b", SPILL)
 
 
 def is_serialised(code: Code, ptx: str) -> bool:
@@ -114,7 +115,7 @@ def read_amdgcn(text: str) -> dict[str, int | bool]:
         raise MachineCodeError(f"the metadata of the assembly has no {error}") from error
     read = parse_amdgcn(text)
     found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False, "cp_async": 0, "tma": 0}
-    return found | _of_main_loop(read, "v_mfma_", "(global|buffer)_load_")
+    return found | _of_main_loop(read, "v_mfma_", "(global|buffer)_load_", "scratch_")
 
 
 def parse_sass(text: str) -> Code:
@@ -163,8 +164,8 @@ def _parsed(text: str, label: str, read: Callable[[str], Instruction | None]) ->
     return code
 
 
-def _of_main_loop(code: Code, mma: str, load: str) -> dict[str, int | bool]:
-    """The instructions of one step of the main loop, and among them products and loads of global memory into registers.
+def _of_main_loop(code: Code, mma: str, load: str, spill: str) -> dict[str, int | bool]:
+    """The instructions of a step of the main loop; of them products, loads of global memory into registers, and spills.
 
     That is the innermost loop with the most tensor-core instructions or, without any, with the most fused multiply-adds. All
     are zero for a kernel that multiplies outside of loops. ptxas unrolls none of these loops: on 2026-11-25 the SASS of 108
@@ -177,8 +178,9 @@ def _of_main_loop(code: Code, mma: str, load: str) -> dict[str, int | bool]:
         innermost = [(count, loop) for count, loop in multiplying if not any(other < loop for _, other in multiplying)]
         if innermost:
             main = _within(code, max(innermost, key=lambda found: found[0])[1])
-            return {"loop": len(main.instructions), "loop_mma": main.count(mma), "loop_loads": main.count(load)}
-    return {"loop": 0, "loop_mma": 0, "loop_loads": 0}
+            names = {"loop_mma": mma, "loop_loads": load, "loop_spills": spill}
+            return {"loop": len(main.instructions)} | {name: main.count(one) for name, one in names.items()}
+    return {"loop": 0, "loop_mma": 0, "loop_loads": 0, "loop_spills": 0}
 
 
 def _within(code: Code, loop: frozenset[int]) -> Code:

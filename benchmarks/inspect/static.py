@@ -48,6 +48,9 @@ CHIPS = {
         Chip("gfx942", 304, 64 << 10),
     )
 }
+# Spills that are let pass, of a kernel and of a step of its loop: under Triton 3.7 ptxas spills 2 to 6 registers of a few
+# kernels for sm_120, to fit one more program on a processor, and 2 in a loop of 136 instructions (2026-11-26).
+FEW_SPILLS, FEW_IN_LOOP = 8, 2
 TYPES = {torch.int32: "i32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -200,8 +203,8 @@ def complaints(line: dict) -> list[str]:
     """What is wrong with a launch."""
     wants_tensor_cores = has_half_dots(line)
     rules = {
-        "spills": line["spills"] > 0,
-        "stack": line["stack"] > 0,
+        "spills": line["loop_spills"] > FEW_IN_LOOP or line["spills"] > FEW_SPILLS,
+        "stack": line["stack"] > 2 * FEW_SPILLS,
         "too much shared memory": line["shared"] > CHIPS[line["arch"]].shared_memory,
         "no tensor cores": wants_tensor_cores and line["mma"] == 0,
         "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,

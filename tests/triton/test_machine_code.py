@@ -75,6 +75,12 @@ def test_spills_are_counted() -> None:
     assert (found["spills"], found["stack"], found["loop"]) == (3, 16, 0)
 
 
+def test_spills_in_the_loop_are_counted_apart() -> None:
+    code = parse_sass(sass("STL [R1], R4\n.L_a:\nLDL R4, [R1]\nFFMA R1, R2, R4, R1\n@P0 BRA `(.L_a)\nEXIT"))
+    found = machine_code._of_main_loop(code, machine_code.TENSOR_CORES, r"LDG\b", machine_code.SPILL)
+    assert (found["loop"], found["loop_spills"]) == (3, 1)
+
+
 def test_the_main_loop_is_the_innermost_that_multiplies() -> None:
     """An outer loop has a product too; a wait in the inner one spins behind the end, and jumps back into it."""
     code = parse_sass(
@@ -97,16 +103,16 @@ def test_the_main_loop_is_the_innermost_that_multiplies() -> None:
         """)
     )
     assert sorted(map(sorted, loops(code))) == [[0, 1, 2, 3, 4, 5, 6, 8, 9, 10], [1, 2, 3, 4, 5, 8, 9, 10], [8, 9]]
-    found = machine_code._of_main_loop(code, machine_code.TENSOR_CORES, r"LDG\b")
-    assert found == {"loop": 8, "loop_mma": 2, "loop_loads": 0}
+    found = machine_code._of_main_loop(code, machine_code.TENSOR_CORES, r"LDG\b", machine_code.SPILL)
+    assert found == {"loop": 8, "loop_mma": 2, "loop_loads": 0, "loop_spills": 0}
 
 
 def test_a_loop_without_tensor_cores_is_that_of_its_multiply_adds() -> None:
     code = parse_sass(
         sass(".L_a:\nIADD3 R1, R1, 1\n@P0 BRA `(.L_a)\n.L_b:\nFFMA R1, R2, R3, R1\nLDG.E R2\n@P0 BRA `(.L_b)\nEXIT")
     )
-    found = machine_code._of_main_loop(code, machine_code.TENSOR_CORES, r"LDG\b")
-    assert found == {"loop": 3, "loop_mma": 0, "loop_loads": 1}
+    found = machine_code._of_main_loop(code, machine_code.TENSOR_CORES, r"LDG\b", machine_code.SPILL)
+    assert found == {"loop": 3, "loop_mma": 0, "loop_loads": 1, "loop_spills": 0}
 
 
 AMD = """
@@ -199,7 +205,8 @@ def test_the_sweep_ends_with_one_error_that_names_the_kernel(
 
 GOOD: dict[str, Any] = {
     "kernel": "_wgrad_bwd_kernel", "arch": "sm_90", "config": {"types": "*bf16"}, "regs": 90, "spills": 0, "stack": 0,
-    "shared": 1 << 10, "mma": 8, "wgmma": 8, "serialised": False, "loop": 100, "loop_mma": 8, "loop_loads": 0, "cp_async": 9,
+    "shared": 1 << 10, "mma": 8, "wgmma": 8, "serialised": False, "loop": 100, "loop_mma": 8, "loop_loads": 0,
+    "loop_spills": 0, "cp_async": 9,
     "programs": 2,
 }  # fmt: skip
 
@@ -207,8 +214,9 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"spills": 1}, "spills"),
-        ({"stack": 8}, "stack"),
+        ({"spills": 9}, "spills"),
+        ({"spills": 3, "loop_spills": 3}, "spills"),
+        ({"stack": 24}, "stack"),
         ({"shared": (227 << 10) + 1}, "too much shared memory"),
         ({"arch": "sm_120", "shared": (99 << 10) + 1}, "too much shared memory"),
         ({"arch": "sm_80", "mma": 0}, "no tensor cores"),
