@@ -73,8 +73,8 @@ def numbers_moved(way: str, sizes: Sizes) -> tuple[int, int]:
         ),
         "eager": (3 * in_ + 7 * out + 2 * rank + 5 * experts + 6 * ranks,
                   11 * in_ + 5 * out + 4 * rank + 12 * experts + 14 * ranks),
-        "torch": (3 * in_ + 3 * out + 2 * rank + 5 * experts + 4 * ranks,
-                  7 * in_ + 3 * out + 8 * rank + 14 * experts + 10 * ranks),
+        "torch": (3 * in_ + 3 * out + 2 * rank + 7 * experts + 4 * ranks,
+                  7 * in_ + 3 * out + 6 * rank + 16 * experts + 10 * ranks),
     }  # fmt: skip
     return table[way]
 
