@@ -114,7 +114,8 @@ def _add_kinds(key: list[object], args: tuple[Any, ...]) -> list[object]:
 
 def launch_options(kernel: triton.JITFunction, tile: Tile) -> dict[str, int]:
     """The tile's blocks among a kernel's parameters, its warps and pipeline stages, and whether it starts early."""
-    early = type(kernel) is triton.JITFunction and starts_early(triton.runtime.driver.active.get_current_target())
+    driver: Any = triton.runtime.driver
+    early = type(kernel) is triton.JITFunction and starts_early(driver.active.get_current_target())
     return _options(kernel, tile, early and _driver_version() >= 12030)
 
 
@@ -147,7 +148,7 @@ def starts_early(target: GPUTarget) -> bool:
     before the wait; of sm_100's tensor memory, a program takes its part before it, and lets the next kernel start later. No
     launch with the attribute has run on a GPU.
     """
-    return _KEEPS_CODE and target.backend == "cuda" and target.arch >= 90
+    return _KEEPS_CODE and target.backend == "cuda" and int(target.arch) >= 90
 
 
 @cache

@@ -20,7 +20,7 @@ def wait_for_previous_kernel(PDL: tl.constexpr):
     kernel that is launched; `host.starts_early` says more.
     """
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def let_next_kernel_start(PDL: tl.constexpr):
     where Triton moves loads across them (triton-lang/triton#11905).
     """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @triton.jit
