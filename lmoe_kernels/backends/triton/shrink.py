@@ -93,9 +93,9 @@ def _shrink_fwd_kernel(
     part, gate_part = shrink_tile(
         rows_ptr, stride_t, factor_ptr, gate_ptr, t, er, e, f_from, f_to, T, F, ER, E, ACC, PRECISION, BLOCK_F
     )
-    let_next_kernel_start(PDL)
     first_token = split.to(tl.int64) * T
     store_rows(part, parts_ptr + first_token * ER, t, er, T, ER)
+    let_next_kernel_start(PDL)  # in front of both stores it makes fp32 spill on sm_90 (Triton 3.7.1, 2026-11-26)
     if gate_ptr is not None and tl.program_id(1) == 0:
         store_rows(gate_part, gate_parts_ptr + first_token * E, t, e, T, E)
 
