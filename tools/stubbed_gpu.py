@@ -40,10 +40,11 @@ H100 = Chip("sm_90", 132, 227 << 10)
 # The functions of the driver that Triton calls. The numbers are those of CUDA's enums, handles are anything but null.
 _SOURCE = """
 static int processors, shared_memory;
-static long launches;
+static long launches, early_launches;
 static char handle;
 void stub_chip(int p, int s) { processors = p; shared_memory = s; }
 long stub_launches(void) { return launches; }
+long stub_early_launches(void) { return early_launches; }
 int cuInit(unsigned f) { return 0; }
 int cuDriverGetVersion(int *v) { *v = 13000; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = "an error of the stub"; return 0; }
@@ -66,7 +67,14 @@ int cuPointerGetAttribute(void *data, int attribute, unsigned long long pointer)
   *(unsigned long long *)data = pointer;
   return 0;
 }
-int cuLaunchKernelEx(const void *config, void *function, void **parameters, void **extra) { launches++; return 0; }
+struct attribute { int id; char padding[4]; union { int on; char padding[64]; } value; };
+struct config { unsigned sizes[7]; void *stream; struct attribute *attributes; unsigned count; };
+int cuLaunchKernelEx(const struct config *config, void *function, void **parameters, void **extra) {
+  launches++;
+  for (unsigned i = 0; i < config->count; i++)  /* 6: programmatic stream serialization */
+    early_launches += config->attributes[i].id == 6 && config->attributes[i].value.on == 1;
+  return 0;
+}
 int cuTensorMapEncodeTiled(void) { return 0; }
 int cuTensorMapEncodeIm2col(void) { return 0; }
 int cuOccupancyMaxActiveClusters(int *clusters, void *function, const void *config) { *clusters = 1; return 0; }
@@ -101,6 +109,10 @@ class StubbedGpu(CudaDriver):
     def launches(self) -> int:
         """How many launches have reached the driver in this process."""
         return self._library.stub_launches()
+
+    def early_launches(self) -> int:
+        """How many of them let the kernel start before the previous one has ended."""
+        return self._library.stub_early_launches()
 
 
 @contextmanager
@@ -158,5 +170,5 @@ def _library() -> ctypes.CDLL:
     subprocess.run([COMPILER, "-shared", "-fPIC", f"-Wl,-soname,{path.name}", "-o", path, source], check=True)
     knobs.nvidia.libcuda_path = _FOLDER.name  # where Triton's own modules are linked with it
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    library.stub_launches.restype = ctypes.c_long
+    library.stub_launches.restype = library.stub_early_launches.restype = ctypes.c_long
     return library

@@ -16,6 +16,9 @@ from triton.compiler import CompiledKernel
 SPILL = r"(STL|LDL)\b"
 TENSOR_CORES = r"(HMMA|HGMMA|UTC\w*MMA)\b"
 OF_PTX = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
+WAIT = r"ACQBULK\b"  # for the previous kernel: griddepcontrol.wait
+# Accesses to global memory, and griddepcontrol.launch_dependents
+AFTER_THE_WAIT = r"(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|CCTL|UBLK\w+|UTMA\w+|PREEXIT)\b"
 FMA = r"(FFMA|HFMA2|DFMA|v_(pk_)?fmac?_)"
 
 
@@ -87,9 +90,22 @@ def read_sass(code: str, usage: str, ptx: str) -> dict[str, int | bool]:
     found = {
         "regs": int(used["REG"]), "stack": int(used["STACK"]), "spills": read.count(SPILL), "mma": mma,
         "wgmma": read.count(r"HGMMA\b"), "serialised": is_serialised(read, ptx), "cp_async": read.count(r"LDGSTS\b"),
-        "tma": read.count(r"UTMALDG\b"),
+        "tma": read.count(r"UTMALDG\b"), "before_wait": before_the_wait(read),
     }  # fmt: skip
     return found | _of_main_loop(read, TENSOR_CORES, r"LDG\b", SPILL)
+
+
+def before_the_wait(code: Code) -> int:
+    """How many accesses to global memory can run before the kernel has waited for the previous one; all if it never waits.
+
+    Letting the next kernel start counts too.
+    """
+    after, _ = _edges(code)
+    for i, one in enumerate(code.instructions):
+        if re.match(WAIT, one.text):
+            after[i].clear()
+    early = Code([code.instructions[i] for i in _reachable(after, 0)], {})
+    return early.count(AFTER_THE_WAIT)
 
 
 def is_serialised(code: Code, ptx: str) -> bool:
@@ -114,7 +130,7 @@ def read_amdgcn(text: str) -> dict[str, int | bool]:
     except KeyError as error:
         raise MachineCodeError(f"the metadata of the assembly has no {error}") from error
     read = parse_amdgcn(text)
-    found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False, "cp_async": 0, "tma": 0}
+    found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False, "cp_async": 0, "tma": 0, "before_wait": 0}
     return found | _of_main_loop(read, "v_mfma_", "(global|buffer)_load_", "scratch_")
 
 
@@ -193,15 +209,7 @@ def loops(code: Code) -> list[frozenset[int]]:
     A loop cannot be entered but at its first instruction. A jump back alone does not make one, because compilers also place
     rarely taken paths behind the kernel's end.
     """
-    size = len(code.instructions)
-    after: list[list[int]] = [[] for _ in range(size)]
-    before: list[list[int]] = [[] for _ in range(size)]
-    for i, one in enumerate(code.instructions):
-        targets = [code.labels[one.target]] if one.target is not None else []
-        for j in targets + [i + 1] * one.continues:
-            if j < size:
-                after[i].append(j)
-                before[j].append(i)
+    after, before = _edges(code)
     found = []
     reached = _reachable(after, 0)
     for first in sorted(set(code.labels.values()) & reached):
@@ -213,6 +221,20 @@ def loops(code: Code) -> list[frozenset[int]]:
         if len(body) > 1:
             found.append(frozenset(body))
     return found
+
+
+def _edges(code: Code) -> tuple[list[list[int]], list[list[int]]]:
+    """For each instruction those that may follow it, and those that it may follow."""
+    size = len(code.instructions)
+    after: list[list[int]] = [[] for _ in range(size)]
+    before: list[list[int]] = [[] for _ in range(size)]
+    for i, one in enumerate(code.instructions):
+        targets = [code.labels[one.target]] if one.target is not None else []
+        for j in targets + [i + 1] * one.continues:
+            if j < size:
+                after[i].append(j)
+                before[j].append(i)
+    return after, before
 
 
 def _reachable(edges: list[list[int]], start: int, without: int | None = None) -> set[int]:

@@ -159,13 +159,20 @@ def _kind(arg: object, do_not_specialize: bool) -> str:
     return "None" if arg is None else "fp32"
 
 
+def target_of(arch: str) -> GPUTarget:
+    """A chip as Triton's compilers take it."""
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
 def compile_for(launch: Launch, arch: str) -> CompiledKernel:
     """The machine code of a launch; needs neither GPU nor driver."""
     kernel = getattr(import_module(launch.module), launch.kernel)
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], object] = {}
     attributes: dict[tuple[int, ...], list] = {}
-    named = dict(launch.constants) | launch.tile.blocks()
+    target = target_of(arch)
+    early = host.starts_early(target)
+    named = dict(launch.constants) | launch.tile.blocks() | {"PDL": early}
     for i, name in enumerate(kernel.arg_names):
         kind = launch.arguments[i] if i < len(launch.arguments) else "constant"
         if kind in ("constant", "None", "1"):
@@ -175,9 +182,9 @@ def compile_for(launch: Launch, arch: str) -> CompiledKernel:
         signature[name] = kind.split()[0]
         if kind.startswith("*") or kind.endswith(" 16"):  # PyTorch's allocations are aligned
             attributes[(i,)] = [["tt.divisibility", 16]]
-    target = GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": launch.tile.warps, "num_stages": launch.tile.stages})
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages} | ({"launch_pdl": True} if early else {})
+    return triton.compile(source, target=target, options=options)
 
 
 def line_of(launch: Launch, arch: str) -> dict[str, object]:
@@ -210,6 +217,7 @@ def complaints(line: dict) -> list[str]:
         "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
         "serialised wgmma": line["serialised"],
         "does not fit a processor": line["programs"] == 0,
+        "touches memory before it waits": host.starts_early(target_of(line["arch"])) and line["before_wait"] > 0,
     }
     return [complaint for complaint, broken in rules.items() if broken]
 

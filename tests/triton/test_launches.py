@@ -53,6 +53,33 @@ with stubbed_gpu() as gpu:
         chain.remove(hook)
     call()
 """
+EARLY = """
+from unittest import mock
+import torch
+from lmoe_kernels import lmoe
+from lmoe_kernels.backends.triton import host
+from lmoe_kernels.backends.triton.plans import Chip
+from tests.triton import launching
+from tools.stubbed_gpu import H100, stubbed_gpu
+
+def make(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+def call(gpu):
+    for _ in range(2):  # the second time with kept code
+        before = gpu.launches(), gpu.early_launches()
+        y = lmoe(make(2, 16), make(2, 4, 16), make(2, 4, 16), gate_weight=make(2, 16), backend="triton")
+        y.backward(torch.ones_like(y))
+        print(*(now - then for now, then in zip((gpu.launches(), gpu.early_launches()), before)))
+
+with stubbed_gpu(H100) as gpu:
+    call(gpu)
+    print("launch_pdl" in host.launch_options(launching.kernel, launching.TILE))
+with stubbed_gpu(H100) as gpu, mock.patch.object(host, "_driver_version", return_value=12020):
+    call(gpu)
+with stubbed_gpu(Chip("sm_89", 128, 99 << 10)) as gpu:
+    call(gpu)
+"""
 
 
 @pytest.fixture(params=PLANS)
@@ -125,6 +152,15 @@ def test_launch_hooks_see_the_launches_of_kept_code() -> None:
     assert without == without_again == entered[:1] != ["0"]
     assert len(entered[1:]) == int(without[0])
     assert left == entered
+
+
+def test_kernels_start_early_where_chip_and_driver_can() -> None:
+    hopper, kept, has_no_wait, *elsewhere = run_compiled(EARLY)
+    launches, early = map(int, hopper.split())
+    assert launches == early > 2
+    assert kept == hopper
+    assert has_no_wait == "False", "a kernel that does not wait must start in order"
+    assert elsewhere == 4 * [f"{launches} 0"], "an old driver, and a chip before sm_90"
 
 
 def test_logits_are_written_only_where_they_are_returned_or_saved(plan: str) -> None:

@@ -81,6 +81,23 @@ def test_spills_in_the_loop_are_counted_apart() -> None:
     assert (found["loop"], found["loop_spills"]) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    "start, before_wait",
+    [
+        ("S2R R0, SR_CTAID.X\nACQBULK", 0),
+        ("ATOMS.OR RZ, [UR5], R3\n@P0 BRA `(.L_x_5)\n.L_x_5:\nLDS R3, [R2]\nACQBULK", 0),
+        ("LDG.E R3, desc[UR4][R2.64]\nACQBULK", 1),
+        ("@P0 LDGSTS.E.BYPASS.128 [R8], desc[UR4][R2.64]\nPREEXIT\nACQBULK", 2),
+        ("@P0 BRA `(.L_x_5)\nACQBULK\n.L_x_5:\nIMAD R1, R2, R3, R4", 3),
+        ("IMAD R1, R2, R3, R4", 3),
+    ],
+    ids=["a wait", "shared memory is the program's own", "a load", "an asynchronous load", "a way around the wait", "none"],
+)
+def test_accesses_before_the_wait(start: str, before_wait: int) -> None:
+    rest = "LDG.E R4, desc[UR4][R2.64]\nPREEXIT\nSTG.E desc[UR4][R2.64], R4\nEXIT"
+    assert machine_code.read_sass(sass(f"{start}\n{rest}"), USAGE, "")["before_wait"] == before_wait
+
+
 def test_the_main_loop_is_the_innermost_that_multiplies() -> None:
     """An outer loop has a product too; a wait in the inner one spins behind the end, and jumps back into it."""
     code = parse_sass(
@@ -206,8 +223,7 @@ def test_the_sweep_ends_with_one_error_that_names_the_kernel(
 GOOD: dict[str, Any] = {
     "kernel": "_wgrad_bwd_kernel", "arch": "sm_90", "config": {"types": "*bf16"}, "regs": 90, "spills": 0, "stack": 0,
     "shared": 1 << 10, "mma": 8, "wgmma": 8, "serialised": False, "loop": 100, "loop_mma": 8, "loop_loads": 0,
-    "loop_spills": 0, "cp_async": 9,
-    "programs": 2,
+    "loop_spills": 0, "cp_async": 9, "programs": 2, "before_wait": 0,
 }  # fmt: skip
 
 
@@ -223,10 +239,11 @@ GOOD: dict[str, Any] = {
         ({"wgmma": 0}, "no wgmma"),
         ({"serialised": True}, "serialised wgmma"),
         ({"programs": 0}, "does not fit a processor"),
+        ({"before_wait": 1}, "touches memory before it waits"),
     ],
 )
 def test_complaints(change: dict, complaint: str) -> None:
-    assert static.complaints(GOOD) == []
+    assert static.complaints(GOOD) == static.complaints(GOOD | {"arch": "sm_89", "before_wait": 9}) == []
     assert static.complaints(GOOD | change) == [complaint]
 
 

@@ -16,7 +16,7 @@ from tools.stubbed_gpu import stubbed_gpu
 tensors = torch.randn(2, 16), torch.randn(2, 4, 16), torch.randn(2, 4, 16)
 with stubbed_gpu({chip}) as gpu:
     lmoe(*tensors, gate_weight=torch.randn(2, 16), backend="triton")
-    print(gpu.launches(), host.chip_of(tensors[0].device).arch, gpu.get_current_target().arch)
+    print(gpu.launches(), gpu.early_launches(), host.chip_of(tensors[0].device).arch, gpu.get_current_target().arch)
 print(host.chip_of(tensors[0].device).arch)
 try:
     lmoe(*tensors, gate_weight=torch.randn(2, 16), backend="triton")
@@ -30,10 +30,10 @@ AFTER = [
 
 
 def test_launches_reach_the_driver_until_the_block_ends() -> None:
-    assert run_compiled(PROGRAM.format(chip="Chip('sm_80', 108, 163 << 10)")) == ["1 sm_80 80", *AFTER]  # one pass
+    assert run_compiled(PROGRAM.format(chip="Chip('sm_80', 108, 163 << 10)")) == ["1 0 sm_80 80", *AFTER]  # one pass
 
 
 def test_nothing_is_compiled_on_request(tmp_path) -> None:
     cache = tmp_path / "cache"
-    assert run_compiled(PROGRAM.format(chip="compiles=False"), TRITON_CACHE_DIR=str(cache)) == ["0 sm_90 90", *AFTER]
+    assert run_compiled(PROGRAM.format(chip="compiles=False"), TRITON_CACHE_DIR=str(cache)) == ["0 0 sm_90 90", *AFTER]
     assert not list(cache.rglob("*.cubin"))

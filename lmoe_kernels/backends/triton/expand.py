@@ -21,7 +21,7 @@ from torch import Tensor
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import tile_of_group
-from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, write_tile
+from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, wait_for_previous_kernel, write_tile
 
 
 def expand_fwd(
@@ -92,8 +92,10 @@ def _expand_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens and a chunk of features of base + scaling * (v factor + dlogits gate)."""
+    wait_for_previous_kernel(PDL)
     chunks = tl.cdiv(tl.cdiv(F, BLOCK_F), steps)
     t = tl.program_id(0) // chunks * BLOCK_T + tl.arange(0, BLOCK_T)
     first = tl.program_id(0) % chunks * steps
@@ -154,8 +156,10 @@ def _grouped_expand_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A chunk of features of what one slot adds to a tile of one expert's tokens."""
+    wait_for_previous_kernel(PDL)
     e, chunks = tl.arange(0, BLOCK_E), tl.cdiv(tl.cdiv(F, BLOCK_F), steps)
     expert, t = tile_of_group(route_ptr, slot, tl.program_id(0) // chunks, e, T, E, BLOCK_T)
     if expert < E:

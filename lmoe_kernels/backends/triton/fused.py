@@ -12,7 +12,15 @@ from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.gates import gate_and_mix_bwd_tile, gates_of, mix_fwd_tile, router_logits
 from lmoe_kernels.backends.triton.mix import Constants, MixTensors
 from lmoe_kernels.backends.triton.plans import Tile
-from lmoe_kernels.backends.triton.tiles import expand_tile, load_rows, shrink_tile, store_rows, write_tile
+from lmoe_kernels.backends.triton.tiles import (
+    expand_tile,
+    let_next_kernel_start,
+    load_rows,
+    shrink_tile,
+    store_rows,
+    wait_for_previous_kernel,
+    write_tile,
+)
 from lmoe_kernels.options import Factors
 
 
@@ -104,12 +112,14 @@ def _one_pass_fwd_kernel(
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens from x to y: x is read once, y is written once.
 
     Scratch that y has room for lies in the rows of y that this program writes at the end: the tile's v, and u before it if
     nothing is saved.
     """
+    wait_for_previous_kernel(PDL)
     ER: tl.constexpr = E * R
     IN_Y: tl.constexpr = v_ptr is None  # pyright: ignore[reportAssignmentType]
     if IN_Y:
@@ -121,6 +131,7 @@ def _one_pass_fwd_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     u, logits = shrink_tile(x_ptr, x_stride_t, a_ptr, gate_ptr, t, er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
+    let_next_kernel_start(PDL)
     store_rows(u, u_ptr, t, er, T, ER)
     logits = router_logits(logits, gate_bias_ptr, gate_logits_ptr, logits_ptr, t, e, T, E)
     gates = gates_of(logits, e, E, TOP_K, RENORMALIZE)
@@ -161,8 +172,10 @@ def _shrink_mix_fwd_kernel(
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens from x to v. Where E R exceeds a tile's columns, x is read again for each further tile of them."""
+    wait_for_previous_kernel(PDL)
     ER: tl.constexpr = EXPERTS_OF_A * R
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
@@ -173,6 +186,7 @@ def _shrink_mix_fwd_kernel(
     for start in range(BLOCK_ER, ER, BLOCK_ER):
         more, _ = shrink_tile(x_ptr, x_stride_t, a_ptr, None, t, start + er, e, 0, I, T, I, ER, E, ACC, PRECISION, BLOCK_F)
         store_rows(more, u_ptr, t, start + er, T, ER)
+    let_next_kernel_start(PDL)
     tl.debug_barrier()  # every thread sees u
     mix_fwd_tile(u_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
 
@@ -204,13 +218,16 @@ def _shrink_mix_bwd_kernel(
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens from dy to du, dlogits and v. Where E R exceeds a tile's columns, dy is read again for each tile."""
+    wait_for_previous_kernel(PDL)
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     for start in range(0, E * R, BLOCK_ER):
         er = start + tl.arange(0, BLOCK_ER)
         dv, _ = shrink_tile(dy_ptr, stride_t, b_ptr, None, t, er, e, 0, O, T, O, E * R, E, ACC, PRECISION, BLOCK_F)
         store_rows(dv * scaling, dv_ptr, t, er, T, E * R)
+    let_next_kernel_start(PDL)
     tl.debug_barrier()  # every thread sees dv
     gate_and_mix_bwd_tile(
         logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr,

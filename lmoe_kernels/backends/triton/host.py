@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host code that all stages share: the chip, a launch, and the constants of a dot."""
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -10,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
 from lmoe_kernels.backends.triton.plans import Chip, Tile
 
 _SAME_DEVICE = nullcontext()
-# Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in.
+# Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in. And
+# where the machine code itself has been read.
 _KEEPS_CODE = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
 
 
@@ -109,11 +112,54 @@ def _add_kinds(key: list[object], args: tuple[Any, ...]) -> list[object]:
     return values
 
 
-@cache
 def launch_options(kernel: triton.JITFunction, tile: Tile) -> dict[str, int]:
-    """The tile's blocks among a kernel's parameters, its warps and its pipeline stages."""
+    """The tile's blocks among a kernel's parameters, its warps and pipeline stages, and whether it starts early."""
+    driver: Any = triton.runtime.driver
+    early = type(kernel) is triton.JITFunction and starts_early(driver.active.get_current_target())
+    return _options(kernel, tile, early and _driver_version() >= 12030)
+
+
+@cache
+def _options(kernel: triton.JITFunction, tile: Tile, early: bool) -> dict[str, int]:
     blocks = {name: size for name, size in tile.blocks().items() if name in kernel.arg_names}
-    return blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = blocks | {"num_warps": tile.warps, "num_stages": tile.stages}
+    if "PDL" not in kernel.arg_names:  # it waits for no other kernel
+        return options
+    return options | ({"PDL": True, "launch_pdl": True} if early else {"PDL": False})
+
+
+def starts_early(target: GPUTarget) -> bool:
+    """Whether kernels start before the previous one in their stream has ended: programmatic dependent launch, from sm_90 on.
+
+    The programs of a kernel then come onto the processors while those of the previous one end, which hides some of the time
+    between two kernels. A launch with this attribute has another order with one kernel alone: the one right before it in the
+    stream, whoever launched that. Until a kernel has waited for that one it may not touch memory: neither read its results,
+    nor write where it still reads, since PyTorch gives freed memory to the next tensor of the stream at once. The wait is
+    the first statement of every kernel, and all of its programs wait. Then
+
+    - a kernel that has waited comes after all earlier ones, since the previous one has waited too before it ended;
+    - a kernel lets the next one start after its own wait: what another library's kernel reads before it waits has been
+      written, unless it is what this kernel writes;
+    - a launch without the attribute, a copy or an event comes after the whole kernel before it, as ever, and a kernel behind
+      a copy or behind a wait for another stream starts when that is over.
+
+    All launches have the attribute, also those that no graph captures: a capture of kernels that have run before then finds
+    them loaded. `benchmarks.inspect.static` reads in the machine code of every kernel that no access to global memory comes
+    before the wait; of sm_100's tensor memory, a program takes its part before it, and lets the next kernel start later. No
+    launch with the attribute has run on a GPU.
+    """
+    return _KEEPS_CODE and target.backend == "cuda" and int(target.arch) >= 90
+
+
+@cache
+def _driver_version() -> int:
+    """The driver's version of CUDA: 12030 for 12.3, since when a graph can hold such launches; 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:  # there is no driver, or it has another name
+        return 0
+    return version.value
 
 
 def accumulator(rows: Tensor) -> torch.dtype:

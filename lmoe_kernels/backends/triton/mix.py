@@ -27,7 +27,13 @@ from lmoe_kernels.backends.triton.gates import (
 )
 from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import parts_of_slot
-from lmoe_kernels.backends.triton.tiles import load_rows, store_rows, sum_splits
+from lmoe_kernels.backends.triton.tiles import (
+    let_next_kernel_start,
+    load_rows,
+    store_rows,
+    sum_splits,
+    wait_for_previous_kernel,
+)
 from lmoe_kernels.options import Options, Sizes
 
 Constants = dict[str, Any]
@@ -154,8 +160,10 @@ def _mix_fwd_kernel(
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add up the partial sums of a tile of tokens in their order, then mix."""
+    wait_for_previous_kernel(PDL)
     ER: tl.constexpr = EXPERTS_OF_A * R
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     if u_parts_ptr is not None:
@@ -163,6 +171,7 @@ def _mix_fwd_kernel(
             er = start + tl.arange(0, BLOCK_ER)
             store_rows(sum_splits(u_parts_ptr, t, er, T, ER, SPLITS), u_ptr, t, er, T, ER)
         tl.debug_barrier()  # every thread sees u
+    let_next_kernel_start(PDL)
     logits = tl.zeros((BLOCK_T, BLOCK_E), ACC)
     if logit_parts_ptr is not None:
         logits = sum_splits(logit_parts_ptr, t, e, T, E, SPLITS)
@@ -195,13 +204,16 @@ def _mix_bwd_kernel(
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Add up the partial sums of a tile of tokens in their order, then the backward of the mix."""
+    wait_for_previous_kernel(PDL)
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     for start in range(0, E * R, BLOCK_ER):
         er = start + tl.arange(0, BLOCK_ER)
         dv = sum_splits(dv_parts_ptr, t, er, T, E * R, SPLITS)
         store_rows(dv * scaling, dv_ptr, t, er, T, E * R)
+    let_next_kernel_start(PDL)
     tl.debug_barrier()  # every thread sees dv
     gate_and_mix_bwd_tile(
         logits_ptr, dlogits_in_ptr, u_ptr, dv_ptr, du_ptr, dlogits_ptr, v_ptr,
@@ -226,8 +238,10 @@ def _grouped_mix_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """v[t, slot] = gate * h, the blend of the slots, or gate * u of the slot, as MIXING says."""
+    wait_for_previous_kernel(PDL)
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     if gates_ptr is None:
         gates = _softmax_of_route(logits_ptr, route_ptr, t, e, T, E, TOP_K, RENORMALIZE, ACC)
@@ -268,8 +282,10 @@ def _grouped_mix_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """du and v slot by slot, and the gradient of all the logits of a tile of tokens; the same formulas as `mix_bwd_tile`."""
+    wait_for_previous_kernel(PDL)
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     softmax = _softmax_of_route(logits_ptr, route_ptr, t, e, T, E, TOP_K, RENORMALIZE, ACC)
     dgates = tl.zeros((BLOCK_T, BLOCK_E), ACC)
@@ -293,6 +309,7 @@ def _grouped_mix_bwd_kernel(
                 _store_slot(gate * dh, du_ptr, slot, t, r, T, R, TOP_K)
             if v_ptr is not None:
                 _store_slot(gate * h, v_ptr, slot, t, r, T, R, TOP_K)
+    let_next_kernel_start(PDL)
     dlogits = softmax_bwd(softmax, dgates)
     if dlogits_in_ptr is not None:
         dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(ACC)

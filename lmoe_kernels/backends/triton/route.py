@@ -29,7 +29,7 @@ from lmoe_kernels.backends.triton.configs import block_of
 from lmoe_kernels.backends.triton.cost import ceil_div
 from lmoe_kernels.backends.triton.gates import router_logits, softmax_and_kept
 from lmoe_kernels.backends.triton.plans import Tile
-from lmoe_kernels.backends.triton.tiles import load_rows, sum_splits
+from lmoe_kernels.backends.triton.tiles import let_next_kernel_start, load_rows, sum_splits, wait_for_previous_kernel
 from lmoe_kernels.options import Options, Sizes
 
 # Every program of the sort reads the counts of all tiles, so beyond this number more tokens make larger tiles. Then the
@@ -83,8 +83,10 @@ def _route_fwd_kernel(
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The slots of a tile of tokens, in the order of the experts' indices, and how often each expert comes in a slot."""
+    wait_for_previous_kernel(PDL)
     tile, e = tl.program_id(0), tl.arange(0, BLOCK_E)
     tiles, first = tl.cdiv(T, tokens_of_tile), tile * tokens_of_tile
     for start in range(first, first + tl.minimum(tokens_of_tile, T - first), BLOCK_T):
@@ -118,8 +120,10 @@ def _group_fwd_kernel(
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Put the tokens of a tile where one slot's order has them: behind those of lower experts and of earlier tiles."""
+    wait_for_previous_kernel(PDL)
     tile, slot, e = tl.program_id(0), tl.program_id(1), tl.arange(0, BLOCK_E)
     experts, order, bounds = parts_of_slot(route_ptr, slot, T, E)
     tiles = tl.cdiv(T, tokens_of_tile)
@@ -129,6 +133,7 @@ def _group_fwd_kernel(
         counts = load_rows(counts_ptr + slot * tiles * E, other, e, tiles, E)
         in_all += tl.sum(counts, axis=0)
         before += tl.sum(tl.where((other < tile)[:, None], counts, 0), axis=0)
+    let_next_kernel_start(PDL)
     end = tl.cumsum(in_all, axis=0)
     first, at = tile * tokens_of_tile, end - in_all + before  # where the next token of each expert goes
     if T - first <= tokens_of_tile:  # one program for each slot

@@ -16,7 +16,7 @@ from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.cost import ceil_div
 from lmoe_kernels.backends.triton.plans import Tile
 from lmoe_kernels.backends.triton.route import tile_of_group
-from lmoe_kernels.backends.triton.tiles import shrink_tile, store_rows
+from lmoe_kernels.backends.triton.tiles import let_next_kernel_start, shrink_tile, store_rows, wait_for_previous_kernel
 
 
 def shrink_fwd(
@@ -79,8 +79,10 @@ def _shrink_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The partial sum of one tile of tokens over one split of the features, for some rows of the factor."""
+    wait_for_previous_kernel(PDL)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     er, e = tl.program_id(1) * BLOCK_ER + tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     split = tl.program_id(2)
@@ -93,6 +95,7 @@ def _shrink_fwd_kernel(
     )
     first_token = split.to(tl.int64) * T
     store_rows(part, parts_ptr + first_token * ER, t, er, T, ER)
+    let_next_kernel_start(PDL)  # in front of both stores it makes fp32 spill on sm_90 (Triton 3.7.1, 2026-11-26)
     if gate_ptr is not None and tl.program_id(1) == 0:
         store_rows(gate_part, gate_parts_ptr + first_token * E, t, e, T, E)
 
@@ -116,14 +119,17 @@ def _grouped_shrink_fwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A tile of one expert's tokens, projected onto the expert's factor."""
+    wait_for_previous_kernel(PDL)
     slot, e = tl.program_id(1), tl.arange(0, BLOCK_E)
     expert, t = tile_of_group(route_ptr, slot, tl.program_id(0), e, T, E, BLOCK_T)
     if expert < E:
         r = tl.arange(0, BLOCK_ER)
         factor = factor_ptr + expert.to(tl.int64) * R * F
         u, _ = shrink_tile(rows_ptr, stride_t, factor, None, t, r, e, 0, F, T, F, R, E, ACC, PRECISION, BLOCK_F)
+        let_next_kernel_start(PDL)
         row = t.to(tl.int64) * OUT_ROWS + (expert if BY_EXPERT else slot)
         mask = (t < T)[:, None] & (r < R)[None, :]
         tl.store(out_ptr + row[:, None] * R + r[None, :], (u * scaling).to(out_ptr.dtype.element_ty), mask=mask)

@@ -13,6 +13,28 @@ import triton.language as tl
 
 
 @triton.jit
+def wait_for_previous_kernel(PDL: tl.constexpr):
+    """Wait until the previous kernel of the stream has ended and its results are visible.
+
+    With PDL (programmatic dependent launch) a kernel may begin before that. This is therefore the first statement of every
+    kernel that is launched; `host.starts_early` says more.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
+def let_next_kernel_start(PDL: tl.constexpr):
+    """Let the next kernel of the stream begin, up to its own wait, as soon as every program has come here or has ended.
+
+    It stands behind the main loop of a kernel that has more to do then. Neither this call nor the wait may stand in a loop,
+    where Triton moves loads across them (triton-lang/triton#11905).
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@triton.jit
 def shrink_tile(
     rows_ptr,  # (T, F)
     stride_t,  # of rows

@@ -20,7 +20,7 @@ from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.cost import ceil_div
 from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.backends.triton.route import parts_of_slot
-from lmoe_kernels.backends.triton.tiles import load_rows
+from lmoe_kernels.backends.triton.tiles import let_next_kernel_start, load_rows, wait_for_previous_kernel
 
 
 def wgrad_bwd(
@@ -98,8 +98,10 @@ def _wgrad_bwd_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The partial sum of scaling * coefficients^T rows over one split of the tokens, for some features."""
+    wait_for_previous_kernel(PDL)
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     er, e = tl.program_id(1) * BLOCK_ER + tl.arange(0, BLOCK_ER), tl.arange(0, BLOCK_E)
     split = tl.program_id(2)
@@ -119,6 +121,7 @@ def _wgrad_bwd_kernel(
             # [BLOCK_F, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_F, BLOCK_E]
             c = load_rows(gate_coefficients_ptr, t, e, t_to, E)
             gate_acc = tl.dot(x, c, gate_acc, input_precision=PRECISION, out_dtype=ACC)
+    let_next_kernel_start(PDL)
     first_row = split.to(tl.int64) * ER
     _store_transposed(acc * scaling, parts_ptr, first_row, er, f, ER, F)
     if gate_coefficients_ptr is not None:
@@ -147,12 +150,15 @@ def _reduce_bwd_kernel(
     size,
     splits,
     BLOCK_F: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The partial sums added up in their order, in the dtype of the result."""
+    wait_for_previous_kernel(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     total = tl.load(parts_ptr + at, mask=at < size, other=0.0)
     for split in range(1, splits):
         total += tl.load(parts_ptr + tl.cast(split, tl.int64) * size + at, mask=at < size, other=0.0)
+    let_next_kernel_start(PDL)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -173,8 +179,10 @@ def _grouped_wgrad_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some features of one expert's gradient, summed over its tokens slot by slot, in their order."""
+    wait_for_previous_kernel(PDL)
     f, r = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_ER)
     expert = tl.program_id(1)
     acc = tl.zeros((BLOCK_F, BLOCK_ER), ACC)
@@ -192,5 +200,6 @@ def _grouped_wgrad_bwd_kernel(
             c = tl.load(coefficients_ptr + row[:, None] * R + r[None, :], mask=mask, other=0.0)
             # [BLOCK_F, BLOCK_T] @ [BLOCK_T, BLOCK_ER] -> [BLOCK_F, BLOCK_ER]
             acc = tl.dot(x, c, acc, input_precision=PRECISION, out_dtype=ACC)
+    let_next_kernel_start(PDL)
     at = out_ptr + (expert.to(tl.int64) * R + r)[None, :] * F + f[:, None]
     tl.store(at, (acc * scaling).to(out_ptr.dtype.element_ty), mask=(r < R)[None, :] & (f < F)[:, None])
