@@ -3,12 +3,12 @@
 
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from lmoe_kernels.backends.triton.cost import ceil_div
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What a choice depends on in addition to the call."""
 
     arch: str  # "sm_90", "gfx942", ..., or "interpreter"
