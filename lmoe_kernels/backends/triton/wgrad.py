@@ -36,7 +36,7 @@ def wgrad_bwd(
     One kernel makes both gradients and loads the rows once where both fit its tile; else each pair has its own launch.
     """
     T, F = rows.shape
-    if T == 0 or F == 0:  # the kernel relies on having tokens
+    if T == 0 or F == 0:  # the kernel relies on having tokens, `heights` on having features
         return [rows.new_zeros(parameter.shape, dtype=parameter.dtype) for _, parameter in pairs]
     heights = tuple([parameter.numel() // F for _, parameter in pairs])
     plan = configs.wgrad_plan(T, F, heights, rows.dtype, chip)
