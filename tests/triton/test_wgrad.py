@@ -65,10 +65,17 @@ def test_each_expert_loads_its_own_tokens_and_nothing_else(tokens: int, features
     assert of_tensor(counts, v).loaded == tiles * v.nbytes
 
 
-def test_no_tokens_give_zeros_without_a_kernel(monkeypatch: pytest.MonkeyPatch, watch) -> None:
+@pytest.mark.parametrize("tokens, features", [(0, 40), (20, 0)])
+def test_without_tokens_or_features_no_kernel_runs(
+    tokens: int, features: int, monkeypatch: pytest.MonkeyPatch, watch
+) -> None:
     monkeypatch.setattr(host, "launch", lambda *_, **__: pytest.fail("nothing is to be launched"))
-    pairs = [(torch.empty(0, E, R), torch.empty(E, R, 40)), (torch.empty(0, E), torch.empty(E, 40, dtype=torch.bfloat16))]
-    for (_, parameter), grad in zip(pairs, wgrad_bwd(torch.empty(0, 40), pairs, CHIP, scaling=-0.5), strict=True):
+    pairs = [
+        (torch.empty(tokens, E, R), torch.empty(E, R, features)),
+        (torch.empty(tokens, E), torch.empty(E, features, dtype=torch.bfloat16)),
+    ]
+    grads = wgrad_bwd(torch.empty(tokens, features), pairs, CHIP, scaling=-0.5)
+    for (_, parameter), grad in zip(pairs, grads, strict=True):
         assert (grad.shape, grad.dtype) == (parameter.shape, parameter.dtype)
         assert not grad.any()
 

@@ -36,12 +36,13 @@ def expand_fwd(
     scaling: float = 1.0,
 ) -> None:
     """out = base + scaling * (v factor + dlogits gate_weight)."""
-    (T, F), (chunks, steps) = out.shape, tile.chunks(out.shape[1])
+    T, (experts, R, F) = out.shape[0], factor.shape
+    chunks, steps = tile.chunks(F)
     E = 1 if gate_weight is None else gate_weight.shape[0]
     host.launch(
         _expand_fwd_kernel, (tile.tiles_of(T) * chunks,),
         v, factor, dlogits, gate_weight, base, host.row_stride(base), out, scaling, T, F, steps,
-        ER=factor.shape[0] * factor.shape[1], E=E, **host.dot_constants(v), tile=tile,
+        ER=experts * R, E=E, **host.dot_constants(v), tile=tile,
     )  # fmt: skip
 
 

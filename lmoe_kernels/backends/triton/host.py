@@ -2,6 +2,7 @@
 """Host code that all stages share: the chip, a launch, and the constants of a dot."""
 
 import ctypes
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ from triton.compiler import CompiledKernel
 from lmoe_kernels.backends.triton.plans import Chip, Tile
 
 _SAME_DEVICE = nullcontext()
+_IEEE = {"ACC": tl.float32, "PRECISION": "ieee"}
+_TF32 = {"ACC": tl.float32, "PRECISION": "tf32"}
+_FP64 = {"ACC": tl.float64, "PRECISION": "ieee"}
 # Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in. And
 # where the machine code itself has been read.
 _KEEPS_CODE = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
@@ -85,7 +89,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, tile: 
             _codes[tuple(key)] = _Code(compiled.run, compiled.function, compiled.packed_metadata, tail)
         return
     run, function, metadata, tail = code
-    x, y, z = (*grid, 1, 1)[:3]
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     run(x, y, z, driver.get_current_stream(device), function, metadata, None, None, None, *values, *tail)
 
 
@@ -167,17 +171,17 @@ def accumulator(rows: Tensor) -> torch.dtype:
     return torch.float64 if rows.dtype == torch.float64 else torch.float32
 
 
-def dot_constants(rows: Tensor) -> dict[str, object]:
+def dot_constants(rows: Tensor) -> Mapping[str, object]:
     """How a dot accumulates, and whether it rounds fp32 operands to tf32.
 
     It does so only where the user's flags allow it for PyTorch's own products and the chip supports it: of AMD's chips only
     gfx942 does, and Triton refuses to compile tf32 for the others.
     """
-    tf32 = rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    dtype = rows.dtype
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     if tf32 and (arch := chip_of(rows.device).arch).startswith("gfx"):
         tf32 = arch == "gfx942"
-    acc = tl.float64 if rows.dtype == torch.float64 else tl.float32
-    return {"ACC": acc, "PRECISION": "tf32" if tf32 else "ieee"}
+    return _FP64 if dtype == torch.float64 else _TF32 if tf32 else _IEEE
 
 
 def row_stride(base: Tensor | None) -> int:

@@ -76,9 +76,10 @@ def mix_fwd(
     logits: Tensor | None = None,  # (T, E), written
 ) -> None:
     """Add up the partial sums and blend the experts of every token."""
+    T = v.shape[0]
     host.launch(
-        _mix_fwd_kernel, (tile.tiles_of(u.shape[0]),),
-        u_parts, logit_parts, gate_bias, gate_logits, logits, u, v, u.shape[0],
+        _mix_fwd_kernel, (tile.tiles_of(T),),
+        u_parts, logit_parts, gate_bias, gate_logits, logits, u, v, T,
         SPLITS=1 if u_parts is None else u_parts.shape[0], ACC=host.dot_constants(u)["ACC"], **constants, tile=tile,
     )  # fmt: skip
 

@@ -3,12 +3,12 @@
 
 from dataclasses import astuple, dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from lmoe_kernels.backends.triton.cost import ceil_div
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """What a choice depends on in addition to the call."""
 
     arch: str  # "sm_90", "gfx942", ..., or "interpreter"
@@ -42,8 +42,8 @@ class Tile:
     def chunks(self, features: int) -> tuple[int, int]:
         """In how many chunks of about the same length expand walks over the features, and in how many blocks over each."""
         blocks = ceil_div(features, self.F)
-        chunks = max(1, ceil_div(blocks, max(1, self.chunk // self.F)))
-        steps = max(1, ceil_div(blocks, chunks))
+        chunks = ceil_div(blocks, self.chunk // self.F or 1) or 1
+        steps = ceil_div(blocks, chunks) or 1
         return ceil_div(blocks, steps), steps
 
 

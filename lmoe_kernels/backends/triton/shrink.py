@@ -27,8 +27,9 @@ def shrink_fwd(
     tile: Tile,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial sums of rows factor^T and rows gate_weight^T: (splits, T, E R) and (splits, T, E)."""
-    T, F = rows.shape
-    ER, E = factor.shape[0] * factor.shape[1], 1 if gate_weight is None else gate_weight.shape[0]
+    T = rows.shape[0]
+    experts, R, F = factor.shape
+    ER, E = experts * R, 1 if gate_weight is None else gate_weight.shape[0]
     acc = host.accumulator(rows)
     parts = rows.new_empty(splits, T, ER, dtype=acc)
     gate_parts = None if gate_weight is None else rows.new_empty(splits, T, E, dtype=acc)
