@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "results.json"
+RESULTS = ROOT / "benchmarks" / "results" / "intel-xeon-2-cores" / "results.json"
 WIDTH = 4.8  # inches; an SVG has 72 points to the inch, which a browser shows as 96 pixels
 
 

@@ -28,7 +28,7 @@ PAGES = {path.relative_to(DOCS).as_posix(): path.read_text(encoding="utf-8") for
 GENERATED = {"changelog.md": ROOT / "CHANGELOG.md"}  # by docs/theme/hooks.py
 NAMES = [name for name in lmoe_kernels.__all__ if name != "__version__"]
 HEADINGS = ("Args", "Attributes", "Example", "Raises", "Returns", "Semantics", "Yields")
-RESULTS = json.loads((ROOT / "benchmarks/results/amd-epyc-2-cores/results.json").read_text(encoding="utf-8"))["records"]
+RESULTS = json.loads((ROOT / "benchmarks/results/intel-xeon-2-cores/results.json").read_text(encoding="utf-8"))["records"]
 ROWS = {
     "PEFT, one LoRA": "peft", "PEFT, eight active LoRAs": "peft-all", "X-LoRA's layer, eight LoRAs": "xlora",
     "loop over eight LoRAs (LoRAMoE, HydraLoRA, MoLE)": "loop", "loop over LoRAs": "loop",
@@ -191,6 +191,19 @@ def test_performance_table_is_that_of_the_results() -> None:
         assert figures == [over_frozen(ROWS[label], phase, dtype=dtype, tokens=tokens) for phase, dtype, tokens in columns]
 
 
+def test_table_over_tokens_is_that_of_the_results() -> None:
+    table = cells("| eager / `torch` | T=1")
+    assert len(table) == 6
+    for label, figures in table.items():
+        dtype, phase = label.split(", ")
+        shown = {"fp32": "float32", "bf16": "bfloat16"}[dtype], phase.replace("both", "forward+backward")
+        expected = [
+            " / ".join(over_frozen(row, shown[1], dtype=shown[0], tokens=tokens) for row in ("eager", "torch"))
+            for tokens in (1, 16, 64, 1024)
+        ]
+        assert figures == expected, label
+
+
 def test_table_over_experts_is_that_of_the_results() -> None:
     table = cells("| experts | 1")
     assert len(table) == 3
@@ -212,4 +225,4 @@ def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
         assert not elsewhere.search(page.read_text(encoding="utf-8")), page
     mathematics = (tmp_path / "site" / "mathematics" / "index.html").read_text(encoding="utf-8")
     assert mathematics.count('<svg role="img"') == PAGES["mathematics.md"].count("$$") / 2
-    assert (tmp_path / "site" / "results" / "amd-epyc-2-cores" / "peers.png").is_file()
+    assert (tmp_path / "site" / "results" / "intel-xeon-2-cores" / "peers.png").is_file()
