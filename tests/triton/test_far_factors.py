@@ -36,6 +36,7 @@ def _unwritten_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return untouched(torch.Size(size if isinstance(size[0], int) else size[0]), dtype or self.dtype)
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch, "empty_like", lambda like: untouched(tuple(like.shape), like.dtype))
 
 
 @pytest.fixture(autouse=True)
