@@ -197,7 +197,7 @@ def line_of(launch: Launch, arch: str) -> dict[str, object]:
     line: dict[str, object] = {
         "triton": triton.__version__,
         "kernel": launch.kernel,
-        "config": {name: value for name, value in launch.constants if isinstance(value, int)}
+        "config": {name: value for name, value in launch.constants if isinstance(value, int | str)}
         | {"types": " ".join(launch.arguments)}
         | launch.tile.blocks()
         | {"warps": launch.tile.warps, "stages": launch.tile.stages},
