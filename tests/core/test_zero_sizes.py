@@ -26,8 +26,9 @@ def _compare(case: Case, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize("empty", EMPTY, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_forward_and_backward(kind: dict, empty: dict, backend: str, watch) -> None:
-    _compare(Case(**kind | empty), torch.float32, backend)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_forward_and_backward(dtype: torch.dtype, kind: dict, empty: dict, backend: str, watch) -> None:
+    _compare(Case(**kind | empty), dtype, backend)
 
 
 @pytest.mark.parametrize("empty", EMPTY, ids=str)

@@ -31,8 +31,11 @@ def shrink_fwd(
     experts, R, F = factor.shape
     ER, E = experts * R, 1 if gate_weight is None else gate_weight.shape[0]
     acc = host.accumulator(rows)
-    parts = rows.new_empty(splits, T, ER, dtype=acc)
-    gate_parts = None if gate_weight is None else rows.new_empty(splits, T, E, dtype=acc)
+    new = rows.new_zeros if F == 0 else rows.new_empty
+    parts = new(splits, T, ER, dtype=acc)
+    gate_parts = None if gate_weight is None else new(splits, T, E, dtype=acc)
+    if F == 0:  # the kernel relies on having features
+        return parts, gate_parts
     features_of_split = ceil_div(F, splits * tile.F) * tile.F
     host.launch(
         _shrink_fwd_kernel, (tile.tiles_of(T), ceil_div(ER, tile.ER), splits),
