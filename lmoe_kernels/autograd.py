@@ -82,8 +82,9 @@ def _backward(
     ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    lora_b, u = saved[2], saved[8]
     # dy is None if the loss depends only on the router logits
-    grad_y: Tensor = saved[8].new_zeros(saved[8].shape[0], saved[2].shape[2]) if dy is None else dy
+    grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
     grads: tuple[Tensor | None, ...] = (None,) * len(ctx.wanted)
     if any(ctx.wanted):
         grads = op(grad_y, dlogits, *saved, ctx.wanted, ctx.backend, ctx.options)

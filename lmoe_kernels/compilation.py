@@ -121,7 +121,7 @@ def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: boo
             must = f"have dtype {dtype} like the activations, or torch.float32"
             fail("warmup", f"{name}.{key}".strip("."), must, parameter.dtype, TypeError)
     trained = [key in given and given[key].requires_grad for key in Factors._fields]
-    options: Any = (float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
+    options = Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
     experts_of_a = 1 if layer.shared_a else layer.num_experts
     return _Kind(
         layer.lora_a.device,
@@ -131,7 +131,7 @@ def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: boo
             dtype,
             tuple(given[key].dtype if key in given else None for key in Factors._fields),
             2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
-            Options(*options),
+            options,
             layer.output_router_logits,
             Wanted(any(trained), *trained) if backward else Wanted(*[False] * len(Wanted._fields)),
         ),

@@ -190,7 +190,8 @@ class LMoELinear(nn.Module):
         self.in_features, self.out_features = features
         self.num_experts, self.rank = config.num_experts, config.rank
         self.alpha, self.scaling = alpha, alpha / config.rank
-        self.mixing, self.top_k, self.renormalize = config.mixing, config.top_k, config.renormalize
+        self.mixing: Mixing = config.mixing
+        self.top_k, self.renormalize = config.top_k, config.renormalize
         self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
         self.output_router_logits, self.backend = config.output_router_logits, config.backend
         self.router_logits: Tensor | None = None

@@ -213,8 +213,7 @@ def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Sa
     What torch.compile traces must not depend on the backend, which is chosen later.
     """
     if saved.route is None and options.top_k is not None and options.may_group(sizes := factors.sizes(x.shape[0])):
-        shape = options.kept(sizes.E), 2 * sizes.T + sizes.E + 1
-        saved = saved._replace(route=x.new_empty(shape, dtype=torch.int32))
+        saved = saved._replace(route=x.new_empty(options.route_shape(sizes), dtype=torch.int32))
     if saved.cast is None and (size := casting.cast_size(factors, x.dtype)) > 0:
         saved = saved._replace(cast=x.new_empty(size))
     return saved

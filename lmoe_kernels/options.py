@@ -57,6 +57,10 @@ class Options(NamedTuple):
         """
         return 2 * self.kept(sizes.E) < sizes.E == sizes.experts_of_a and sizes.E * sizes.R > 256
 
+    def route_shape(self, sizes: "Sizes") -> tuple[int, int]:
+        """The shape (K, 2 T + E + 1) of `Saved.route`, where tokens are grouped."""
+        return self.kept(sizes.E), 2 * sizes.T + sizes.E + 1
+
 
 class Sizes(NamedTuple):
     """The sizes of a call: T tokens, I in_features, O out_features, E experts, R rank."""

@@ -21,8 +21,8 @@ _SAME_DEVICE = nullcontext()
 _IEEE = {"ACC": tl.float32, "PRECISION": "ieee"}
 _TF32 = {"ACC": tl.float32, "PRECISION": "tf32"}
 _FP64 = {"ACC": tl.float64, "PRECISION": "ieee"}
-# Where it is known by what Triton chooses machine code: for AMD also by the size of the memory that an argument lies in. And
-# where the machine code itself has been read.
+# The versions whose rules for choosing machine code are known, and whose machine code has been read. For AMD, Triton also
+# looks at the size of the memory that an argument lies in, so that launches there go Triton's own way.
 _KEEPS_CODE = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
 
 

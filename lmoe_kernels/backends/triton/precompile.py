@@ -5,7 +5,8 @@ Which kernels a call needs is recorded by Triton itself: the call is made on met
 `warmup` that a hook ends before it compiles. The hook is given what `JITFunction.preload` compiles in another process, under
 the key that a launch looks for. Both are public in Triton 3.6 and 3.7.
 
-Neither the recording nor the compiling needs a GPU: the processes take the chip from this one.
+Neither the recording nor the compiling needs a GPU: the processes take the chip from this one. Jobs and results are pickled
+only between a program and the processes that it has started; nothing is read from a file.
 """
 
 import os

@@ -53,7 +53,7 @@ def route_fwd(
     tokens_of_tile = block_of(ceil_div(T, MOST_TILES), least=tile.T, most=1 << 30)
     tiles = max(1, ceil_div(T, tokens_of_tile))  # without tokens one tile still writes the bounds
     gates = rows.new_empty(K, T, dtype=host.accumulator(rows))
-    route = rows.new_empty(K, 2 * T + E + 1, dtype=torch.int32)
+    route = rows.new_empty(options.route_shape(sizes), dtype=torch.int32)
     counts = rows.new_empty(K, tiles, E, dtype=torch.int32)
     host.launch(
         _route_fwd_kernel, (tiles,),
