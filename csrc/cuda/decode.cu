@@ -6,6 +6,8 @@
 
 namespace lmoe {
 
+const void* decode_kernel() { return reinterpret_cast<const void*>(decode_fwd_kernel<float>); }
+
 void decode(const DecodeParams& p, int device, void* queue) {
     if (p.T == 0 || p.O == 0) return;
     const DeviceGuard guard(device);

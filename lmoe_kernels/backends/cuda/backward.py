@@ -34,7 +34,7 @@ def backward(
     if wanted.x or wanted.lora_a or wanted.gate:
         dv, du_dlogits = torch.empty_like(v), dy.new_empty(T, padded(du_columns + dlogits_columns))
     device, stream = extension.queue(dy)
-    parts = shrink_parts(T, O, extension.processors(device))
+    parts = shrink_parts(T, O, extension.device_of(device).processors)
     splits = wgrad_splits(T, E * R, min(I, O))
     partial = dy.new_empty(_partial_sums(sizes, parts, splits, du_columns + dlogits_columns), dtype=torch.float32)
     dlogits_in = None if dlogits_in is None else dlogits_in.float()

@@ -4,10 +4,13 @@
 from functools import cache
 from typing import NamedTuple
 
+from lmoe_kernels.backends.cuda.extension import Device
+
 BLOCK_T, BLOCK_C, BLOCK_F = 64, 64, 128  # as in csrc/cuda/stages.cuh
 STEP_BYTES = 64  # bytes of an operand's row in one pipeline step: csrc/cuda/tiles.cuh
 ONE_PASS_STAGES = 59392  # shared memory of the one-pass forward's products, in bytes: csrc/cuda/forward.cuh
 ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
+STAGES_SMEM = 57344  # the largest kernel of the other forward and of the backward, in bytes: csrc/cuda/stages.cuh
 DECODE_TOKENS = 64
 DECODE_WARPS, TOKEN_GROUP, WARP_FEATURES = 8, 8, 256  # as in csrc/cuda/decode.cuh
 DECODE_SMEM = 96 << 10  # the same, less a reserve for what the system keeps
@@ -82,18 +85,21 @@ class DecodePlan(NamedTuple):
 @cache
 def decode_plan(
     tokens: int, in_features: int, out_features: int, experts: int, experts_of_a: int, rank: int, has_gate: bool, size: int,
-    processors: int,
+    device: Device,
 ) -> DecodePlan | None:  # fmt: skip
     """The plan for one block on each processor, or None where the other paths must take the call.
+
+    A device without cooperative launches has no barrier of the grid, so decode cannot run there.
 
     Expected: every block gets one tile of columns, so that the copies of all of lora_b start before the grid's barrier; x is
     cut into as few chunks as keep all warps busy, since each chunk adds one partial sum.
     """
-    if tokens > DECODE_TOKENS or out_features == 0:
+    if tokens > DECODE_TOKENS or out_features == 0 or not device.cooperative:
         return None
+    processors, most = device.processors, min(DECODE_SMEM, device.shared_memory_a_block)
     columns = experts_of_a * rank + (experts if has_gate else 0)  # of u and the logits
     column_tile = padded(max(16, ceil_div(out_features, processors)))
-    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > DECODE_SMEM:
+    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > most:
         if column_tile <= 16:
             return None
         column_tile = padded(column_tile // 2)

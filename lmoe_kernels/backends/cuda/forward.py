@@ -28,9 +28,10 @@ def forward(
     factors, cast = cast_factors(factors, x.dtype) if save else CastFactors(factors, None)
     library = extension.library()
     device, stream = extension.queue(x)
-    element_size, processors = x.element_size(), extension.processors(device)
-    plan = decode_plan(T, I, O, E, experts_of_a, R, has_gate, element_size, processors)
-    smem = 0 if plan is not None else one_pass_smem(T, E, R, element_size, processors)
+    element_size, chip = x.element_size(), extension.device_of(device)
+    plan = decode_plan(T, I, O, E, experts_of_a, R, has_gate, element_size, chip)
+    smem = 0 if plan is not None else one_pass_smem(T, E, R, element_size, chip.processors)
+    smem = smem if smem <= chip.shared_memory_a_block else 0
     staged = plan is None and smem == 0
     y = x.new_empty(T, O)
     u = logits = None
@@ -46,7 +47,7 @@ def forward(
         params.set_plan(partial, *plan)
         library.decode(params, device, stream)
     elif staged:
-        parts = shrink_parts(T, I, processors)
+        parts = shrink_parts(T, I, chip.processors)
         v = x.new_empty(T, padded(E * R))
         gates = x.new_empty(T, E, dtype=torch.float32)
         partial = x.new_empty(parts if parts > 1 else 0, T, columns, dtype=torch.float32)
