@@ -43,8 +43,8 @@ def forward(
     params.set_problem(options, factors, x, base, logits, u, y)
     columns = experts_of_a * R + (E if has_gate else 0)
     if plan is not None:
-        partial = x.new_empty(plan.chunks, T, columns, dtype=torch.float32)
-        params.set_plan(partial, *plan)
+        totals = x.new_empty(T, columns, dtype=torch.float32)
+        params.set_plan(totals, *plan)
         library.decode(params, device, stream)
     elif staged:
         parts = shrink_parts(T, I, chip.processors)
