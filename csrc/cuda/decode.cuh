@@ -7,7 +7,7 @@
 // starts before the barrier. Every weight is read from global memory once.
 #pragma once
 
-#include "stages.cuh"
+#include "gates.cuh"
 
 namespace lmoe {
 

@@ -37,7 +37,7 @@ def recorded(library: ModuleType) -> Iterator[list[Launch]]:
     yield launches
     first = ctypes.POINTER(_Record)()
     for record in first[: control.emu_launches(ctypes.byref(first))]:
-        name = "cooperative" if record.kernel is None else record.kernel.decode().removesuffix("<S>")
+        name = "cooperative" if record.kernel is None else record.kernel.decode().strip("(").split("<")[0]
         launches.append(Launch(name, record.device, record.stream or 0, record.shared_bytes))
 
 
