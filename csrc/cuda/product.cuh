@@ -61,7 +61,12 @@ class Copies {
 public:
     // The copies for rows of the product from `start` on and for sums over [k, last_k).
     __device__ __forceinline__ Copies(const Matrix& m, int64_t start, int64_t k, int64_t last_k)
-        : m_(m), start_(start), k_(k), last_k_(last_k), fast_(is_fast(m)), to_(T::at(row(), column())) {
+        : m_(m),
+          start_(start),
+          k_(k),
+          last_k_(K_ALONG_ROW ? last_k : smaller(last_k, m.rows)),
+          fast_(is_fast(m)),
+          to_(T::at(row(), column())) {
         if (fast_) point();
         if (!IN_TWO_BUFFERS || m.second == nullptr) return;
         jump_ = static_cast<const char*>(m.second) - static_cast<const char*>(m.first) - m.split * m.stride * SIZE;
