@@ -111,8 +111,9 @@ struct ExpandParams {
 };
 
 struct WgradParams {
-    Matrix coefficients;  // (T, C)
+    Matrix coefficients;  // (T, C), and columns without a meaning up to whole vectors
     Matrix tokens;        // (T, F)
+    int64_t count;        // C
     void* first;          // (split, F): the gradient of the first `split` coefficients
     void* second;         // (C - split, F): that of the others
     int64_t split;

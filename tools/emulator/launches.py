@@ -50,7 +50,7 @@ def recorded(library: ModuleType) -> Iterator[Calls]:
     yield calls
     first = ctypes.POINTER(_Record)()
     for record in first[: control.emu_launches(ctypes.byref(first))]:
-        name = "cooperative" if record.kernel is None else record.kernel.decode().removesuffix("<S>")
+        name = "cooperative" if record.kernel is None else record.kernel.decode().strip("(").split("<")[0]
         calls.launches.append(Launch(name, record.device, record.stream or 0, record.shared_bytes))
     calls.attributes = control.emu_attribute_calls()
 

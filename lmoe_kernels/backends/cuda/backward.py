@@ -34,8 +34,9 @@ def backward(
     if wanted.x or wanted.lora_a or wanted.gate:
         dv, du_dlogits = torch.empty_like(v), dy.new_empty(T, padded(du_columns + dlogits_columns))
     device, stream = extension.queue(dy)
-    parts = shrink_parts(T, O, extension.device_of(device).processors)
-    splits = wgrad_splits(T, E * R, min(I, O))
+    processors, element_size = extension.device_of(device).processors, dy.element_size()
+    parts = shrink_parts(T, E * R, O, element_size, processors)
+    splits = wgrad_splits(T, E * R, min(I, O), element_size, processors)
     partial = dy.new_empty(_partial_sums(sizes, parts, splits, du_columns + dlogits_columns), dtype=torch.float32)
     dlogits_in = None if dlogits_in is None else dlogits_in.float()
 
@@ -63,6 +64,6 @@ def _allocate(dy: Tensor, in_features: int, factors: Factors, wanted: Wanted) ->
 def _partial_sums(sizes: Sizes, parts: int, splits: int, columns: int) -> int:
     """How many partial sums the largest of the split products has: dv, the weight gradients over x, and that over dy."""
     T, I, O, E, R, _ = sizes  # noqa: E741
-    dv = parts * T * E * R if parts > 1 else 0
+    dv = parts * T * E * R
     weights = splits * max(columns * I, E * R * O) if splits > 1 else 0
     return max(dv, weights)

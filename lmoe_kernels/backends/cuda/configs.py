@@ -6,14 +6,20 @@ from typing import NamedTuple
 
 from lmoe_kernels.backends.cuda.extension import Device
 
-BLOCK_T, BLOCK_C, BLOCK_F = 64, 64, 128  # as in csrc/cuda/stages.cuh
-STEP_BYTES = 64  # bytes of an operand's row in one pipeline step: csrc/cuda/tiles.cuh
-ONE_PASS_STAGES = 59392  # shared memory of the one-pass forward's products, in bytes: csrc/cuda/forward.cuh
+BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/product.cuh
+STEP_BYTES = 128  # bytes of an operand's row in one pipeline step: the same
+PRODUCT_COLUMNS = (64, 128, 144)  # columns of a product's tile: with_columns in csrc/cuda/launch.cuh
 ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
-STAGES_SMEM = 57344  # the largest kernel of the other forward and of the backward, in bytes: csrc/cuda/stages.cuh
+STAGES_SMEM = 78336  # the largest kernel of the other forward and of the backward, in bytes
 DECODE_TOKENS = 16  # at most, as in csrc/cuda/decode.cuh, like the next line
 DECODE_WARPS, WARP_FEATURES, BATCH_FEATURES = 8, 256, 1024  # features of one load of a warp; of all that are on the way
 DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the system keeps
+
+
+# Cycles of a processor, by `python -m benchmarks.model` for sm_90 (2026-11): a model, not a measurement.
+STEP_CYCLES = 1000  # of a pipeline step: of the tensor cores, or of the latency of its copies if a block is alone
+SUM_CYCLES = 80  # a partial sum that a thread adds, one after the other
+SUM_BYTES = 2900  # bytes of partial sums that the L2 moves in a cycle
 
 
 def ceil_div(value: int, divisor: int) -> int:
@@ -26,49 +32,58 @@ def padded(columns: int) -> int:
     return _multiple(columns, 8)
 
 
-def wgrad_splits(tokens: int, coefficients: int, features: int) -> int:
-    """Split-K factor of wgrad, which sums over the tokens.
+def product_columns(columns: int) -> int:
+    """Columns of the tiles that cover so many columns of a product: few tiles, then little waste."""
+    small, middle, large = PRODUCT_COLUMNS
+    if columns <= small:
+        return small
+    return middle if ceil_div(columns, middle) == ceil_div(columns, large) else large
 
-    Expected: enough blocks for two on each of about 132 processors, and at least 512 tokens in each part, since the partial
-    sums of every part are written and read once in fp32.
+
+@cache
+def wgrad_splits(tokens: int, coefficients: int, features: int, size: int, processors: int) -> int:
+    """Split-K factor of wgrad, which sums over the tokens."""
+    tiles = ceil_div(features, BLOCK) * ceil_div(coefficients, product_columns(coefficients))
+    return _cheapest_split(tiles, ceil_div(tokens * size, STEP_BYTES), coefficients * features, processors)
+
+
+@cache
+def shrink_parts(tokens: int, columns: int, features: int, size: int, processors: int) -> int:
+    """Split-K factor of shrink, which sums over the features of x in the forward and of dy in the backward."""
+    tiles = ceil_div(tokens, BLOCK) * ceil_div(columns, product_columns(columns))
+    return _cheapest_split(tiles, ceil_div(features * size, STEP_BYTES), tokens * columns, processors)
+
+
+def _cheapest_split(tiles: int, steps: int, sums: int, processors: int) -> int:
+    """In how many parts to split a sum of so many pipeline steps, for `sums` numbers in so many tiles.
+
+    More parts occupy more processors; but each one writes and reads its partial sums, 8 bytes a number, and they are added
+    one after the other.
     """
-    blocks = ceil_div(coefficients, BLOCK_C) * ceil_div(features, BLOCK_F)
-    return max(1, min(264 // max(blocks, 1), tokens // 512))
+
+    def cycles(parts: int) -> float:
+        blocks_a_processor = ceil_div(tiles * parts, processors)
+        product = blocks_a_processor * ceil_div(steps, parts) * STEP_CYCLES
+        return product + parts * (SUM_CYCLES + 8 * sums / SUM_BYTES)
+
+    return min(range(1, max(steps, 1) + 1), key=cycles)
 
 
-def shrink_parts(tokens: int, features: int, processors: int) -> int:
-    """Split-K factor of shrink, which sums over the features of x in the forward and of dy in the backward.
-
-    A block computes 64 tokens, so few tokens leave most processors idle. Expected: a block on each of them is worth the
-    partial sums, 8 bytes for each column, token and part against 2 for each feature and token (13 % a part at E = 8, R = 16
-    and 4096 features, and in the L2 with so few tokens), and worth a second kernel that reduces them, four tokens a block.
-    Reducing them in the last block of each tile instead would make that block alone read 35 KB of every part. A part of
-    less than 512 features, 16 pipeline steps, costs more to reduce than it saves: 64 tokens of 4096 features take 128 steps
-    in sequence unsplit, and 16 in eight parts.
-    """
-    return max(1, min(_parts_that_fill(tokens, processors), features // 512))
-
-
-def _parts_that_fill(tokens: int, processors: int) -> int:
-    """Processors for each tile of tokens, rounded: one where tiles fill more than two thirds of the processors."""
-    tiles = max(1, ceil_div(tokens, BLOCK_T))
-    return (2 * processors + tiles) // (2 * tiles)
-
-
-def one_pass_smem(tokens: int, experts: int, rank: int, size: int, processors: int) -> int:
+def one_pass_smem(tokens: int, experts: int, rank: int, columns: int, size: int, processors: int) -> int:
     """Shared memory in bytes of a block of the one-pass forward, or 0 where the forward runs stage by stage.
 
-    One pass saves the traffic of v (in bf16 2 E R bytes a token, written once and read for every 128 columns of y: at E = 8,
-    R = 16 a third of what expand reads from the L2), one or two launches, and three workspaces. Expected: it is faster where
-    tiles of tokens fill the GPU, because one block does all the work of a tile, from x to y. With tiles for up to two thirds
-    of the processors the stages are faster: shrink is split, and expand has a block for every 128 columns. At E = 8, R = 16
-    in bf16 a block takes 78 KB: two fit the 164 KB of a processor of sm_80 and the 228 KB of sm_90, one fits the 100 KB of
-    sm_120.
+    `columns` are those of u and a gate's logits. One pass saves partial sums, the traffic of v, two launches and three
+    workspaces. Expected: it is faster where tiles of tokens fill two thirds of the GPU, because one block does all the work
+    of a tile, from x to y. With fewer tiles the stages are faster: shrink is split, and expand has a block for every tile of
+    features.
     """
-    if _parts_that_fill(tokens, processors) > 1:
+    if columns > PRODUCT_COLUMNS[-1] or 3 * ceil_div(tokens, BLOCK) <= 2 * processors:
         return 0
-    v = BLOCK_T * _multiple(experts * rank * size, STEP_BYTES)
-    smem = ONE_PASS_STAGES + v + 2 * BLOCK_T * experts * 4  # the last term: logits and gates in fp32
+    step = STEP_BYTES // size
+    row = STEP_BYTES + 16  # of a tile in shared memory
+    shrink = 2 * (BLOCK + product_columns(columns)) * row
+    v = 2 * step * (BLOCK * size + 16) + ceil_div(experts * rank, step) * BLOCK * row
+    smem = max(shrink, v) + 2 * BLOCK * experts * 4  # the last term: logits and gates in fp32
     return smem if smem <= ONE_PASS_SMEM else 0
 
 

@@ -25,14 +25,16 @@ def forward(
     """The delta, added to `base`; see `lmoe_kernels.reference.forward` for the contract."""
     sizes, has_gate = factors.sizes(x.shape[0]), factors.gate_logits is None
     T, I, O, E, R, experts_of_a = sizes  # noqa: E741
-    factors, cast = cast_factors(factors, x.dtype) if save else CastFactors(factors, None)
     library = extension.library()
     device, stream = extension.queue(x)
     element_size, chip = x.element_size(), extension.device_of(device)
     plan = decode_plan(T, I, O, E, experts_of_a, R, has_gate, element_size, chip)
-    smem = 0 if plan is not None else one_pass_smem(T, E, R, element_size, chip.processors)
+    columns = experts_of_a * R + (E if has_gate else 0)
+    smem = 0 if plan is not None else one_pass_smem(T, E, R, columns, element_size, chip.processors)
     smem = smem if smem <= chip.shared_memory_a_block else 0
     staged = plan is None and smem == 0
+    # decode reads every factor once, and alone can read fp32 as fast as 16 bits
+    factors, cast = CastFactors(factors, None) if plan is not None and not save else cast_factors(factors, x.dtype)
     y = x.new_empty(T, O)
     u = logits = None
     if save or staged:
@@ -41,16 +43,15 @@ def forward(
 
     params = (library.ForwardParams if plan is None else library.DecodeParams)(extension.DTYPES[x.dtype], sizes)
     params.set_problem(options, factors, x, base, logits, u, y)
-    columns = experts_of_a * R + (E if has_gate else 0)
     if plan is not None:
         totals = x.new_empty(T, columns, dtype=torch.float32)
         params.set_plan(totals, *plan)
         library.decode(params, device, stream)
     elif staged:
-        parts = shrink_parts(T, I, chip.processors)
+        parts = shrink_parts(T, columns, I, element_size, chip.processors)
         v = x.new_empty(T, padded(E * R))
         gates = x.new_empty(T, E, dtype=torch.float32)
-        partial = x.new_empty(parts if parts > 1 else 0, T, columns, dtype=torch.float32)
+        partial = x.new_empty(parts, T, columns, dtype=torch.float32)
         params.set_workspaces(v, gates, partial, parts)
         library.forward(params, device, stream)
     else:

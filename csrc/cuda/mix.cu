@@ -1,26 +1,46 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward: shrink of dy and the backward of mix, in one kernel or as a split shrink and a mix kernel; then expand, for dx;
-// and the weight gradients.
+// Mix, forward and backward: reduces the partial sums of shrink, then everything that is done token by token.
 //
-//     dv[t,e,r] = scaling * sum_o dy[t,o] lora_b[e,r,o]                                        shrink
-//     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh                mix
+//     gates = softmax(logits);   h[t,r] = sum_e gates[t,e] u[t,e,r];   v[t,e,r] = gates[t,e] h[t,r]
+//
+//     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh
 //     outputs: dgates = <dv, u>;  du = gates dv
-//     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in                           dgates of dropped experts: 0
-//     dx = [du, dlogits] [lora_a; gate_weight]                                                 expand
-//     [dlora_a; dgate_weight] = [du, dlogits]^T x                                              wgrad
-//     dlora_b = scaling * v^T dy                                                               wgrad
-#pragma once
+//     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in          dgates of dropped experts: 0
+#include "gates.cuh"
 
-#include "stages.cuh"
+#include "launch.cuh"
 
 namespace lmoe {
 
-template <class S>
-using Wgrad = Product<S, BLOCK_C, BLOCK_F, 2, false, false>;
+constexpr int MIX_T = 4, MIX_THREADS = 128;  // tokens and threads of a block
 
+// store(t, column, sum) for some tokens: reduces the partial sums of a split shrink, in a fixed order.
+template <class Store>
+__device__ __forceinline__ void sum_parts(const ForwardParams& p, int64_t t0, int tokens, int columns, Store store) {
+    for (int i = threadIdx.x; i < tokens * columns; i += MIX_THREADS) {
+        float sum = 0.f;
+        for (int64_t part = 0; part < p.shrink_parts; ++part) sum += p.partial[(part * p.T + t0) * columns + i];
+        store(t0 + i / columns, i % columns, sum);
+    }
+    __syncthreads();  // the whole block sees what was stored
+}
+
+// The gates of some tokens, from the logits in global memory into scratch.
 template <class S>
-__host__ __device__ inline Matrix dy_of(const BackwardParams& p) {
-    return matrix<S>(p.dy.data, false, p.T, p.O, p.dy.stride);
+__device__ __forceinline__ void gates_of_tokens(const ForwardParams& p, int64_t t0, int tokens) {
+    gate_softmax<S>(p, p.logits, t0 * p.E, p.scratch + t0 * p.scratch_stride, p.scratch_stride, tokens);
+}
+
+// v of some tokens, from u and the logits in global memory.
+template <class S>
+__device__ __forceinline__ void mix_tokens(const ForwardParams& p, int64_t t0, int tokens) {
+    const int R = static_cast<int>(p.R);
+    gates_of_tokens<S>(p, t0, tokens);
+    for (int i = threadIdx.x; i < tokens * R; i += MIX_THREADS) {
+        const int64_t t = t0 + i / R;
+        const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
+        mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v.data) + t * p.v.stride, i % R);
+    }
 }
 
 // The columns of one token's row of scratch, in fp32.
@@ -105,16 +125,16 @@ __device__ __forceinline__ void mix_tokens_bwd(const BackwardParams& p, int64_t 
     if (p.dv == nullptr) return mix_tokens<S>(p, t0, tokens);
     const int E = static_cast<int>(p.E), R = static_cast<int>(p.R);  // in 32 bits: a 64-bit division is a function call
     gates_of_tokens<S>(p, t0, tokens);
-    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+    for (int i = threadIdx.x; i < tokens * R; i += MIX_THREADS) {
         const int64_t t = t0 + i / R, r = i % R;
         const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
         const float h = mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v.data) + t * p.v.stride, r);
         mix_bwd<S>(p, t, r, h, static_cast<const S*>(p.dv) + t * p.v.stride + r);
     }
     __syncthreads();  // all threads see h and dh in scratch
-    for (int i = threadIdx.x; i < tokens * E; i += THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
+    for (int i = threadIdx.x; i < tokens * E; i += MIX_THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
     __syncthreads();  // all threads see dgates in scratch
-    for (int i = threadIdx.x; i < tokens; i += THREADS) softmax_bwd<S>(p, t0 + i);
+    for (int i = threadIdx.x; i < tokens; i += MIX_THREADS) softmax_bwd<S>(p, t0 + i);
 }
 
 template <class S>
@@ -122,20 +142,19 @@ __device__ __forceinline__ void store_dv(const BackwardParams& p, int64_t t, int
     static_cast<S*>(p.dv)[t * p.v.stride + column] = from_float<S>(p.scaling * value);
 }
 
-// A block computes dv of BLOCK_T tokens and everything up to du and dlogits. Its registers are limited as those of
-// shrink_fwd_kernel.
+// A block reduces the partial sums of MIX_T tokens to u and the logits, then computes v.
 template <class S>
-__global__ void __launch_bounds__(THREADS, sizeof(S) == 4 ? 2 : 3) shrink_bwd_kernel(BackwardParams p) {
-    DYNAMIC_SMEM(smem);
-    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_T;
-    shrink<S>(smem, dy_of<S>(p), t0, b_of<S>(p), 0, p.O,
-              [&](int64_t t, int64_t column, float value) { store_dv<S>(p, t, column, value); });
-    mix_tokens_bwd<S>(p, t0, static_cast<int>(smaller(BLOCK_T, p.T - t0)));
+__global__ void __launch_bounds__(MIX_THREADS) mix_fwd_kernel(ForwardParams p) {
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * MIX_T;
+    const int tokens = static_cast<int>(smaller(MIX_T, p.T - t0));
+    const int columns = static_cast<int>(p.experts_of_a * p.R + (p.gate_weight.data != nullptr ? p.E : 0));
+    sum_parts(p, t0, tokens, columns, [&](int64_t t, int64_t column, float sum) { save_projection<S>(p, t, column, sum); });
+    mix_tokens<S>(p, t0, tokens);
 }
 
 // A block reduces the partial sums of MIX_T tokens to dv, unless it is null, then computes everything up to du and dlogits.
 template <class S>
-__global__ void __launch_bounds__(THREADS, 4) mix_bwd_kernel(BackwardParams p) {
+__global__ void __launch_bounds__(MIX_THREADS) mix_bwd_kernel(BackwardParams p) {
     const int64_t t0 = static_cast<int64_t>(blockIdx.x) * MIX_T;
     const int tokens = static_cast<int>(smaller(MIX_T, p.T - t0));
     if (p.dv != nullptr) {
@@ -145,45 +164,18 @@ __global__ void __launch_bounds__(THREADS, 4) mix_bwd_kernel(BackwardParams p) {
     mix_tokens_bwd<S>(p, t0, tokens);
 }
 
-template <class S>
-__device__ __forceinline__ void store_wgrad(const WgradParams& p, int64_t c, int64_t f, float value) {
-    const int64_t F = p.tokens.columns;
-    if (c < p.split) {
-        store<S>(p.first, c * F + f, p.first_fp32, p.scaling * value);
-    } else {
-        store<S>(p.second, (c - p.split) * F + f, p.second_fp32, p.scaling * value);
-    }
-}
-
-// scaling * sum_t coefficients[t,c] tokens[t,f], to the gradients; or a partial sum over the tokens of one split.
-template <class S>
-__global__ void __launch_bounds__(THREADS) wgrad_bwd_kernel(WgradParams p) {
-    DYNAMIC_SMEM(smem);
-    const int64_t f0 = static_cast<int64_t>(blockIdx.x) * BLOCK_F, c0 = static_cast<int64_t>(blockIdx.y) * BLOCK_C;
-    const int64_t C = p.coefficients.columns, F = p.tokens.columns;
-    const int64_t first_t = blockIdx.z * p.tokens_a_split, last_t = smaller(first_t + p.tokens_a_split, p.tokens.rows);
-    const float* tile = Wgrad<S>::run(smem, p.coefficients, c0, p.tokens, f0, first_t, last_t);
-
-    Wgrad<S>::for_each(tile, [&](int row, int col, float value) {
-        const int64_t c = c0 + row, f = f0 + col;
-        if (c >= C || f >= F) return;
-        if (p.partial == nullptr) {
-            store_wgrad<S>(p, c, f, value);
-        } else {
-            p.partial[(blockIdx.z * C + c) * F + f] = value;
-        }
+void mix_fwd(const ForwardParams& p, cudaStream_t stream) {
+    with_dtype(p.dtype, [&](auto scalar) {
+        LAUNCH(mix_fwd_kernel<decltype(scalar)>, dim3(tiles(p.T, MIX_T)), dim3(MIX_THREADS), 0, stream, p);
     });
+    check_launch("mix_fwd_kernel");
 }
 
-// Reduces the partial sums of a split wgrad, in the order of the tokens.
-template <class S>
-__global__ void __launch_bounds__(THREADS) wgrad_sum_bwd_kernel(WgradParams p) {
-    const int64_t C = p.coefficients.columns, F = p.tokens.columns, c = blockIdx.x;
-    const int64_t f = static_cast<int64_t>(blockIdx.y) * THREADS + threadIdx.x;
-    if (f >= F) return;
-    float sum = 0.f;
-    for (int64_t split = 0; split < p.splits; ++split) sum += p.partial[(split * C + c) * F + f];
-    store_wgrad<S>(p, c, f, sum);
+void mix_bwd(const BackwardParams& p, cudaStream_t stream) {
+    with_dtype(p.dtype, [&](auto scalar) {
+        LAUNCH(mix_bwd_kernel<decltype(scalar)>, dim3(tiles(p.T, MIX_T)), dim3(MIX_THREADS), 0, stream, p);
+    });
+    check_launch("mix_bwd_kernel");
 }
 
 }  // namespace lmoe

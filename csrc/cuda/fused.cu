@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// All of a forward in one kernel: a block computes BLOCK_EXTENT tokens from x to y, and everything in between stays in its
+// shared memory. u and the logits are also written to global memory if they are saved for the backward.
+#include "expand.cuh"
+#include "gates.cuh"
+
+#include "launch.cuh"
+
+namespace lmoe {
+
+// Byte offsets in shared memory. Its beginning holds the stages of shrink, then those of expand and v.
+template <class S, int COLS>
+struct FusedLayout {
+    using Shrink = Product<S, COLS, true, true>;
+    using V = typename Expand<S>::P;
+    int64_t v, logits, gates, bytes;
+
+    static __host__ __device__ FusedLayout of(int64_t E, int64_t R) {
+        FusedLayout at = {};
+        at.v = STAGES * Expand<S>::Q::T::BYTES;  // (BLOCK_EXTENT, E R), whole pipeline steps; holds u until mix
+        const int64_t end = at.v + (E * R + BLOCK_K<S> - 1) / BLOCK_K<S> * V::T::BYTES;
+        at.logits = end > Shrink::SMEM ? end : Shrink::SMEM;  // (BLOCK_EXTENT, E) fp32
+        at.gates = at.logits + BLOCK_EXTENT * E * 4;          // (BLOCK_EXTENT, E) fp32
+        at.bytes = at.gates + BLOCK_EXTENT * E * 4;
+        return at;
+    }
+};
+
+// v in shared memory times all columns of `factors`, a tile of columns after the other. While one is stored the copies for
+// the next are in flight.
+template <class S>
+__device__ __forceinline__ void sweep(unsigned char* smem, const S* v, const Matrix& factors, const Output& y, int64_t t0) {
+    using E = Expand<S>;
+    S* stages = reinterpret_cast<S*>(smem);
+    const int steps = E::steps_over(factors.rows), tiles = static_cast<int>((y.F + BLOCK_F - 1) / BLOCK_F);
+    const int of_last_step = static_cast<int>(factors.rows) - (steps - 1) * BLOCK_K<S>;
+    typename E::Accumulators acc = {};
+    Copies<S, BLOCK_F, false, false> copies(factors, 0, 0, factors.rows);
+    int64_t loaded = 0, stored = 0;  // columns
+    int load_step = 0, use_step = 0;
+    pipeline(
+        tiles * steps,
+        [&](int i) {
+            copies.load(stages + i % STAGES * E::Q::T::ELEMENTS);
+            if (++load_step < steps) return;
+            load_step = 0, loaded += BLOCK_F;
+            copies.restart(loaded);
+        },
+        [&](int i) {
+            const int count = use_step + 1 < steps ? BLOCK_K<S> : of_last_step;
+            E::multiply(acc, v + use_step * E::P::T::ELEMENTS, stages + i % STAGES * E::Q::T::ELEMENTS, count);
+            if (++use_step < steps) return;
+            store_tile<S>(y, acc, t0, stored);
+            E::for_each_accumulator([&](int i, int n, int half, int, int) {
+                acc[i][n][half * 2] = acc[i][n][half * 2 + 1] = 0.f;
+            });
+            use_step = 0, stored += BLOCK_F;
+        });
+}
+
+template <class S, int COLS>
+__global__ void __launch_bounds__(THREADS, RESIDENT<S>) forward_kernel(ForwardParams p) {
+    DYNAMIC_SMEM(smem);
+    using Layout = FusedLayout<S, COLS>;
+    using Shrink = typename Layout::Shrink;
+    const auto at = Layout::of(p.E, p.R);
+    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * BLOCK_EXTENT;
+    const int tokens = static_cast<int>(smaller(BLOCK_EXTENT, p.T - t0)), E = static_cast<int>(p.E),
+              R = static_cast<int>(p.R);
+    S* v = reinterpret_cast<S*>(smem + at.v);
+    float* logits = reinterpret_cast<float*>(smem + at.logits);
+    float* gates = reinterpret_cast<float*>(smem + at.gates);
+    const Matrix a = a_and_gate<S>(p);
+    typename Shrink::Accumulators acc = {};
+    Shrink::run(acc, smem, tokens_of<S>(p), t0, a, 0, 0, p.I);
+    __syncthreads();  // v overwrites stages
+
+    // expand multiplies whole steps: zeros behind the last column
+    for (int i = threadIdx.x; i < static_cast<int>(at.logits - at.v) / 16; i += THREADS) {
+        reinterpret_cast<uint4*>(v)[i] = uint4{0, 0, 0, 0};
+    }
+    __syncthreads();
+    const int u_columns = static_cast<int>(p.experts_of_a) * R, columns = static_cast<int>(a.rows);
+    Shrink::for_each_accumulator([&](int i, int n, int half, int row, int col) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int c = col + j;
+            const float value = acc[i][n][half * 2 + j];
+            if (row >= tokens || c >= columns) return;
+            save_projection<S>(p, t0 + row, c, value);
+            if (c < u_columns) {
+                v[Layout::V::kept_at(row, c)] = from_float<S>(value);
+            } else {
+                logits[row * E + c - u_columns] = logit_of<S>(p, c - u_columns, value);
+            }
+        }
+    });
+    __syncthreads();  // all threads see u and the logits
+    const bool has_gate = p.gate_weight.data != nullptr;
+    gate_softmax<S>(p, has_gate ? Tensor{logits, true} : p.logits, has_gate ? 0 : t0 * E, gates, E, tokens);
+    for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
+        const int row = i / R;
+        mix<S>(p, gates + row * E, v, v, i % R,
+               [row](int64_t column) { return Layout::V::kept_at(row, static_cast<int>(column)); });
+    }
+    // v needs no barrier here: the sweep has one before its first read of v
+    sweep<S>(smem, v, b_of<S>(p), output<S>(p.y, p.base.data, p.base.stride, p.T, p.O, p.scaling), t0);
+}
+
+void forward_in_one_pass(const ForwardParams& p, cudaStream_t stream) {
+    with_dtype(p.dtype, [&](auto scalar) {
+        using S = decltype(scalar);
+        with_columns(a_and_gate<S>(p).rows, [&](auto columns) {
+            constexpr int COLS = decltype(columns)::value;
+            if (a_and_gate<S>(p).rows > COLS || FusedLayout<S, COLS>::of(p.E, p.R).bytes != p.smem) {
+                throw std::logic_error(
+                    "lmoe: forward_kernel: configs.py and fused.cu count columns or shared memory differently");
+            }
+            const int smem = static_cast<int>(p.smem);
+            allow_shared_memory(forward_kernel<S, COLS>, smem);
+            LAUNCH((forward_kernel<S, COLS>), dim3(tiles(p.T, BLOCK_EXTENT)), dim3(THREADS), smem, stream, p);
+        });
+    });
+    check_launch("forward_kernel");
+}
+
+}  // namespace lmoe
