@@ -4,8 +4,8 @@
 // Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens.
 // The chunks of a row are the work of one block, which adds their sums in a fixed order and writes one total for each token;
 // after the barrier every block reads these totals only. Mix: it is little work, so every block repeats it. Expand: a block
-// computes `column_tile` columns of y; the copy of its part of lora_b to shared memory starts before the barrier. Every
-// weight is read from global memory once.
+// computes `column_tile` columns of y; the copies of its part of lora_b and of the base to shared memory start before the
+// barrier. Every weight is read from global memory once.
 #pragma once
 
 #include <type_traits>
@@ -40,19 +40,19 @@ constexpr int BATCH = sizeof(S) * TOKENS > 16 ? 2 : 4;
 
 // Byte offsets in shared memory.
 struct DecodeLayout {
-    int64_t factors, u, v, logits, gates, sums, bytes;
+    int64_t factors, base, u, v, logits, gates, sums, bytes;
 
     static __host__ __device__ DecodeLayout of(const DecodeParams& p, int64_t size) {
         auto padded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
         DecodeLayout at = {};
-        at.factors = 0;                                                // (E R, column_tile)
-        at.u = at.factors + padded(p.E * p.R * p.column_tile * size);  // (T, experts_of_a R)
-        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);       // (T, E R)
-        at.logits = at.v + padded(p.T * p.E * p.R * size);             // (T, E) fp32
-        at.gates = at.logits + padded(p.T * p.E * 4);                  // (T, E) fp32
-        at.sums =
-            at.gates + padded(p.T * p.E * 4);  // of chunks: (2, DECODE_WARPS, T) fp32; then of expand, which takes more:
-        at.bytes = at.sums + DECODE_WARPS * group_of(p.T) * p.column_tile * 4;  // (DECODE_WARPS, group, column_tile) fp32
+        at.factors = 0;                                           // (E R, column_tile)
+        at.base = at.factors + p.E * p.R * p.column_tile * size;  // (T, column_tile)
+        at.u = at.base + p.T * p.column_tile * size;              // (T, experts_of_a R)
+        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);  // (T, E R)
+        at.logits = at.v + padded(p.T * p.E * p.R * size);        // (T, E) fp32
+        at.gates = at.logits + padded(p.T * p.E * 4);             // (T, E) fp32
+        at.sums = at.gates + padded(p.T * p.E * 4);               // of expand: (DECODE_WARPS, group, column_tile) fp32
+        at.bytes = at.sums + DECODE_WARPS * group_of(p.T) * p.column_tile * 4;  // of shrink before: (2, DECODE_WARPS, T)
         return at;
     }
 };
@@ -221,6 +221,7 @@ template <class S, int TOKENS>
 __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t o0) {
     const S* factors = reinterpret_cast<const S*>(smem + at.factors);
     const S* v = reinterpret_cast<const S*>(smem + at.v);
+    const S* bases = reinterpret_cast<const S*>(smem + at.base);
     float* sums = reinterpret_cast<float*>(smem + at.sums);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = static_cast<int>(p.column_tile);
     const int v_columns = static_cast<int>(p.E * p.R), T = static_cast<int>(p.T);
@@ -246,8 +247,7 @@ __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < DECODE_WARPS; ++w) sum += sums[w * TOKENS * width + i];
-            const auto* bases = static_cast<const S*>(p.base.data);
-            const float base = bases == nullptr ? 0.f : to_float(bases[t * p.base.stride + o]);
+            const float base = p.base.data == nullptr ? 0.f : to_float(bases[t0 * width + i]);
             static_cast<S*>(p.y)[t * p.O + o] = from_float<S>(base + p.scaling * sum);
         }
         __syncthreads();
@@ -259,24 +259,29 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodePar
     DYNAMIC_SMEM(smem);
     const DecodeLayout at = DecodeLayout::of(p, sizeof(S));
     const Matrix x = tokens_of<S>(p), a = a_and_gate<S>(p), b = b_of<S>(p);
+    const Matrix base = matrix<S>(p.base.data, false, p.base.data == nullptr ? 0 : p.T, p.O, p.base.stride);
 
-    auto load_factors = [&](int64_t tile) {
+    auto load_rows = [&](int64_t to, const Matrix& m, int64_t tile) {
         const int chunks = static_cast<int>(p.column_tile) / VECTOR<S>;
-        for (int i = threadIdx.x; i < static_cast<int>(b.rows) * chunks; i += DECODE_THREADS) {
-            S* to = reinterpret_cast<S*>(smem + at.factors) + i * VECTOR<S>;
-            load_chunk(to, b, i / chunks, tile * p.column_tile + i % chunks * VECTOR<S>, b.rows);
+        for (int i = threadIdx.x; i < static_cast<int>(m.rows) * chunks; i += DECODE_THREADS) {
+            S* shared = reinterpret_cast<S*>(smem + to) + i * VECTOR<S>;
+            load_chunk(shared, m, i / chunks, tile * p.column_tile + i % chunks * VECTOR<S>, m.rows);
         }
+    };
+    auto load_tile = [&](int64_t tile) {
+        load_rows(at.factors, b, tile);
+        load_rows(at.base, base, tile);
         copy_async_commit();
     };
-    load_factors(blockIdx.x);
+    load_tile(blockIdx.x);
     shrink_decode<S>(p, x, a, reinterpret_cast<float*>(smem + at.sums));
     grid_barrier();
     mix_decode<S>(p, smem, at, static_cast<int>(a.rows));
 
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {
-        if (tile != blockIdx.x) load_factors(tile);
+        if (tile != blockIdx.x) load_tile(tile);
         copy_async_wait<0>();
-        __syncthreads();  // all threads see the factors
+        __syncthreads();  // all threads see the factors and the base
         with_group(p.T, [&](auto tokens) { expand_tile<S, decltype(tokens)::value>(p, smem, at, tile * p.column_tile); });
     }
     copy_async_wait<0>();  // a block without columns must also wait for its copies

@@ -5,6 +5,8 @@ import torch
 
 from lmoe_kernels.backends.cuda import configs, extension, forward
 from tests.problems import Case, assert_all_no_worse, make_problem
+from tools import calls
+from tools.error_rule import assert_no_worse
 
 H100 = extension.Device(132, 227 << 10, 228 << 10, 65536, cooperative=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +34,23 @@ def test_every_number_of_warps_a_row(tokens: int, chunks: int, emulated_cuda, mo
         problem = make_problem(Case(T=tokens, I=features, O=20, E=3, R=6), torch.bfloat16)
         y, logits = problem.call("cuda")
         assert_all_no_worse(problem, {"y": y, "router_logits": logits})
+
+
+@pytest.mark.parametrize("shape", [(44,), (16, 44), (16, 56)], ids=["vector", "rows", "rows apart"])
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_the_base_is_added(tokens: int, shape: tuple[int, ...], emulated_cuda, monkeypatch, watch) -> None:
+    """It is copied to shared memory with each tile of columns, of which a block here has two."""
+    plan = configs.decode_plan
+    monkeypatch.setattr(forward, "decode_plan", lambda *sizes: plan(*sizes)._replace(blocks=2))
+    problem = make_problem(Case(T=tokens, I=40, O=44, E=3, R=6), torch.float32)
+    base = torch.randn(shape)[..., :44]
+    base = base if base.dim() == 1 else base[:tokens]
+
+    def y(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        t = {name: tensor.to(dtype) for name, tensor in problem.tensors.items()}
+        return calls.forward(backend, t["x"], calls.factors_of(t), base=base.to(dtype), save=False)[0]
+
+    assert_no_worse("y", y("cuda", torch.float32), [y("reference", torch.float32)], y("reference", torch.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

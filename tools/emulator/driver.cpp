@@ -135,7 +135,7 @@ void run_decode(const Problem& problem, DecodeParams p) {
     const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, columns = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
     p.chunks = int64_t{1} << problem.T % 4, p.chunk = up(up(p.I, p.chunks) / p.chunks, 256);
     p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
-    p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) +
+    p.smem = (p.E * p.R + p.T) * p.column_tile * size + up(p.T * p.experts_of_a * p.R * size, 16) +
              up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) +
              32 * p.column_tile *
                  (p.T == 1   ? 1

@@ -138,7 +138,7 @@ def _chunks(in_features: int, columns: int, processors: int) -> int:
 def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column_tile: int, size: int) -> int:
     """The bytes of DecodeLayout in csrc/cuda/decode.cuh."""
     arrays = (
-        experts * rank * column_tile * size,  # lora_b's columns
+        (experts * rank + tokens) * column_tile * size,  # lora_b's columns and the base's
         tokens * experts_of_a * rank * size,  # u
         tokens * experts * rank * size,  # v
         tokens * experts * 4,  # logits
