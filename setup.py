@@ -2,7 +2,7 @@
 """Builds the extension `lmoe_kernels._cuda` where nvcc is found; metadata is in pyproject.toml. No torch is needed here.
 
 LMOE_BUILD_CUDA   auto (default): build it if possible, else leave it out; 1: an error if it cannot be built; 0: never
-LMOE_CUDA_ARCHS   for example "80;90+PTX"; default: those of 80, 90, 100 and 120 that nvcc knows, with PTX of the last
+LMOE_CUDA_ARCHS   for example "80;90a;100+PTX"; default: those of 80, 90, 100 and 120 that nvcc knows, with PTX of the last
 CUDA_HOME, CUDA_PATH, CXX, MAX_JOBS   as usual
 
 pip hides the output of a build. The result is therefore recorded in lmoe_kernels/_build_info.json, and
@@ -68,8 +68,9 @@ def find_compiler() -> Compiler | str:
         return Compiler(path, version[1], (*archs[:-1], f"{archs[-1]}+PTX")) if archs else f"nvcc {version[1]} is too old"
     archs = [arch.strip() for arch in wanted.split(";") if arch.strip()]
     for arch in archs:
-        number = arch.removesuffix("+PTX")
-        if number not in known or int(re.sub(r"\D", "", number)) < 80:
+        # nvcc lists 90 but not 90a, whose code runs on 90 alone; such names exist from 90 on, those with f from 100 on
+        name = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch)
+        if name is None or name[1] not in known or int(name[1]) < {"": 80, "a": 90, "f": 100}[name[2]]:
             usable = ", ".join(name for name in known if int(re.sub(r"\D", "", name)) >= 80)
             raise SystemExit(f"lmoe_kernels: LMOE_CUDA_ARCHS must name some of {usable} (nvcc {version[1]}), got {arch!r}")
     return Compiler(path, version[1], tuple(archs))

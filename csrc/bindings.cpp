@@ -141,10 +141,21 @@ void check_address(const char* name, const void* data, bool fp32, Dtype dtype) {
 
 void check_addresses(const ForwardParams& p) {
     auto check = [&](const char* name, const Tensor& t) { check_address(name, t.data, t.fp32, p.dtype); };
+    check("x", {p.x.data, false}), check("base", {p.base.data, false});
     check("lora_a", p.lora_a), check("lora_b", p.lora_b), check("gate_weight", p.gate_weight);
     check("gate_bias", p.gate_bias), check("logits", p.logits);
-    check_address("x", p.x.data, false, p.dtype);
-    check_address("base", p.base.data, false, p.dtype);
+    check("u", {p.u, false}), check("y", {p.y, false}), check("v", {p.v.data, false});
+    check("scratch", {p.scratch, true}), check("partial", {p.partial, true});
+}
+
+void check_addresses(const BackwardParams& p) {
+    check_addresses(static_cast<const ForwardParams&>(p));
+    auto check = [&](const char* name, const Tensor& t) { check_address(name, t.data, t.fp32, p.dtype); };
+    check_address("dlogits_in", p.dlogits_in, true, p.dtype);
+    check("dy", {p.dy.data, false}), check("dv", {p.dv, false}), check("du_dlogits", {p.du_dlogits.data, false});
+    check("the gradient of x", {p.dx, false}), check("the gradient of lora_a", p.dlora_a);
+    check("the gradient of lora_b", p.dlora_b), check("the gradient of gate_weight", p.dgate_weight);
+    check("the gradient of logits", {p.dlogits, p.logits.fp32});
 }
 
 template <class Params>
@@ -174,5 +185,9 @@ PYBIND11_MODULE(_cuda, m) {
     def("forward", launcher(&lmoe::forward));
     def("backward", launcher(&lmoe::backward));
     def("decode", launcher(&lmoe::decode));
-    m.def("processors", &lmoe::processors, py::arg("device"));
+    auto properties = [](int device) {
+        const Properties p = lmoe::properties(device);
+        return py::make_tuple(p.processors, p.shared_memory_a_block, p.shared_memory, p.registers, p.cooperative != 0);
+    };
+    m.def("properties", properties, py::arg("device"));
 }

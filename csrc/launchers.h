@@ -11,8 +11,17 @@ void forward(const ForwardParams& params, int device, void* stream);
 void backward(const BackwardParams& params, int device, void* stream);
 void decode(const DecodeParams& params, int device, void* stream);
 
-// The number of multiprocessors of a device. Throws if the device cannot run the kernels: the driver is too old, or the
-// extension was not compiled for this architecture.
-int processors(int device);
+// What a device offers the kernels; memory in bytes.
+struct Properties {
+    int processors;
+    int shared_memory_a_block;  // at most, if a kernel asks for it
+    int shared_memory;          // of a processor
+    int registers;              // of a processor
+    int cooperative;            // all blocks of a launch can wait for one another: not 0
+};
+
+// Throws if the device cannot run the kernels: the driver is too old, or the extension was not compiled for this
+// architecture.
+Properties properties(int device);
 
 }  // namespace lmoe

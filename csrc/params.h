@@ -124,10 +124,10 @@ struct WgradParams {
     float scaling;
 };
 
-// A forward of few tokens; `partial` is (chunks, T, C), with C = experts_of_a * R and another E for a gate.
+// A forward of few tokens; `partial` is (T, C) for the totals of shrink, with C = experts_of_a * R and another E for a gate.
 struct DecodeParams : ForwardParams {
-    int64_t chunk;        // features of x in one partial sum, a multiple of 256
-    int64_t chunks;       // ceil(I / chunk), 1 where I is 0
+    int64_t chunk;        // features of x that a warp sums over, a multiple of 256
+    int64_t chunks;       // warps that share the features of a row: 1, 2, 4 or 8
     int64_t column_tile;  // columns of y that a block computes at a time, a multiple of 8
     int blocks;           // resident blocks: all of them run at the same time
 };

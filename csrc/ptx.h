@@ -14,7 +14,7 @@
 #include <cuda_fp16.h>
 
 #define DYNAMIC_SMEM(name) extern __shared__ __align__(128) unsigned char name[]
-#define LAUNCH(kernel, grid, block, smem, stream, params) kernel<<<grid, block, smem, stream>>>(params)
+#define START(kernel, grid, block, smem, stream, params) kernel<<<grid, block, smem, stream>>>(params)
 
 // All blocks of the grid run at the same time, as grid_barrier needs.
 template <class Params>

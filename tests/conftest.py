@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: random inputs, the backends under test, watched allocations."""
 
 import random
+import shutil
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,15 +88,25 @@ def emulated_extension(request: pytest.FixtureRequest) -> ModuleType:
 @pytest.fixture
 def emulated_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The cuda backend on CPU tensors: the emulated library replaces the compiled one."""
+    return _emulate(emulated_extension, monkeypatch)
 
+
+@pytest.fixture
+def unused_cuda(emulated_extension: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """The same with a copy of the library that nothing has called yet."""
+    copy = shutil.copy(str(emulated_extension.__file__), tmp_path)
+    return _emulate(build.load_extension(Path(copy)), monkeypatch)
+
+
+def _emulate(library: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def why_not(problem: Problem) -> str | None:
         return None if problem.dtype in extension.DTYPES else availability.why_not(problem)
 
-    monkeypatch.setattr(extension, "library", lambda: emulated_extension)
+    monkeypatch.setattr(extension, "library", lambda: library)
     monkeypatch.setattr(extension, "queue", lambda tensor: (0, 0))
-    monkeypatch.setattr(extension, "processors", emulated_extension.processors)
+    monkeypatch.setattr(extension, "device_of", lambda index: extension.Device(*library.properties(index)))
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", dispatch.BACKENDS["cuda"]._replace(why_not=why_not))
-    return emulated_extension
+    return library
 
 
 @pytest.fixture

@@ -74,7 +74,8 @@ def without_cuda_launches(cache: Path, _: ExitStack) -> str | None:
     ctypes.CDLL(str(library.__file__)).emu_launch_nothing(PROCESSORS)
     extension.library = lambda: library
     extension.queue = lambda tensor: (0, 0)
-    extension.processors = lambda index: PROCESSORS
+    device = extension.Device(*library.properties(0))
+    extension.device_of = lambda index: device
     return None
 
 

@@ -6,6 +6,8 @@
 
 namespace lmoe {
 
+const void* decode_kernel() { return reinterpret_cast<const void*>(decode_fwd_kernel<float>); }
+
 void decode(const DecodeParams& p, int device, void* queue) {
     if (p.T == 0 || p.O == 0) return;
     const DeviceGuard guard(device);
@@ -14,6 +16,9 @@ void decode(const DecodeParams& p, int device, void* queue) {
         using S = decltype(scalar);
         if (DecodeLayout::of(p, sizeof(S)).bytes != p.smem) {
             throw std::logic_error("lmoe: decode_fwd_kernel: configs.py and decode.cuh count shared memory differently");
+        }
+        if (p.T > DECODE_TOKENS || p.chunks < 1 || DECODE_WARPS % p.chunks != 0 || p.chunks * p.chunk < p.I) {
+            throw std::logic_error("lmoe: decode_fwd_kernel: configs.py and decode.cuh share out the work differently");
         }
         const auto kernel = decode_fwd_kernel<S>;
         const int smem = static_cast<int>(p.smem);

@@ -1,20 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of few tokens in ONE cooperative launch, made for CUDA graphs: shrink, a barrier of the grid, mix and expand.
 //
-// Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens;
-// these partial sums go to `partial` and are reduced in a fixed order after the barrier. Mix: it is little work, so every
-// block repeats it. Expand: a block computes `column_tile` columns of y; the copy of its part of lora_b to shared memory
-// starts before the barrier. Every weight is read from global memory once.
+// Shrink: a warp computes the dot products of one row of [lora_a; gate_weight] with a chunk of x's features, for all tokens.
+// The chunks of a row are the work of one block, which adds their sums in a fixed order and writes one total for each token;
+// after the barrier every block reads these totals only. Mix: it is little work, so every block repeats it. Expand: a block
+// computes `column_tile` columns of y; the copies of its part of lora_b and of the base to shared memory start before the
+// barrier. Every weight is read from global memory once.
 #pragma once
+
+#include <type_traits>
 
 #include "gates.cuh"
 
 namespace lmoe {
 
 constexpr int DECODE_WARPS = 8, DECODE_THREADS = DECODE_WARPS * 32;
-constexpr int LANE_FEATURES = 8;  // features per lane and vector load
-constexpr int TOKEN_GROUP = 8;    // tokens whose sums a thread keeps in registers
-constexpr int SUMS = 4;           // columns whose partial sums a thread reduces at a time
+constexpr int LANE_FEATURES = 8;   // features per lane and vector load
+constexpr int DECODE_TOKENS = 16;  // at most
+constexpr int TOKEN_GROUP = 8;     // tokens whose sums a thread keeps in registers, at most
+constexpr int TOTALS = 4;          // totals that a thread loads at a time
+
+// The tokens that a thread computes at a time. A single token does the work of one, not of a group.
+__host__ __device__ inline int group_of(int64_t T) { return T == 1 ? 1 : T <= 4 ? 4 : TOKEN_GROUP; }
+
+// f(the same as a constant)
+template <class F>
+__device__ __forceinline__ void with_group(int64_t T, F f) {
+    switch (group_of(T)) {
+        case 1: return f(std::integral_constant<int, 1>{});
+        case 4: return f(std::integral_constant<int, 4>{});
+        default: return f(std::integral_constant<int, TOKEN_GROUP>{});
+    }
+}
 
 // Vector loads of a row, and of each of TOKENS tokens, that a lane has in flight. Few tokens are bound by memory latency, so
 // this covers nearly a whole chunk, within 128 registers.
@@ -23,18 +40,19 @@ constexpr int BATCH = sizeof(S) * TOKENS > 16 ? 2 : 4;
 
 // Byte offsets in shared memory.
 struct DecodeLayout {
-    int64_t factors, u, v, logits, gates, sums, bytes;
+    int64_t factors, base, u, v, logits, gates, sums, bytes;
 
     static __host__ __device__ DecodeLayout of(const DecodeParams& p, int64_t size) {
         auto padded = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
         DecodeLayout at = {};
-        at.factors = 0;                                                // (E R, column_tile)
-        at.u = at.factors + padded(p.E * p.R * p.column_tile * size);  // (T, experts_of_a R)
-        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);       // (T, E R)
-        at.logits = at.v + padded(p.T * p.E * p.R * size);             // (T, E) fp32
-        at.gates = at.logits + padded(p.T * p.E * 4);                  // (T, E) fp32
-        at.sums = at.gates + padded(p.T * p.E * 4);                    // (DECODE_WARPS, TOKEN_GROUP, column_tile) fp32
-        at.bytes = at.sums + DECODE_WARPS * TOKEN_GROUP * p.column_tile * 4;
+        at.factors = 0;                                           // (E R, column_tile)
+        at.base = at.factors + p.E * p.R * p.column_tile * size;  // (T, column_tile)
+        at.u = at.base + p.T * p.column_tile * size;              // (T, experts_of_a R)
+        at.v = at.u + padded(p.T * p.experts_of_a * p.R * size);  // (T, E R)
+        at.logits = at.v + padded(p.T * p.E * p.R * size);        // (T, E) fp32
+        at.gates = at.logits + padded(p.T * p.E * 4);             // (T, E) fp32
+        at.sums = at.gates + padded(p.T * p.E * 4);               // of expand: (DECODE_WARPS, group, column_tile) fp32
+        at.bytes = at.sums + DECODE_WARPS * group_of(p.T) * p.column_tile * 4;  // of shrink before: (2, DECODE_WARPS, T)
         return at;
     }
 };
@@ -100,16 +118,16 @@ __device__ __forceinline__ void dot_anywhere(float (&sum)[1], const Matrix& fact
     }
 }
 
-// One warp computes partial[chunk, t, c] for one row c of the factors and one chunk of features, TOKENS tokens at a time.
+// One warp computes sums[t], the dot products of row c of the factors with features [first, last) of all tokens, TOKENS
+// tokens at a time.
 template <class S, int TOKENS, bool VECTORS>
-__device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix& x, const Matrix& factors, int item) {
-    const int rows = static_cast<int>(factors.rows), T = static_cast<int>(p.T), lane = threadIdx.x % 32;
-    const int c = item % rows, chunk = item / rows;  // in 32 bits: a 64-bit division is a function call
-    const int first = chunk * static_cast<int>(p.chunk), last = static_cast<int>(smaller(first + p.chunk, p.I));
+__device__ __forceinline__ void shrink_chunk(const Matrix& x, const Matrix& factors, int c, int first, int last,
+                                             float* sums) {
+    const int T = static_cast<int>(x.rows), lane = threadIdx.x % 32;
     for (int t0 = 0; t0 < T; t0 += TOKENS) {
         float sum[TOKENS] = {};
         if constexpr (VECTORS) {
-            const Span row = Span::of<LANE_FEATURES>(factors, c, 0, rows);
+            const Span row = Span::of<LANE_FEATURES>(factors, c, 0, factors.rows);
             const S* tokens = static_cast<const S*>(x.first) + t0 * x.stride;
             if (row.fp32) {
                 dot_vectors(sum, static_cast<const float*>(row.data) + row.index, tokens, x.stride, T - t0, first, last);
@@ -126,30 +144,42 @@ __device__ __forceinline__ void shrink_chunk(const DecodeParams& p, const Matrix
         }
 #pragma unroll
         for (int i = 0; i < TOKENS; ++i) {
-            if (lane == i && t0 + i < T) p.partial[(static_cast<int64_t>(chunk) * T + t0 + i) * rows + c] = sum[i];
+            if (lane == i && t0 + i < T) sums[t0 + i] = sum[i];
         }
     }
 }
 
-// All rows and chunks, shared among the warps of the grid.
+// partial[t, c], the product of all tokens with all rows of the factors, shared among the blocks: a block computes
+// DECODE_WARPS / chunks rows at a time, one chunk in each warp.
 template <class S>
-__device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors) {
+__device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors, float* sums) {
     const bool aligned = x.first_aligned && factors.first_aligned && (factors.second == nullptr || factors.second_aligned);
-    const int items = static_cast<int>(p.chunks * factors.rows), warps = static_cast<int>(gridDim.x) * DECODE_WARPS;
-    for (int item = static_cast<int>(blockIdx.x * DECODE_WARPS + threadIdx.x / 32); item < items; item += warps) {
-        if (!aligned || p.I % LANE_FEATURES != 0) {
-            shrink_chunk<S, 1, false>(p, x, factors, item);
-        } else if (p.T == 1) {
-            shrink_chunk<S, 1, true>(p, x, factors, item);
-        } else if (p.T <= 4) {
-            shrink_chunk<S, 4, true>(p, x, factors, item);
-        } else {
-            shrink_chunk<S, TOKEN_GROUP, true>(p, x, factors, item);
+    const int rows = static_cast<int>(factors.rows), T = static_cast<int>(p.T), chunks = static_cast<int>(p.chunks);
+    const int warp = static_cast<int>(threadIdx.x) / 32, chunk = warp % chunks, at_once = DECODE_WARPS / chunks;
+    const int first = chunk * static_cast<int>(p.chunk), last = static_cast<int>(smaller(first + p.chunk, p.I));
+    const int step = static_cast<int>(gridDim.x) * at_once;
+    int other = 0;  // rows are added up while some warps already write the sums of the next ones: to the other half
+    for (int c0 = static_cast<int>(blockIdx.x) * at_once; c0 < rows; c0 += step, other ^= DECODE_WARPS) {
+        const int c = c0 + warp / chunks;
+        float* of_warp = sums + (other + warp) * T;
+        if (c < rows && aligned && p.I % LANE_FEATURES == 0) {
+            with_group(p.T, [&](auto tokens) {
+                shrink_chunk<S, decltype(tokens)::value, true>(x, factors, c, first, last, of_warp);
+            });
+        } else if (c < rows) {
+            shrink_chunk<S, 1, false>(x, factors, c, first, last, of_warp);
+        }
+        __syncthreads();  // all warps see the sums of the chunks
+        if (c >= rows || chunk != 0) continue;
+        for (int t = static_cast<int>(threadIdx.x) % 32; t < T; t += 32) {
+            float total = 0.f;
+            for (int i = 0; i < chunks; ++i) total += of_warp[i * T + t];
+            p.partial[t * rows + c] = total;
         }
     }
 }
 
-// Reduces the partial sums of all tokens to u and the logits, then computes gates and v, all in the block's shared memory.
+// Computes u, the logits, gates and v of all tokens from the totals, all in the block's shared memory.
 template <class S>
 __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int columns) {
     const int u_columns = static_cast<int>(p.experts_of_a * p.R), R = static_cast<int>(p.R);
@@ -158,24 +188,20 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     float* logits = reinterpret_cast<float*>(smem + at.logits);
     float* gates = reinterpret_cast<float*>(smem + at.gates);
     const int count = static_cast<int>(p.T) * columns;
-    for (int first = threadIdx.x; first < count; first += SUMS * DECODE_THREADS) {
-        float sums[SUMS] = {};
-        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) {
+    for (int first = threadIdx.x; first < count; first += TOTALS * DECODE_THREADS) {
+        float totals[TOTALS];
 #pragma unroll
-            for (int j = 0; j < SUMS; ++j) {
-                sums[j] += p.partial[chunk * count + smaller(first + j * DECODE_THREADS, count - 1)];
-            }
-        }
+        for (int j = 0; j < TOTALS; ++j) totals[j] = p.partial[smaller(first + j * DECODE_THREADS, count - 1)];
 #pragma unroll
-        for (int j = 0; j < SUMS; ++j) {
+        for (int j = 0; j < TOTALS; ++j) {
             const int i = first + j * DECODE_THREADS;
             if (i >= count) break;
-            const int64_t t = i / columns, c = i % columns;
-            if (blockIdx.x == 0) save_projection<S>(p, t, c, sums[j]);
+            const int t = i / columns, c = i % columns;
+            if (blockIdx.x == 0) save_projection<S>(p, t, c, totals[j]);
             if (c < u_columns) {
-                u[t * u_columns + c] = from_float<S>(sums[j]);
+                u[t * u_columns + c] = from_float<S>(totals[j]);
             } else {
-                logits[t * p.E + c - u_columns] = logit_of<S>(p, c - u_columns, sums[j]);
+                logits[t * p.E + c - u_columns] = logit_of<S>(p, c - u_columns, totals[j]);
             }
         }
     }
@@ -189,36 +215,39 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     __syncthreads();
 }
 
-// Columns [o0, o0 + column_tile) of y: every warp sums over its share of v's columns, then their sums are reduced in order.
-template <class S>
+// Columns [o0, o0 + column_tile) of y, TOKENS tokens at a time: every warp sums over its share of v's columns, then their
+// sums are reduced in order.
+template <class S, int TOKENS>
 __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t o0) {
     const S* factors = reinterpret_cast<const S*>(smem + at.factors);
     const S* v = reinterpret_cast<const S*>(smem + at.v);
+    const S* bases = reinterpret_cast<const S*>(smem + at.base);
     float* sums = reinterpret_cast<float*>(smem + at.sums);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = static_cast<int>(p.column_tile);
-    const int v_columns = static_cast<int>(p.E * p.R);
-    for (int64_t t0 = 0; t0 < p.T; t0 += TOKEN_GROUP) {
-        const int tokens = static_cast<int>(smaller(TOKEN_GROUP, p.T - t0));
+    const int v_columns = static_cast<int>(p.E * p.R), T = static_cast<int>(p.T);
+    for (int t0 = 0; t0 < T; t0 += TOKENS) {
+        const S* of_token[TOKENS];  // the last token's v again where there are fewer: it is not stored
+#pragma unroll
+        for (int i = 0; i < TOKENS; ++i) of_token[i] = v + smaller(t0 + i, T - 1) * v_columns;
         for (int col = lane; col < width; col += 32) {
-            float sum[TOKEN_GROUP] = {};
+            float sum[TOKENS] = {};
+#pragma unroll 4
             for (int er = warp; er < v_columns; er += DECODE_WARPS) {
                 const float factor = to_float(factors[er * width + col]);
 #pragma unroll
-                for (int i = 0; i < TOKEN_GROUP; ++i) {
-                    if (i < tokens) sum[i] += to_float(v[(t0 + i) * v_columns + er]) * factor;
-                }
+                for (int i = 0; i < TOKENS; ++i) sum[i] += to_float(of_token[i][er]) * factor;
             }
 #pragma unroll
-            for (int i = 0; i < TOKEN_GROUP; ++i) sums[(warp * TOKEN_GROUP + i) * width + col] = sum[i];
+            for (int i = 0; i < TOKENS; ++i) sums[(warp * TOKENS + i) * width + col] = sum[i];
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < tokens * width; i += DECODE_THREADS) {
+        for (int i = threadIdx.x; i < static_cast<int>(smaller(TOKENS, T - t0)) * width; i += DECODE_THREADS) {
             const int64_t t = t0 + i / width, o = o0 + i % width;
             if (o >= p.O) continue;
             float sum = 0.f;
-            for (int w = 0; w < DECODE_WARPS; ++w) sum += sums[(w * TOKEN_GROUP) * width + i];
-            const auto* bases = static_cast<const S*>(p.base.data);
-            const float base = bases == nullptr ? 0.f : to_float(bases[t * p.base.stride + o]);
+#pragma unroll
+            for (int w = 0; w < DECODE_WARPS; ++w) sum += sums[w * TOKENS * width + i];
+            const float base = p.base.data == nullptr ? 0.f : to_float(bases[t0 * width + i]);
             static_cast<S*>(p.y)[t * p.O + o] = from_float<S>(base + p.scaling * sum);
         }
         __syncthreads();
@@ -230,25 +259,30 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodePar
     DYNAMIC_SMEM(smem);
     const DecodeLayout at = DecodeLayout::of(p, sizeof(S));
     const Matrix x = tokens_of<S>(p), a = a_and_gate<S>(p), b = b_of<S>(p);
+    const Matrix base = matrix<S>(p.base.data, false, p.base.data == nullptr ? 0 : p.T, p.O, p.base.stride);
 
-    auto load_factors = [&](int64_t tile) {
+    auto load_rows = [&](int64_t to, const Matrix& m, int64_t tile) {
         const int chunks = static_cast<int>(p.column_tile) / VECTOR<S>;
-        for (int i = threadIdx.x; i < static_cast<int>(b.rows) * chunks; i += DECODE_THREADS) {
-            S* to = reinterpret_cast<S*>(smem + at.factors) + i * VECTOR<S>;
-            load_chunk(to, b, i / chunks, tile * p.column_tile + i % chunks * VECTOR<S>, b.rows);
+        for (int i = threadIdx.x; i < static_cast<int>(m.rows) * chunks; i += DECODE_THREADS) {
+            S* shared = reinterpret_cast<S*>(smem + to) + i * VECTOR<S>;
+            load_chunk(shared, m, i / chunks, tile * p.column_tile + i % chunks * VECTOR<S>, m.rows);
         }
+    };
+    auto load_tile = [&](int64_t tile) {
+        load_rows(at.factors, b, tile);
+        load_rows(at.base, base, tile);
         copy_async_commit();
     };
-    load_factors(blockIdx.x);
-    shrink_decode<S>(p, x, a);
+    load_tile(blockIdx.x);
+    shrink_decode<S>(p, x, a, reinterpret_cast<float*>(smem + at.sums));
     grid_barrier();
     mix_decode<S>(p, smem, at, static_cast<int>(a.rows));
 
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {
-        if (tile != blockIdx.x) load_factors(tile);
+        if (tile != blockIdx.x) load_tile(tile);
         copy_async_wait<0>();
-        __syncthreads();  // all threads see the factors
-        expand_tile<S>(p, smem, at, tile * p.column_tile);
+        __syncthreads();  // all threads see the factors and the base
+        with_group(p.T, [&](auto tokens) { expand_tile<S, decltype(tokens)::value>(p, smem, at, tile * p.column_tile); });
     }
     copy_async_wait<0>();  // a block without columns must also wait for its copies
 }

@@ -30,13 +30,4 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
     check_launch("expand_kernel");
 }
 
-int processors(int device) {
-    const DeviceGuard guard(device);
-    cudaFuncAttributes attributes;  // CUDA looks for the device's machine code of a kernel, and fails if there is none
-    check("kernels", cudaFuncGetAttributes(&attributes, expand_kernel<float>));
-    int count = 0;
-    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
-
 }  // namespace lmoe

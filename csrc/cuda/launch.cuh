@@ -20,12 +20,22 @@ inline void check(const char* what, cudaError_t error) {
 // Reports a launch that the driver refuses. An error while the kernel runs shows in a later call, as always in CUDA.
 inline void check_launch(const char* kernel) { check(kernel, cudaGetLastError()); }
 
-// Allows a kernel more dynamic shared memory than the 48 KB that CUDA allows by default.
+constexpr int DEFAULT_SHARED_MEMORY = 48 << 10;  // dynamic shared memory in bytes that CUDA allows every kernel
+
+// Loads a kernel's machine code on the current device, and allows it `bytes` of dynamic shared memory. Both are done once;
+// later calls do not call CUDA's functions for kernels unless the kernel needs more than before.
+void allow_shared_memory(const void* kernel, int bytes);
+
 template <class Params>
 void allow_shared_memory(void (*kernel)(Params), int bytes) {
-    if (bytes <= 48 << 10) return;
-    check("cudaFuncSetAttribute", cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    allow_shared_memory(reinterpret_cast<const void*>(kernel), bytes);
 }
+
+#define LAUNCH(kernel, grid, block, smem, stream, params) \
+    (allow_shared_memory(kernel, smem), START(kernel, grid, block, smem, stream, params))
+
+// The decode kernel in fp32, for questions to CUDA about a device: all kernels are compiled for the same architectures.
+const void* decode_kernel();
 
 // Makes `device` the current device for the lifetime of this object.
 class DeviceGuard {

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmoe_kernels import dispatch, lmoe, use_backend
+from lmoe_kernels.backends.cuda import extension
 from lmoe_kernels.backends.triton import availability
 from lmoe_kernels.dispatch import AUTO, BACKENDS, Backend
 from lmoe_kernels.options import Problem, Sizes
@@ -31,6 +32,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(availability, "_why_no_launchers", lambda: None)
     monkeypatch.setattr(availability, "_version_of_triton", lambda: "3.6.0")
     monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(why_not=lambda problem: None))
+    a100 = extension.Device(108, 163 << 10, 164 << 10, 65536, cooperative=True)
+    monkeypatch.setattr(extension, "device_of", lambda index: a100)
     yield monkeypatch
     availability._why_not_chip.cache_clear()
     availability._why_untested.cache_clear()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.options import Factors, Options
+from lmoe_kernels.options import Factors, Gradients, Options
 from tests.problems import Case, make_problem
+from tests.tensors import off_by_a_byte
+from tools.emulator.launches import recorded
 
 OPTIONS = Options()
 
@@ -35,3 +37,36 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
             set_problem(options=OPTIONS._replace(mixing=mixing))
     with pytest.raises(AttributeError, match="data_ptr"):
         set_problem(factors=factors._replace(lora_a=1.0))
+
+
+NAMES = {  # of the tensors of a backward, and how the error calls them
+    **{name: name for name in ("x", "lora_a", "lora_b", "gate_weight", "gate_bias", "logits", "u", "y")},
+    **{name: name for name in ("v", "scratch", "partial", "dy", "dlogits_in", "dv", "du_dlogits")},
+    **{f"d{name}": f"the gradient of {name}" for name in ("x", "lora_a", "lora_b", "gate_weight", "logits")},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_address_between_two_elements_is_refused(name: str, emulated_cuda: ModuleType) -> None:
+    """Outputs and workspaces included: one error names the tensor, and no kernel runs."""
+    case = Case(T=3, E=2, R=8, gate_bias=True)
+    given = make_problem(case, torch.bfloat16).tensors
+    rows = {"u": (3, 2, 8), "y": (3, 41), "v": (3, 16), "dy": (3, 41), "dv": (3, 16), "du_dlogits": (3, 24)}
+    in_fp32 = {"logits": (3, 2), "scratch": (3, 20), "partial": (600,), "dlogits_in": (3, 2)}
+    t = given | {key: torch.zeros(shape).bfloat16() for key, shape in rows.items()}
+    t |= {key: torch.zeros(shape) for key, shape in in_fp32.items()}
+    t |= {f"d{key}": torch.zeros_like(t[key]) for key in ("x", "lora_a", "lora_b", "gate_weight", "logits")}
+
+    def run(t: dict[str, torch.Tensor]) -> None:
+        factors = Factors(t["lora_a"], t["lora_b"], t["gate_weight"], t["gate_bias"])
+        params = emulated_cuda.BackwardParams(extension.DTYPES[torch.bfloat16], factors.sizes(3))
+        params.set_problem(OPTIONS, factors, t["x"], None, t["logits"], t["u"], t["y"])
+        params.set_workspaces(t["v"], t["scratch"], t["partial"], 1)
+        gradients = Gradients(t["dx"], t["dlora_a"], t["dlora_b"], t["dgate_weight"], gate_logits=t["dlogits"])
+        params.set_backward(t["dy"], t["dlogits_in"], t["dv"], t["du_dlogits"], 1, gradients)
+        emulated_cuda.backward(params, 0, 0)
+
+    run(t)
+    with recorded(emulated_cuda) as calls, pytest.raises(ValueError, match=f"lmoe: {NAMES[name]} must lie on a multiple of"):
+        run(t | {name: off_by_a_byte(t[name])})
+    assert calls.launches == []

@@ -77,13 +77,28 @@ def test_the_compiler_is_that_of_cuda_home_or_else_of_cuda_path(tmp_path: Path, 
     assert done.stdout.splitlines()[-1:] == [version], done.stderr
 
 
-@pytest.mark.parametrize("archs", ["70", "75+PTX", "80;70", "100", "ampere"])
+@pytest.mark.parametrize("archs", ["70", "75+PTX", "80;70", "100", "ampere", "75a", "80a", "90f", "90b", "100a", "90a;9a"])
 def test_an_architecture_without_bf16_or_unknown_to_the_compiler_is_refused(tmp_path: Path, archs: str) -> None:
     _make_nvcc(tmp_path, NVCC)
     done = _setup(CUDA_HOME=str(tmp_path), LMOE_BUILD_CUDA="", LMOE_CUDA_ARCHS=archs)
     assert done.returncode == 1
     got = archs.split(";")[-1]
     assert done.stderr == f"lmoe_kernels: LMOE_CUDA_ARCHS must name some of 80, 90 (nvcc 13.0), got {got!r}\n"
+
+
+def test_architectures_whose_code_runs_on_one_chip_or_one_family(tmp_path: Path) -> None:
+    """nvcc compiles for 90a and 100f, too, but lists plain numbers only."""
+    pytest.importorskip("ninja")
+    pytest.importorskip("pybind11")
+    listing = NVCC.replace("echo compute_90;", "echo compute_90; echo compute_100; echo compute_120;")
+    done = _build(tmp_path, listing, LMOE_CUDA_ARCHS="80; 90a;100f;120a+PTX")
+    assert done.returncode == 0, done.stderr
+    assert _record(tmp_path)["archs"] == "80 90a 100f 120a+PTX"
+    for call in _nvcc_calls(tmp_path)[0]:
+        assert [word for word in call.split() if word.startswith("arch=")] == [
+            "arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_100f,code=sm_100f",
+            "arch=compute_120a,code=sm_120a", "arch=compute_120a,code=compute_120a",
+        ]  # fmt: skip
 
 
 def test_a_required_compiler_that_is_missing_is_an_error_in_one_line(tmp_path: Path) -> None:
@@ -96,7 +111,7 @@ def test_a_required_compiler_that_is_missing_is_an_error_in_one_line(tmp_path: P
     assert "the CUDA extension is left out: CUDA_HOME has no" in done.stdout
 
 
-def _build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def _build(tree: Path, nvcc: str = NVCC, **environment: str) -> subprocess.CompletedProcess[str]:
     """Build in place in a copy of the sources that holds the extension of an earlier build."""
     pytest.importorskip("setuptools")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -104,7 +119,7 @@ def _build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     for name in ("lmoe_kernels", "csrc"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__"))
     (tree / "lmoe_kernels" / LIBRARY).write_text("of an earlier build")
-    _make_nvcc(tree / "cuda", NVCC)
+    _make_nvcc(tree / "cuda", nvcc)
     own = {name: value for name, value in os.environ.items() if name not in ("CXX", "MAX_JOBS")}
     environment = {**own, "CUDA_HOME": str(tree / "cuda"), "ERROR": "", **environment}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]

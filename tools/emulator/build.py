@@ -33,12 +33,18 @@ def build_extension(cache: Path, seed: int) -> ModuleType:
     path = _compile(
         cache, "_cuda.so", [CSRC / "bindings.cpp", EMULATOR / "control.cpp"], (*TARGETS["plain"], *include), CSRC
     )
-    spec = importlib.util.spec_from_file_location("_cuda", path)
+    ctypes.CDLL(str(path)).emu_set_schedule(ctypes.c_uint64(seed), ctypes.c_int(seed % 3 == 0))
+    return load_extension(path)
+
+
+def load_extension(path: Path) -> ModuleType:
+    """A compiled module `_cuda`. A copy of the file in another folder is a module of its own, which launched nothing yet."""
+    # pybind11 returns the first module of a name again; only the name's last part must be that in the file
+    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    ctypes.CDLL(str(path)).emu_set_schedule(ctypes.c_uint64(seed), ctypes.c_int(seed % 3 == 0))
     return module
 
 

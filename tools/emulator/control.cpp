@@ -1,4 +1,4 @@
-// Lets Python choose the emulator's schedule and whether launches run, and read which launches have run.
+// Lets Python choose the emulator's schedule, its devices and whether launches run, and read what the launchers did.
 #include "runtime.h"
 
 extern "C" __attribute__((visibility("default"))) void emu_set_schedule(uint64_t seed, int early_copies) {
@@ -11,7 +11,10 @@ extern "C" __attribute__((visibility("default"))) void emu_launch_nothing(int pr
     emu::options.processors = processors;
 }
 
-extern "C" __attribute__((visibility("default"))) void emu_forget_launches() { emu::launches.clear(); }
+extern "C" __attribute__((visibility("default"))) void emu_forget_calls() {
+    emu::launches.clear();
+    emu::attribute_calls = 0;
+}
 
 extern "C" __attribute__((visibility("default"))) size_t emu_launches(const emu::Launch** first) {
     *first = emu::launches.data();
@@ -19,3 +22,14 @@ extern "C" __attribute__((visibility("default"))) size_t emu_launches(const emu:
 }
 
 extern "C" __attribute__((visibility("default"))) int emu_current_device() { return emu::current_device; }
+
+extern "C" __attribute__((visibility("default"))) int emu_attribute_calls() { return emu::attribute_calls; }
+
+extern "C" __attribute__((visibility("default"))) void emu_set_device(int device, int shared_bytes, int cooperative,
+                                                                      int sets_attributes) {
+    emu::devices[device] = {shared_bytes, cooperative != 0, sets_attributes != 0};
+}
+
+extern "C" __attribute__((visibility("default"))) void emu_set_capturing(int capturing) { emu::capturing = capturing != 0; }
+
+extern "C" __attribute__((visibility("default"))) int emu_capture_is_relaxed() { return emu::capture_is_relaxed; }

@@ -95,7 +95,7 @@ struct Problem {
         outside = draw(0, 3) == 0;
         has_base = coin();
         saves = coin();
-        forward = T <= 64 && coin() ? DECODE : coin() && E * R + E <= 144 ? ONE_PASS : STAGES;
+        forward = T <= 64 && coin() && T <= 16 ? DECODE : coin() && E * R + E <= 144 ? ONE_PASS : STAGES;
         splits = draw(1, 3);
         parts = coin() ? 1 : draw(2, 4);
         base_stride = coin() ? 0 : O + draw(0, 8);
@@ -133,12 +133,16 @@ int64_t up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
 void run_decode(const Problem& problem, DecodeParams p) {
     const int64_t size = problem.dtype == Dtype::fp32 ? 4 : 2, columns = p.experts_of_a * p.R + (problem.outside ? 0 : p.E);
-    p.chunk = problem.I > 700 ? 1024 : 512, p.chunks = up(p.I, p.chunk) / p.chunk;
+    p.chunks = int64_t{1} << problem.T % 4, p.chunk = up(up(p.I, p.chunks) / p.chunks, 256);
     p.column_tile = draw(1, 4) * 8, p.blocks = static_cast<int>(draw(1, 3));
-    p.smem = up(p.E * p.R * p.column_tile * size, 16) + up(p.T * p.experts_of_a * p.R * size, 16) +
-             up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) + 256 * p.column_tile;
-    const Buffer partial = make(p.chunks * p.T * columns, Dtype::fp32);
-    p.partial = static_cast<float*>(partial.data());
+    p.smem = (p.E * p.R + p.T) * p.column_tile * size + up(p.T * p.experts_of_a * p.R * size, 16) +
+             up(p.T * p.E * p.R * size, 16) + 2 * up(p.T * p.E * 4, 16) +
+             32 * p.column_tile *
+                 (p.T == 1   ? 1
+                  : p.T <= 4 ? 4
+                             : 8);
+    const Buffer totals = make(p.T * columns, Dtype::fp32);
+    p.partial = static_cast<float*>(totals.data());
     decode(p, 0, nullptr);
 }
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda import configs, extension
 from lmoe_kernels.options import Problem
 
 
@@ -20,7 +20,9 @@ def why_not_by_default(problem: Problem) -> str | None:
     """Expected, not measured: one launch and the lowest launch cost win while latency is the limit."""
     if problem.on_cpu:  # before `why_not` looks for the extension: on a CPU the choice itself takes time
         return "on a CPU only if selected by name"
-    return None if problem.sizes.T <= 64 else "it is expected to win at T <= 64 alone"
+    if problem.sizes.T > 64:
+        return "it is expected to win at T <= 64 alone"
+    return _why_not_in_one_launch(problem.device)
 
 
 @cache
@@ -31,7 +33,18 @@ def _why_not_on(device: torch.device) -> str | None:
     if major < 8:
         return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
     try:
-        extension.processors(device.index)
+        allowed = extension.device_of(device.index).shared_memory_a_block
     except RuntimeError as error:
         return f"the extension cannot run there: {error}"
+    if allowed < configs.STAGES_SMEM:
+        return f"it needs {configs.STAGES_SMEM} bytes of shared memory a block, the device or its driver allows {allowed}"
     return None
+
+
+def _why_not_in_one_launch(device: torch.device) -> str | None:
+    """Where `why_not` has a reason, that one is enough."""
+    try:
+        cooperative = extension.device_of(device.index).cooperative
+    except (ImportError, RuntimeError):
+        return None
+    return None if cooperative else "few tokens take several launches there: the device has no cooperative launch"

@@ -34,7 +34,7 @@ def backward(
     if wanted.x or wanted.lora_a or wanted.gate:
         dv, du_dlogits = torch.empty_like(v), dy.new_empty(T, padded(du_columns + dlogits_columns))
     device, stream = extension.queue(dy)
-    processors, element_size = extension.processors(device), dy.element_size()
+    processors, element_size = extension.device_of(device).processors, dy.element_size()
     parts = shrink_parts(T, E * R, O, element_size, processors)
     splits = wgrad_splits(T, E * R, min(I, O), element_size, processors)
     partial = dy.new_empty(_partial_sums(sizes, parts, splits, du_columns + dlogits_columns), dtype=torch.float32)

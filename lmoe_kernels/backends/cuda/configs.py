@@ -4,13 +4,16 @@
 from functools import cache
 from typing import NamedTuple
 
+from lmoe_kernels.backends.cuda.extension import Device
+
 BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/product.cuh
 STEP_BYTES = 128  # bytes of an operand's row in one pipeline step: the same
 PRODUCT_COLUMNS = (64, 128, 144)  # columns of a product's tile: with_columns in csrc/cuda/launch.cuh
 ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
-DECODE_TOKENS = 64
-DECODE_WARPS, TOKEN_GROUP, WARP_FEATURES = 8, 8, 256  # as in csrc/cuda/decode.cuh
-DECODE_SMEM = 96 << 10  # the same, less a reserve for what the system keeps
+STAGES_SMEM = 78336  # the largest kernel of the other forward and of the backward, in bytes
+DECODE_TOKENS = 16  # at most, as in csrc/cuda/decode.cuh, like the next line
+DECODE_WARPS, WARP_FEATURES, BATCH_FEATURES = 8, 256, 1024  # features of one load of a warp; of all that are on the way
+DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the system keeps
 
 
 # Cycles of a processor, by `python -m benchmarks.model` for sm_90 (2026-11): a model, not a measurement.
@@ -88,8 +91,8 @@ class DecodePlan(NamedTuple):
     """How the one-launch forward of few tokens is divided among blocks: see csrc/cuda/decode.cuh."""
 
     blocks: int
-    chunk: int  # features of x in one partial sum
-    chunks: int
+    chunk: int  # features of x that a warp sums over
+    chunks: int  # warps of a block that share the features of a row of [lora_a; gate_weight]
     column_tile: int  # columns of y that a block computes at a time
     smem: int  # bytes
 
@@ -97,37 +100,52 @@ class DecodePlan(NamedTuple):
 @cache
 def decode_plan(
     tokens: int, in_features: int, out_features: int, experts: int, experts_of_a: int, rank: int, has_gate: bool, size: int,
-    processors: int,
+    device: Device,
 ) -> DecodePlan | None:  # fmt: skip
     """The plan for one block on each processor, or None where the other paths must take the call.
 
-    Expected: every block gets one tile of columns, so that the copies of all of lora_b start before the grid's barrier; x is
-    cut into as few chunks as keep all warps busy, since each chunk adds one partial sum.
+    A device without cooperative launches has no barrier of the grid, so decode cannot run there.
+
+    Expected: every block gets one tile of columns, so that the copies of all of lora_b start before the grid's barrier.
     """
-    if tokens > DECODE_TOKENS or out_features == 0:
+    if tokens > DECODE_TOKENS or out_features == 0 or not device.cooperative:
         return None
+    processors, most = device.processors, min(DECODE_SMEM, device.shared_memory_a_block)
     columns = experts_of_a * rank + (experts if has_gate else 0)  # of u and the logits
     column_tile = padded(max(16, ceil_div(out_features, processors)))
-    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > DECODE_SMEM:
+    while (smem := _decode_smem(tokens, experts, experts_of_a, rank, column_tile, size)) > most:
         if column_tile <= 16:
             return None
         column_tile = padded(column_tile // 2)
-    chunk = _multiple(max(1, ceil_div(in_features * columns, processors * DECODE_WARPS)), WARP_FEATURES)
-    chunks = max(1, ceil_div(in_features, chunk))
+    chunks = _chunks(in_features, columns, processors)
+    chunk = _multiple(max(1, ceil_div(in_features, chunks)), WARP_FEATURES)
     blocks = max(ceil_div(out_features, column_tile), ceil_div(columns * chunks, DECODE_WARPS))
     return DecodePlan(min(blocks, processors), chunk, chunks, column_tile, smem)
+
+
+def _chunks(in_features: int, columns: int, processors: int) -> int:
+    """The warps that share the features of a row: 1, 2, 4 or 8, since the warps of a block add up their sums.
+
+    Expected: few tokens wait for memory, so as many warps as there are share the rows, as long as all rows are computed at
+    the same time and each warp still has a full batch of loads on the way. A warp with less would wait as long for them.
+    At E = 8, R = 16 and 4096 features the 136 rows are shared by four warps each, on 68 of an H100's 132 processors.
+    """
+    at_once = processors * DECODE_WARPS
+    shared = [n for n in (2, 4, 8) if columns * n <= at_once and in_features >= n * BATCH_FEATURES]
+    return max(shared, default=1)
 
 
 def _decode_smem(tokens: int, experts: int, experts_of_a: int, rank: int, column_tile: int, size: int) -> int:
     """The bytes of DecodeLayout in csrc/cuda/decode.cuh."""
     arrays = (
-        experts * rank * column_tile * size,  # lora_b's columns
+        (experts * rank + tokens) * column_tile * size,  # lora_b's columns and the base's
         tokens * experts_of_a * rank * size,  # u
         tokens * experts * rank * size,  # v
         tokens * experts * 4,  # logits
         tokens * experts * 4,  # gates
     )
-    return sum(_multiple(size, 16) for size in arrays) + DECODE_WARPS * TOKEN_GROUP * column_tile * 4
+    group = 1 if tokens == 1 else 4 if tokens <= 4 else 8  # tokens that a thread computes at a time
+    return sum(_multiple(size, 16) for size in arrays) + DECODE_WARPS * group * column_tile * 4
 
 
 def _multiple(value: int, of: int) -> int:

@@ -6,6 +6,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -52,11 +53,21 @@ def queue(tensor: torch.Tensor) -> tuple[int, int]:
     return index, torch._C._cuda_getCurrentRawStream(index)
 
 
+class Device(NamedTuple):
+    """What a device offers the kernels; memory in bytes. The fields are those of `Properties` in csrc/launchers.h."""
+
+    processors: int
+    shared_memory_a_block: int  # at most; what CUDA allows every kernel if the driver refuses more
+    shared_memory: int  # of a processor
+    registers: int  # of a processor
+    cooperative: bool  # all blocks of a launch can wait for one another
+
+
 @cache
-def processors(index: int) -> int:
-    """The multiprocessors of the device: how many blocks are resident at the same time, one on each.
+def device_of(index: int) -> Device:
+    """The properties of a device.
 
     Raises:
         RuntimeError: the driver is too old, or the extension was not built for the device's architecture.
     """
-    return library().processors(index)
+    return Device(*library().properties(index))

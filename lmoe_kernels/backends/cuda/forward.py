@@ -27,10 +27,11 @@ def forward(
     T, I, O, E, R, experts_of_a = sizes  # noqa: E741
     library = extension.library()
     device, stream = extension.queue(x)
-    element_size, processors = x.element_size(), extension.processors(device)
-    plan = decode_plan(T, I, O, E, experts_of_a, R, has_gate, element_size, processors)
+    element_size, chip = x.element_size(), extension.device_of(device)
+    plan = decode_plan(T, I, O, E, experts_of_a, R, has_gate, element_size, chip)
     columns = experts_of_a * R + (E if has_gate else 0)
-    smem = 0 if plan is not None else one_pass_smem(T, E, R, columns, element_size, processors)
+    smem = 0 if plan is not None else one_pass_smem(T, E, R, columns, element_size, chip.processors)
+    smem = smem if smem <= chip.shared_memory_a_block else 0
     staged = plan is None and smem == 0
     # decode reads every factor once, and alone can read fp32 as fast as 16 bits
     factors, cast = CastFactors(factors, None) if plan is not None and not save else cast_factors(factors, x.dtype)
@@ -43,11 +44,11 @@ def forward(
     params = (library.ForwardParams if plan is None else library.DecodeParams)(extension.DTYPES[x.dtype], sizes)
     params.set_problem(options, factors, x, base, logits, u, y)
     if plan is not None:
-        partial = x.new_empty(plan.chunks, T, columns, dtype=torch.float32)
-        params.set_plan(partial, *plan)
+        totals = x.new_empty(T, columns, dtype=torch.float32)
+        params.set_plan(totals, *plan)
         library.decode(params, device, stream)
     elif staged:
-        parts = shrink_parts(T, columns, I, element_size, processors)
+        parts = shrink_parts(T, columns, I, element_size, chip.processors)
         v = x.new_empty(T, padded(E * R))
         gates = x.new_empty(T, E, dtype=torch.float32)
         partial = x.new_empty(parts, T, columns, dtype=torch.float32)
