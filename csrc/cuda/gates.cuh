@@ -60,6 +60,7 @@ __device__ __forceinline__ void limit_by_place(Softmax& softmax, int E, int top_
     while (width < E) width *= 2;
     const float own = lane < E ? logit(lane) : -INFINITY;
     int before = 0;
+#pragma unroll 1
     for (int flip = 1; flip < width; ++flip) {
         const float other = __shfl_xor_sync(~0u, own, flip);
         before += other > own || (other == own && (lane ^ flip) < lane);
@@ -90,11 +91,13 @@ template <class Logit>
 __device__ __forceinline__ void limit_by_bits(Softmax& softmax, int E, int top_k, int lane, int lanes, Logit logit) {
     auto count = [&](auto is_counted) {
         int own = 0;
+#pragma unroll 1
         for (int e = lane; e < E; e += lanes) own += is_counted(key_of(logit(e)), e);
         return sum_of(own, lanes);
     };
     uint32_t limit = 0;
     int reaching = E;
+#pragma unroll 1
     for (uint32_t bit = 1u << 31; bit > 0 && reaching > top_k; bit /= 2) {
         const int these = count([&](uint32_t key, int) { return key >= (limit | bit); });
         if (these >= top_k) limit |= bit, reaching = these;
@@ -105,6 +108,7 @@ __device__ __forceinline__ void limit_by_bits(Softmax& softmax, int E, int top_k
     int bit = 1;
     while (bit < E) bit *= 2;
     softmax.last = 0;
+#pragma unroll 1
     for (; bit > 0; bit /= 2) {
         const int end = softmax.last + bit;
         if (count([&](uint32_t key, int e) { return key == limit && e < end; }) < equal) softmax.last = end;
@@ -118,6 +122,7 @@ template <class Logit>
 __device__ __forceinline__ Softmax softmax_of(const ForwardParams& p, int lane, int lanes, Logit logit) {
     const int E = static_cast<int>(p.E), top_k = static_cast<int>(p.top_k);
     Softmax softmax = {-INFINITY, 0.f, -INFINITY, E};
+#pragma unroll 1
     for (int e = lane; e < E; e += lanes) softmax.largest = fmaxf(softmax.largest, logit(e));
     softmax.largest = largest_of(softmax.largest, lanes);
     if (top_k < E) {
@@ -127,6 +132,7 @@ __device__ __forceinline__ Softmax softmax_of(const ForwardParams& p, int lane, 
             limit_by_bits(softmax, E, top_k, lane, lanes, logit);
         }
     }
+#pragma unroll 1
     for (int e = lane; e < E; e += lanes) {
         const float number = logit(e);
         if (!p.renormalize || softmax.keeps(number, e)) softmax.sum += expf(number - softmax.largest);

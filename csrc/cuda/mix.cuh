@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a team of lanes does with one token in mix: it reduces partial sums, and computes v, du and dlogits.
+#pragma once
+
+#include "gates.cuh"
+
+#include <type_traits>
+
+namespace lmoe {
+
+// How a launch divides its work, in addition to the parameters of the call.
+template <class Params>
+struct Mix : Params {
+    int columns;    // of the product whose partial sums are reduced
+    int64_t part;   // elements from one part of them to the next
+    int lane_bits;  // a team has 2^lane_bits lanes
+    int rank_bits;  // 2^rank_bits of them share the ranks of an expert
+    int smem;       // bytes of a token; 0 where its numbers are not kept
+};
+
+// W elements in sequence. Those of 16 bits and of 32 bits are loaded and stored in one instruction.
+template <int W, class Element>
+using Whole =
+    std::conditional_t<W * sizeof(Element) == 16, uint4, std::conditional_t<W * sizeof(Element) == 8, uint2, Element>>;
+
+template <int W, class Element>
+__device__ __forceinline__ void load_elements(float (&out)[W], const Element* from) {
+    const auto whole = *reinterpret_cast<const Whole<W, Element>*>(from);
+    Element elements[W];
+    memcpy(elements, &whole, sizeof whole);
+#pragma unroll
+    for (int i = 0; i < W; ++i) out[i] = to_float(elements[i]);
+}
+
+// Numbers rounded to the element's type.
+template <class Element, int W>
+__device__ __forceinline__ Whole<W, Element> rounded(const float (&numbers)[W]) {
+    Element elements[W];
+#pragma unroll
+    for (int i = 0; i < W; ++i) elements[i] = from_float<Element>(numbers[i]);
+    Whole<W, Element> whole;
+    memcpy(&whole, elements, sizeof whole);
+    return whole;
+}
+template <int W, class Element>
+__device__ __forceinline__ void keep_elements(Element* shared, const float (&numbers)[W]) {
+    *reinterpret_cast<Whole<W, Element>*>(shared) = rounded<Element>(numbers);
+}
+template <int W, class Element>
+__device__ __forceinline__ void store_elements(Element* global, const float (&numbers)[W]) {
+    const auto whole = rounded<Element>(numbers);
+    if constexpr (sizeof whole == 8) {
+        store_vector(global, whole);
+    } else {
+        *reinterpret_cast<Whole<W, Element>*>(global) = whole;
+    }
+}
+
+template <int W>
+__device__ __forceinline__ void add_product(float (&sum)[W], float factor, const float (&numbers)[W]) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) sum[i] += factor * numbers[i];
+}
+template <int W>
+__device__ __forceinline__ void set_product(float (&product)[W], float factor, const float (&numbers)[W]) {
+#pragma unroll
+    for (int i = 0; i < W; ++i) product[i] = factor * numbers[i];
+}
+template <int W>
+__device__ __forceinline__ float dot(const float (&left)[W], const float (&right)[W]) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < W; ++i) sum += left[i] * right[i];
+    return sum;
+}
+
+// The partial sums of W columns. TOGETHER of them are loaded before the first is added; the first TOGETHER are on their way
+// as soon as this exists.
+template <int W, int TOGETHER = 4>
+class PartialSums {
+    const float* from_;
+    int64_t step_;  // from part to part
+    int parts_;
+    float numbers_[TOGETHER][W];
+
+    __device__ __forceinline__ void load() {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            if (i < parts_) load_elements(numbers_[i], from_ + i * step_);
+        }
+    }
+
+public:
+    __device__ __forceinline__ PartialSums(const float* from, int64_t step, int64_t parts)
+        : from_(from), step_(step), parts_(static_cast<int>(parts)) {
+        load();
+    }
+    // Adds them in their order.
+    __device__ __forceinline__ void total(float (&sum)[W]) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) sum[i] = 0.f;
+        while (true) {
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                if (i < parts_) add_product(sum, 1.f, numbers_[i]);
+            }
+            parts_ -= TOGETHER;
+            if (parts_ <= 0) return;
+            from_ += TOGETHER * step_;
+            load();
+        }
+    }
+};
+
+// A team's token and a lane's share of it. KEPT says that u, in the backward dv, and the gates are kept in shared memory.
+// Those of huge E R are not: then each use reads u again, reduces the partial sums of dv again, and computes a gate from its
+// logit.
+template <class S, int W, bool KEPT, class Params>
+struct Token {
+    static constexpr bool BACKWARD = std::is_same_v<Params, BackwardParams>;
+
+    const Mix<Params>& p;
+    const int lanes = 1 << p.lane_bits, lane = static_cast<int>(threadIdx.x) & (lanes - 1);  // of the team
+    const int groups = lanes >> p.rank_bits, group = lane >> p.rank_bits, rank_lane = lane - (group << p.rank_bits);
+    const uint32_t wanted = blockIdx.x * (blockDim.x >> p.lane_bits) + (threadIdx.x >> p.lane_bits);
+    const bool inside = wanted < p.T;  // the other lanes of the last warp stay for the shuffles, without a token
+    const uint32_t t = inside ? wanted : static_cast<uint32_t>(p.T - 1);
+    const int E = static_cast<int>(p.E), R = static_cast<int>(p.R), experts = inside ? E : 0;
+    const int u_columns = static_cast<int>(p.experts_of_a) * R, u_step = p.experts_of_a == 1 ? 0 : R;
+    float* const gates;   // (E)
+    float* const dgates;  // (E), in the backward
+    S* const kept_u;      // (u_columns)
+    S* const kept_dv;     // (E R), in the backward
+    Softmax softmax = {};
+
+    // Bytes of shared memory of a token that is kept.
+    static int64_t bytes(const ForwardParams& p) {
+        const int64_t elements = (p.experts_of_a + (BACKWARD ? p.E : 0)) * p.R;
+        return ((BACKWARD ? 2 : 1) * padded(p.E) * 4 + elements * static_cast<int64_t>(sizeof(S)) + 15) / 16 * 16;
+    }
+    template <class Count>
+    static __host__ __device__ Count padded(Count count) {
+        return (count + 3) / 4 * 4;
+    }
+
+    __device__ __forceinline__ Token(const Mix<Params>& p, unsigned char* smem)
+        : p(p),
+          gates(reinterpret_cast<float*>(smem + (threadIdx.x >> p.lane_bits) * p.smem)),
+          dgates(gates + padded(static_cast<unsigned>(p.E))),
+          kept_u(reinterpret_cast<S*>(BACKWARD ? dgates + padded(static_cast<unsigned>(p.E)) : dgates)),
+          kept_dv(kept_u + u_columns) {}
+
+    __device__ __forceinline__ bool is_shared() const { return p.experts_of_a == 1; }
+    __device__ __forceinline__ bool averages_factors() const { return p.mixing == Mixing::factors; }
+    // The token's row of a matrix; with 32 bits of each factor the product takes one instruction.
+    template <class Element>
+    __device__ __forceinline__ Element* row(Element* first, int64_t stride) const {
+        return first + static_cast<uint64_t>(t) * static_cast<uint32_t>(stride);
+    }
+    __device__ __forceinline__ const float* partial() const { return row(p.partial, p.columns); }
+    __device__ __forceinline__ S* u() const { return row(static_cast<S*>(p.u), u_columns); }
+    __device__ __forceinline__ S* v() const { return row(static_cast<S*>(p.v.data), p.v.stride); }
+    __device__ __forceinline__ int64_t of_expert(int e) const { return static_cast<int64_t>(t) * E + e; }  // of (T, E)
+    __device__ __forceinline__ float logit(int e) const { return load<S>(p.logits, of_expert(e)); }
+
+    // The partial sums of W columns; none of those from `end` on.
+    __device__ __forceinline__ PartialSums<W> sums(int column, int end) const {
+        return {partial() + column, p.part, column < end ? p.shrink_parts : 0};
+    }
+    __device__ __forceinline__ float gate(int e) const {
+        if constexpr (KEPT) return gates[e];
+        return softmax.gate(logit(e), e);
+    }
+    __device__ __forceinline__ void load_u(float (&out)[W], int e, int r) const {
+        load_elements(out, (KEPT ? kept_u : u()) + e * u_step + r);
+    }
+    // dv from its partial sums, rounded as if it were saved.
+    __device__ __forceinline__ void round_dv(float (&dv)[W]) const {
+#pragma unroll
+        for (int i = 0; i < W; ++i) dv[i] = to_float(from_float<S>(p.scaling * dv[i]));
+    }
+    __device__ __forceinline__ void load_dv(float (&out)[W], int e, int r) const {
+        if constexpr (KEPT) return load_elements(out, kept_dv + e * R + r);
+        PartialSums<W, 2>(partial() + e * R + r, p.part, p.shrink_parts).total(out);
+        round_dv(out);
+    }
+
+    // Computes the softmax, and keeps the gates, from logits that lie in the place of the kept gates.
+    __device__ __forceinline__ void compute_gates() {
+        softmax = softmax_of(p, lane, lanes, [&](int e) { return KEPT ? gates[e] : logit(e); });
+#pragma unroll 1
+        for (int e = lane; KEPT && e < E; e += lanes) gates[e] = softmax.gate(gates[e], e);
+        __syncwarp();  // all lanes see the gates, u and dv
+    }
+    // The sums of all groups, in each of their lanes.
+    template <int N>
+    __device__ __forceinline__ void add_groups(float (&sum)[N]) const {
+#pragma unroll 1
+        for (int flip = lanes / 2; flip >> p.rank_bits > 0; flip /= 2) {
+#pragma unroll
+            for (int i = 0; i < N; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], flip);
+        }
+    }
+    // The columns of a row up to its stride, where expand reads whole vectors.
+    __device__ __forceinline__ void store_zeros(const Rows& rows, int columns) const {
+        const int end = inside ? static_cast<int>(rows.stride) : 0;
+#pragma unroll 1
+        for (int c = columns + lane; c < end; c += lanes) {
+            row(static_cast<S*>(rows.data), rows.stride)[c] = from_float<S>(0.f);
+        }
+    }
+
+    // v from u and the gates.
+    __device__ __forceinline__ void mix() const {
+#pragma unroll 1
+        for (int first = 0; first < R; first += W << p.rank_bits) {
+            const int r = first + rank_lane * W, end = r < R ? experts : 0;
+            float h[W] = {};
+#pragma unroll 1
+            for (int e = group; averages_factors() && e < end; e += groups) {
+                float numbers[W];
+                load_u(numbers, e, r);
+                add_product(h, gate(e), numbers);
+            }
+            if (averages_factors()) add_groups(h);
+#pragma unroll 1
+            for (int e = group; e < end; e += groups) {
+                if (!averages_factors()) load_u(h, e, r);
+                float product[W];
+                set_product(product, gate(e), h);
+                store_elements(v() + e * R + r, product);
+            }
+        }
+        store_zeros(p.v, E * R);
+    }
+
+    __device__ __forceinline__ S* du_dlogits() const { return row(static_cast<S*>(p.du_dlogits.data), p.du_dlogits.stride); }
+    // Where the gradient of a gate lies: without a place in shared memory it replaces the partial sum of its expert's first
+    // rank, which is read no more when the gradient of these ranks is known.
+    __device__ __forceinline__ float& dgate(int e) const { return KEPT ? dgates[e] : row(p.partial, p.columns)[e * R]; }
+
+    // v, du and the gradients of the gates, from u, dv and the gates.
+    __device__ __forceinline__ void mix_bwd() const {
+        const bool factors = averages_factors(), sums = factors || is_shared();
+#pragma unroll 1
+        for (int first = 0; first < R; first += W << p.rank_bits) {
+            const int r = first + rank_lane * W, end = r < R ? experts : 0;
+            float h[W] = {}, dh[W] = {}, gates_sum[1] = {};
+#pragma unroll 1
+            for (int e = group; sums && e < end; e += groups) {
+                float u[W], dv[W];
+                load_u(u, e, r), load_dv(dv, e, r);
+                add_product(h, gate(e), u), add_product(dh, gate(e), dv);
+                gates_sum[0] += gate(e);
+            }
+            if (sums) add_groups(h), add_groups(dh);
+#pragma unroll 1
+            for (int e = group; e - group < E; e += groups) {  // all lanes stay for the shuffles
+                float own = 0.f;
+                if (e < end) own = mix_bwd(e, r, h, dh);
+                own = sum_of(own, 1 << p.rank_bits);
+                if (rank_lane == 0 && e < experts) dgate(e) = first == 0 ? own : dgate(e) + own;
+            }
+            if (!is_shared()) continue;
+            if (factors && !p.renormalize) {  // a shared A gathers from every expert: dh times each gate; their sum may be 1
+                add_groups(gates_sum);
+                set_product(dh, gates_sum[0], dh);
+            }
+            if (group == 0 && end > 0) store_elements(du_dlogits() + r, dh);
+        }
+        store_zeros(p.v, E * R);
+    }
+    // The same for W ranks of one expert; returns their share of the gate's gradient: through B(t) and, under "factors",
+    // also through A(t).
+    __device__ __forceinline__ float mix_bwd(int e, int r, const float (&h)[W], const float (&dh)[W]) const {
+        float u[W], dv[W], v_[W], du[W], share;
+        load_u(u, e, r), load_dv(dv, e, r);
+        if (averages_factors()) {
+            set_product(v_, gate(e), h), set_product(du, gate(e), dh);
+            share = dot(dv, h) + dot(dh, u);
+        } else {
+            set_product(v_, gate(e), u), set_product(du, gate(e), dv);
+            share = dot(dv, u);
+        }
+        store_elements(v() + e * R + r, v_);
+        if (!is_shared()) store_elements(du_dlogits() + e * R + r, du);
+        return share;
+    }
+
+    // The backward of the softmax, to du_dlogits or to an outside router's gradient. A softmax over all experts gives
+    // dropped experts a gradient too, although their gates are 0.
+    __device__ __forceinline__ void softmax_bwd() const {
+        float mean = 0.f;
+#pragma unroll 1
+        for (int e = lane; e < experts; e += lanes) mean += gate(e) * dgate(e);
+        mean = sum_of(mean, lanes);
+#pragma unroll 1
+        for (int e = lane; e < experts; e += lanes) {
+            const float own = gate(e);
+            float dlogit = own * (dgate(e) - mean);
+            if (!p.renormalize && own == 0.f) dlogit = softmax.weight(logit(e)) * -mean;
+            if (p.dlogits_in != nullptr) dlogit += p.dlogits_in[of_expert(e)];
+            if (p.gate_weight.data != nullptr) du_dlogits()[u_columns + e] = from_float<S>(dlogit);
+            if (p.dlogits != nullptr) store<S>(p.dlogits, of_expert(e), p.logits.fp32, dlogit);
+        }
+        store_zeros(p.du_dlogits, u_columns + (p.gate_weight.data != nullptr ? E : 0));
+    }
+};
+
+}  // namespace lmoe
