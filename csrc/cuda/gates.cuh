@@ -29,7 +29,7 @@ __device__ __forceinline__ void save_projection(const ForwardParams& p, int64_t 
 // it.
 template <class T, class Join>
 __device__ __forceinline__ T over_lanes(T value, int lanes, Join join) {
-    for (int flip = lanes / 2; flip > 0; flip /= 2) value = join(value, __shfl_xor_sync(~0u, value, flip));
+    for (int flip = lanes >> 1; flip > 0; flip >>= 1) value = join(value, __shfl_xor_sync(~0u, value, flip));
     return value;
 }
 __device__ __forceinline__ float largest_of(float value, int lanes) {

@@ -37,11 +37,13 @@ __global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_fwd_kernel(M
         float u[W];
         sums.total(u);
         store_elements(token.u() + c, u);
-        if (KEPT) keep_elements(token.kept_u + c, u);
+        if (KEPT) store_elements(token.kept_u + c, u);
     };
+    const float* from = token.partial() + lane * W;
 #pragma unroll 1
-    for (int c = lane * W; c < columns; c += 2 * step) {
-        PartialSums<W> first = token.sums(c, columns), second = token.sums(c + step, columns);
+    for (int c = lane * W; c < columns; c += 2 * step, from += 2 * step) {
+        PartialSums<W> first(from, p.part, p.shrink_parts),
+            second(from + step, p.part, c + step < columns ? p.shrink_parts : 0);
         save(c, first), save(c + step, second);
     }
 #pragma unroll 1
@@ -74,16 +76,18 @@ __global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_bwd_kernel(M
                   u_columns = token.inside ? token.u_columns : 0;
         const float logit = lane < token.experts ? token.logit(lane) : 0.f;  // before dv, to be on its way at the same time
         auto keep = [&](int c, PartialSums<W>& sums, const float (&u)[W]) {
-            if (c < u_columns) keep_elements(token.kept_u + c, u);
+            if (c < u_columns) store_elements(token.kept_u + c, u);
             if (c >= dv_columns) return;
             float dv[W];
             sums.total(dv);
             token.round_dv(dv);
-            keep_elements(token.kept_dv + c, dv);
+            store_elements(token.kept_dv + c, dv);
         };
+        const float* from = token.partial() + lane * W;
 #pragma unroll 1
-        for (int c = lane * W; c < dv_columns || c < u_columns; c += 2 * step) {
-            PartialSums<W> first = token.sums(c, dv_columns), second = token.sums(c + step, dv_columns);
+        for (int c = lane * W; c < dv_columns || c < u_columns; c += 2 * step, from += 2 * step) {
+            PartialSums<W> first(from, p.part, c < dv_columns ? p.shrink_parts : 0);
+            PartialSums<W> second(from + step, p.part, c + step < dv_columns ? p.shrink_parts : 0);
             float first_u[W], second_u[W];
             if (c < u_columns) load_elements(first_u, token.u() + c);
             if (c + step < u_columns) load_elements(second_u, token.u() + c + step);
@@ -112,14 +116,14 @@ template <class S, class Params, class Launch>
 void divide_mix(const Params& params, int64_t columns, bool vectors, Launch launch) {
     auto with_width = [&](auto width) {
         constexpr int W = decltype(width)::value;
-        Mix<Params> p = {params, static_cast<int>(columns), params.T * columns, 0, 0, 0};
+        Mix<Params> p = {params, static_cast<int>(columns), params.T * columns, 0, 0, 0, 0};
         while (p.lane_bits < 5 && (1 << p.lane_bits < p.E || 4 * W << p.lane_bits < columns)) ++p.lane_bits;
         while (p.rank_bits < p.lane_bits && W << p.rank_bits < p.R) ++p.rank_bits;
         const int64_t bytes = Token<S, W, true, Params>::bytes(params), of_warp = bytes * (32 >> p.lane_bits);
         const bool kept = 2 * of_warp <= MIX_SMEM;
         int warps = MIX_WARPS;
         while (kept && warps * of_warp > MIX_SMEM) warps /= 2;
-        p.smem = kept ? static_cast<int>(bytes) : 0;
+        if (kept) p.smem = static_cast<int>(bytes), p.gates = static_cast<int>(Token<S, W, true, Params>::up(p.E * 4));
         const dim3 grid(tiles(p.T, warps * 32 >> p.lane_bits)), block(warps * 32);
         const int smem = kept ? static_cast<int>(warps * of_warp) : 0;
         if (kept) return launch(p, width, std::true_type{}, grid, block, smem);

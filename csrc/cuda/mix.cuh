@@ -15,13 +15,14 @@ struct Mix : Params {
     int64_t part;   // elements from one part of them to the next
     int lane_bits;  // a team has 2^lane_bits lanes
     int rank_bits;  // 2^rank_bits of them share the ranks of an expert
-    int smem;       // bytes of a token; 0 where its numbers are not kept
+    int smem;       // bytes of a token in shared memory; 0 where its numbers are not kept
+    int gates;      // bytes of them that E numbers take
 };
 
-// W elements in sequence. Those of 16 bits and of 32 bits are loaded and stored in one instruction.
+// W elements in sequence as one number, which the compiler loads and stores in one instruction.
 template <int W, class Element>
 using Whole =
-    std::conditional_t<W * sizeof(Element) == 16, uint4, std::conditional_t<W * sizeof(Element) == 8, uint2, Element>>;
+    std::conditional_t<W * sizeof(Element) == 16, uint4, std::conditional_t<W * sizeof(Element) == 8, uint64_t, Element>>;
 
 template <int W, class Element>
 __device__ __forceinline__ void load_elements(float (&out)[W], const Element* from) {
@@ -32,28 +33,15 @@ __device__ __forceinline__ void load_elements(float (&out)[W], const Element* fr
     for (int i = 0; i < W; ++i) out[i] = to_float(elements[i]);
 }
 
-// Numbers rounded to the element's type.
-template <class Element, int W>
-__device__ __forceinline__ Whole<W, Element> rounded(const float (&numbers)[W]) {
+// Stores numbers rounded to the element's type.
+template <int W, class Element>
+__device__ __forceinline__ void store_elements(Element* to, const float (&numbers)[W]) {
     Element elements[W];
 #pragma unroll
     for (int i = 0; i < W; ++i) elements[i] = from_float<Element>(numbers[i]);
     Whole<W, Element> whole;
     memcpy(&whole, elements, sizeof whole);
-    return whole;
-}
-template <int W, class Element>
-__device__ __forceinline__ void keep_elements(Element* shared, const float (&numbers)[W]) {
-    *reinterpret_cast<Whole<W, Element>*>(shared) = rounded<Element>(numbers);
-}
-template <int W, class Element>
-__device__ __forceinline__ void store_elements(Element* global, const float (&numbers)[W]) {
-    const auto whole = rounded<Element>(numbers);
-    if constexpr (sizeof whole == 8) {
-        store_vector(global, whole);
-    } else {
-        *reinterpret_cast<Whole<W, Element>*>(global) = whole;
-    }
+    *reinterpret_cast<Whole<W, Element>*>(to) = whole;
 }
 
 template <int W>
@@ -136,18 +124,15 @@ struct Token {
     // Bytes of shared memory of a token that is kept.
     static int64_t bytes(const ForwardParams& p) {
         const int64_t elements = (p.experts_of_a + (BACKWARD ? p.E : 0)) * p.R;
-        return ((BACKWARD ? 2 : 1) * padded(p.E) * 4 + elements * static_cast<int64_t>(sizeof(S)) + 15) / 16 * 16;
+        return (BACKWARD ? 2 : 1) * up(p.E * 4) + up(elements * static_cast<int64_t>(sizeof(S)));
     }
-    template <class Count>
-    static __host__ __device__ Count padded(Count count) {
-        return (count + 3) / 4 * 4;
-    }
+    static int64_t up(int64_t bytes) { return (bytes + 15) / 16 * 16; }  // to whole vectors
 
     __device__ __forceinline__ Token(const Mix<Params>& p, unsigned char* smem)
         : p(p),
           gates(reinterpret_cast<float*>(smem + (threadIdx.x >> p.lane_bits) * p.smem)),
-          dgates(gates + padded(static_cast<unsigned>(p.E))),
-          kept_u(reinterpret_cast<S*>(BACKWARD ? dgates + padded(static_cast<unsigned>(p.E)) : dgates)),
+          dgates(gates + p.gates / 4),
+          kept_u(reinterpret_cast<S*>(gates + (BACKWARD ? 2 : 1) * (p.gates / 4))),
           kept_dv(kept_u + u_columns) {}
 
     __device__ __forceinline__ bool is_shared() const { return p.experts_of_a == 1; }
@@ -163,10 +148,6 @@ struct Token {
     __device__ __forceinline__ int64_t of_expert(int e) const { return static_cast<int64_t>(t) * E + e; }  // of (T, E)
     __device__ __forceinline__ float logit(int e) const { return load<S>(p.logits, of_expert(e)); }
 
-    // The partial sums of W columns; none of those from `end` on.
-    __device__ __forceinline__ PartialSums<W> sums(int column, int end) const {
-        return {partial() + column, p.part, column < end ? p.shrink_parts : 0};
-    }
     __device__ __forceinline__ float gate(int e) const {
         if constexpr (KEPT) return gates[e];
         return softmax.gate(logit(e), e);
@@ -196,7 +177,7 @@ struct Token {
     template <int N>
     __device__ __forceinline__ void add_groups(float (&sum)[N]) const {
 #pragma unroll 1
-        for (int flip = lanes / 2; flip >> p.rank_bits > 0; flip /= 2) {
+        for (int flip = lanes / 2; flip >> p.rank_bits > 0; flip >>= 1) {
 #pragma unroll
             for (int i = 0; i < N; ++i) sum[i] += __shfl_xor_sync(~0u, sum[i], flip);
         }
@@ -223,12 +204,13 @@ struct Token {
                 add_product(h, gate(e), numbers);
             }
             if (averages_factors()) add_groups(h);
+            S* to = v() + group * R + r;
 #pragma unroll 1
-            for (int e = group; e < end; e += groups) {
+            for (int e = group; e < end; e += groups, to += groups * R) {
                 if (!averages_factors()) load_u(h, e, r);
                 float product[W];
                 set_product(product, gate(e), h);
-                store_elements(v() + e * R + r, product);
+                store_elements(to, product);
             }
         }
         store_zeros(p.v, E * R);
@@ -254,12 +236,14 @@ struct Token {
                 gates_sum[0] += gate(e);
             }
             if (sums) add_groups(h), add_groups(dh);
+            S *to_v = v() + group * R + r, *to_du = du_dlogits() + group * R + r;
 #pragma unroll 1
-            for (int e = group; e - group < E; e += groups) {  // all lanes stay for the shuffles
+            for (int e = group, i = 0; i < E; e += groups, i += groups) {  // all lanes stay for the shuffles
                 float own = 0.f;
-                if (e < end) own = mix_bwd(e, r, h, dh);
+                if (e < end) own = mix_bwd(e, r, h, dh, to_v, to_du);
                 own = sum_of(own, 1 << p.rank_bits);
                 if (rank_lane == 0 && e < experts) dgate(e) = first == 0 ? own : dgate(e) + own;
+                to_v += groups * R, to_du += groups * R;
             }
             if (!is_shared()) continue;
             if (factors && !p.renormalize) {  // a shared A gathers from every expert: dh times each gate; their sum may be 1
@@ -271,20 +255,19 @@ struct Token {
         store_zeros(p.v, E * R);
     }
     // The same for W ranks of one expert; returns their share of the gate's gradient: through B(t) and, under "factors",
-    // also through A(t).
-    __device__ __forceinline__ float mix_bwd(int e, int r, const float (&h)[W], const float (&dh)[W]) const {
-        float u[W], dv[W], v_[W], du[W], share;
+    // also through A(t). Otherwise h and dh are those of the expert alone.
+    __device__ __forceinline__ float mix_bwd(int e, int r, float (&h)[W], float (&dh)[W], S* to_v, S* to_du) const {
+        float u[W], dv[W], product[W];
         load_u(u, e, r), load_dv(dv, e, r);
-        if (averages_factors()) {
-            set_product(v_, gate(e), h), set_product(du, gate(e), dh);
-            share = dot(dv, h) + dot(dh, u);
-        } else {
-            set_product(v_, gate(e), u), set_product(du, gate(e), dv);
-            share = dot(dv, u);
+        if (!averages_factors()) {
+            set_product(h, 1.f, u);
+            if (!is_shared()) set_product(dh, 1.f, dv);
         }
-        store_elements(v() + e * R + r, v_);
-        if (!is_shared()) store_elements(du_dlogits() + e * R + r, du);
-        return share;
+        set_product(product, gate(e), h);
+        store_elements(to_v, product);
+        set_product(product, gate(e), dh);
+        if (!is_shared()) store_elements(to_du, product);
+        return averages_factors() ? dot(dv, h) + dot(dh, u) : dot(dv, h);
     }
 
     // The backward of the softmax, to du_dlogits or to an outside router's gradient. A softmax over all experts gives
