@@ -75,12 +75,11 @@ __global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_bwd_kernel(M
         const int dv_columns = wants_du && token.inside ? token.E * token.R : 0,
                   u_columns = token.inside ? token.u_columns : 0;
         const float logit = lane < token.experts ? token.logit(lane) : 0.f;  // before dv, to be on its way at the same time
-        auto keep = [&](int c, PartialSums<W>& sums, const float (&u)[W]) {
-            if (c < u_columns) store_elements(token.kept_u + c, u);
+        auto keep_dv = [&](int c, PartialSums<W>& sums) {
             if (c >= dv_columns) return;
             float dv[W];
             sums.total(dv);
-            token.round_dv(dv);
+            set_product(dv, p.scaling, dv);
             store_elements(token.kept_dv + c, dv);
         };
         const float* from = token.partial() + lane * W;
@@ -88,10 +87,12 @@ __global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_bwd_kernel(M
         for (int c = lane * W; c < dv_columns || c < u_columns; c += 2 * step, from += 2 * step) {
             PartialSums<W> first(from, p.part, c < dv_columns ? p.shrink_parts : 0);
             PartialSums<W> second(from + step, p.part, c + step < dv_columns ? p.shrink_parts : 0);
-            float first_u[W], second_u[W];
-            if (c < u_columns) load_elements(first_u, token.u() + c);
-            if (c + step < u_columns) load_elements(second_u, token.u() + c + step);
-            keep(c, first, first_u), keep(c + step, second, second_u);
+            Whole<W, S> first_u, second_u;
+            if (c < u_columns) first_u = load_whole<W>(token.u() + c);
+            if (c + step < u_columns) second_u = load_whole<W>(token.u() + c + step);
+            if (c < u_columns) store_whole<W>(token.kept_u + c, first_u);
+            if (c + step < u_columns) store_whole<W>(token.kept_u + c + step, second_u);
+            keep_dv(c, first), keep_dv(c + step, second);
         }
 #pragma unroll 1
         for (int e = lane; e < token.experts; e += lanes) token.gates[e] = e < lanes ? logit : token.logit(e);

@@ -25,23 +25,42 @@ using Whole =
     std::conditional_t<W * sizeof(Element) == 16, uint4, std::conditional_t<W * sizeof(Element) == 8, uint64_t, Element>>;
 
 template <int W, class Element>
+__device__ __forceinline__ Whole<W, Element> load_whole(const Element* from) {
+    return *reinterpret_cast<const Whole<W, Element>*>(from);
+}
+template <int W, class Element>
+__device__ __forceinline__ void store_whole(Element* to, Whole<W, Element> whole) {
+    *reinterpret_cast<Whole<W, Element>*>(to) = whole;
+}
+
+template <int W, class Element>
 __device__ __forceinline__ void load_elements(float (&out)[W], const Element* from) {
-    const auto whole = *reinterpret_cast<const Whole<W, Element>*>(from);
+    const auto whole = load_whole<W>(from);
     Element elements[W];
     memcpy(elements, &whole, sizeof whole);
 #pragma unroll
     for (int i = 0; i < W; ++i) out[i] = to_float(elements[i]);
 }
 
-// Stores numbers rounded to the element's type.
+// Stores numbers rounded to the element's type. Two numbers of 16 bits are rounded in one instruction, if they are a pair.
 template <int W, class Element>
 __device__ __forceinline__ void store_elements(Element* to, const float (&numbers)[W]) {
-    Element elements[W];
+    if constexpr (W * sizeof(Element) == 8) {
+        uint32_t pairs[2];
 #pragma unroll
-    for (int i = 0; i < W; ++i) elements[i] = from_float<Element>(numbers[i]);
-    Whole<W, Element> whole;
-    memcpy(&whole, elements, sizeof whole);
-    *reinterpret_cast<Whole<W, Element>*>(to) = whole;
+        for (int i = 0; i < 2; ++i) {
+            const Pair<Element> pair = {from_float<Element>(numbers[2 * i]), from_float<Element>(numbers[2 * i + 1])};
+            memcpy(&pairs[i], &pair, sizeof pair);
+        }
+        store_whole<W>(to, static_cast<uint64_t>(pairs[1]) << 32 | pairs[0]);
+    } else {
+        Element elements[W];
+#pragma unroll
+        for (int i = 0; i < W; ++i) elements[i] = from_float<Element>(numbers[i]);
+        Whole<W, Element> whole;
+        memcpy(&whole, elements, sizeof whole);
+        store_whole<W>(to, whole);
+    }
 }
 
 template <int W>
@@ -155,15 +174,11 @@ struct Token {
     __device__ __forceinline__ void load_u(float (&out)[W], int e, int r) const {
         load_elements(out, (KEPT ? kept_u : u()) + e * u_step + r);
     }
-    // dv from its partial sums, rounded as if it were saved.
-    __device__ __forceinline__ void round_dv(float (&dv)[W]) const {
-#pragma unroll
-        for (int i = 0; i < W; ++i) dv[i] = to_float(from_float<S>(p.scaling * dv[i]));
-    }
     __device__ __forceinline__ void load_dv(float (&out)[W], int e, int r) const {
         if constexpr (KEPT) return load_elements(out, kept_dv + e * R + r);
         PartialSums<W, 2>(partial() + e * R + r, p.part, p.shrink_parts).total(out);
-        round_dv(out);
+#pragma unroll
+        for (int i = 0; i < W; ++i) out[i] = to_float(from_float<S>(p.scaling * out[i]));  // rounded as if it were kept
     }
 
     // Computes the softmax, and keeps the gates, from logits that lie in the place of the kept gates.
