@@ -48,10 +48,8 @@ struct ForwardParams {
     void* y;        // (T, O)
 
     Path path;
-    int64_t smem;    // dynamic shared memory in bytes of the one-pass and decode kernels, to compare with their layout
-    Rows v;          // (T, E * R), workspace; null in one pass and in decode, like the other workspaces but `partial`
-    float* scratch;  // (T, scratch_stride), workspace: E gates; in the backward then E dgates, R of h, R of dh
-    int64_t scratch_stride;
+    int64_t smem;          // dynamic shared memory in bytes of the one-pass and decode kernels, to compare with their layout
+    Rows v;                // (T, E * R), workspace, with zeros up to its stride; null in one pass and in decode
     float* partial;        // workspace for partial sums, used by one product after the other
     int64_t shrink_parts;  // split-K factor of shrink; partial sums are reduced in a fixed order: results are deterministic
 };
@@ -61,8 +59,8 @@ struct BackwardParams : ForwardParams {
     Rows dy;                  // (T, O)
     const float* dlogits_in;  // (T, E), the gradient that arrives at the returned logits, or null
 
-    void* dv;              // (T, v.stride), workspace: scaling * dy B^T; null where only dlora_b is computed
-    Rows du_dlogits;       // workspace: experts_of_a * R columns of du, then E of a gate's dlogits; null with dv
+    Rows du_dlogits;  // workspace: experts_of_a * R columns of du, E of a gate's dlogits, zeros up to its stride; null where
+                      // only dlora_b is computed
     int64_t wgrad_splits;  // split-K factor of the weight gradients, which sum over the tokens
 
     void* dx;             // (T, I)

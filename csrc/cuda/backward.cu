@@ -16,12 +16,12 @@ namespace {
 template <class S>
 void backward_of(const BackwardParams& p, cudaStream_t stream) {
     const Matrix dy = matrix<S>(p.dy.data, false, p.T, p.O, p.dy.stride);
-    if (p.dv != nullptr) shrink(p.dtype, {dy, b_of<S>(p), p.partial, p.shrink_parts, 0}, stream);
+    if (p.du_dlogits.data != nullptr) shrink(p.dtype, {dy, b_of<S>(p), p.partial, p.shrink_parts, 0}, stream);
     mix_bwd(p, stream);
     const int64_t du_columns = p.experts_of_a * p.R, dlogits_columns = p.gate_weight.data != nullptr ? p.E : 0;
     const auto* du_dlogits = static_cast<const S*>(p.du_dlogits.data);
     if (p.dx != nullptr) {
-        const Matrix both = matrix<S>(du_dlogits, false, p.T, du_columns + dlogits_columns, p.du_dlogits.stride);
+        const Matrix both = matrix<S>(du_dlogits, false, p.T, p.du_dlogits.stride, p.du_dlogits.stride);
         expand(p.dtype, {both, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
     }
     WgradParams w = {};

@@ -11,7 +11,7 @@ namespace lmoe {
 template <class S>
 __global__ void __launch_bounds__(THREADS, RESIDENT<S>) expand_kernel(ExpandParams p) {
     DYNAMIC_SMEM(smem);
-    const unsigned tiles = static_cast<unsigned>((p.output.F + BLOCK_F - 1) / BLOCK_F);
+    const unsigned tiles = Expand<S>::tiles_over(p.output.F);
     const int64_t t0 = static_cast<int64_t>(blockIdx.x / tiles) * BLOCK_EXTENT;
     const int64_t f0 = static_cast<int64_t>(blockIdx.x % tiles) * BLOCK_F;
     typename Expand<S>::Accumulators acc = {};

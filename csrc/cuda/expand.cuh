@@ -9,7 +9,7 @@ namespace lmoe {
 constexpr int BLOCK_F = 128;  // features of y or dx in a tile
 
 template <class S>
-using Expand = Product<S, BLOCK_F, true, false>;
+using Expand = Product<S, BLOCK_F, true, false, CopiesOfTwo>;
 
 template <class S>
 __host__ __device__ inline Output output(void* out, const void* base, int64_t base_stride, int64_t T, int64_t F,
@@ -60,11 +60,11 @@ template <class S>
 __device__ __forceinline__ void store_aligned(const Output& p, const typename Expand<S>::Accumulators& acc, int64_t t0,
                                               int64_t f0) {
     using E = Expand<S>;
-    const int lane = static_cast<int>(threadIdx.x % 32), column = E::first_col() + lane % 4 * 2;
-    const bool odd = lane % 2 == 1;
+    const int column = E::column_of_lane();
+    const bool odd = threadIdx.x % 2 == 1;
 #pragma unroll
     for (int i = 0; i < E::WARP_ROWS / 8; ++i) {
-        const int64_t t = t0 + E::first_row() + lane / 4 + i * 8;
+        const int64_t t = t0 + E::row_of_lane() + i * 8;
         const bool inside = t < p.T;
         S* out = static_cast<S*>(p.out) + t * p.F + f0 + column;
         const S* base = static_cast<const S*>(p.base) + t * p.base_stride + f0 + column;

@@ -11,7 +11,7 @@ namespace lmoe {
 // Byte offsets in shared memory. Its beginning holds the stages of shrink, then those of expand and v.
 template <class S, int COLS>
 struct FusedLayout {
-    using Shrink = Product<S, COLS, true, true>;
+    using Shrink = Product<S, COLS, true, true, CopiesOfTwo>;
     using V = typename Expand<S>::P;
     int64_t v, logits, gates, bytes;
 
@@ -26,29 +26,53 @@ struct FusedLayout {
     }
 };
 
-// v in shared memory times all columns of `factors`, a tile of columns after the other. While one is stored the copies for
-// the next are in flight.
+// Writes u, which lies in v's memory, and a gate's logits to global memory for the backward.
 template <class S>
-__device__ __forceinline__ void sweep(unsigned char* smem, const S* v, const Matrix& factors, const Output& y, int64_t t0) {
+__device__ __forceinline__ void save(const ForwardParams& p, const S* v, const float* logits, int64_t t0, int tokens) {
+    using V = typename Expand<S>::P;
+    const int columns = static_cast<int>(p.experts_of_a * p.R), lane = static_cast<int>(threadIdx.x % 32);
+    S* u = static_cast<S*>(p.u) + t0 * columns;
+    for (int row = static_cast<int>(threadIdx.x / 32); row < tokens; row += THREADS / 32) {
+        if (columns % VECTOR<S> == 0) {
+            for (int c = lane * VECTOR<S>; c < columns; c += 32 * VECTOR<S>) {
+                *reinterpret_cast<uint4*>(u + row * columns + c) = *reinterpret_cast<const uint4*>(v + V::kept_at(row, c));
+            }
+        } else {
+            for (int c = lane; c < columns; c += 32) u[row * columns + c] = v[V::kept_at(row, c)];
+        }
+    }
+    if (p.gate_weight.data == nullptr) return;
+    float* saved = static_cast<float*>(p.logits.data) + t0 * p.E;
+    for (int i = threadIdx.x; i < tokens * static_cast<int>(p.E); i += THREADS) saved[i] = logits[i];
+}
+
+// v in shared memory times all columns of B, a tile of columns after the other. While one is stored the copies for the next
+// are in flight.
+template <class S>
+__device__ __forceinline__ void sweep(unsigned char* smem, const S* v, const Matrix& b, const Output& y, int64_t t0) {
     using E = Expand<S>;
     S* stages = reinterpret_cast<S*>(smem);
-    const int steps = E::steps_over(factors.rows), tiles = static_cast<int>((y.F + BLOCK_F - 1) / BLOCK_F);
-    const int of_last_step = static_cast<int>(factors.rows) - (steps - 1) * BLOCK_K<S>;
+    const bool fast = is_fast<S>(b);
+    const int columns = static_cast<int>(b.rows), steps = E::steps_over(columns), tiles = E::tiles_over(y.F);
     typename E::Accumulators acc = {};
-    Copies<S, BLOCK_F, false, false> copies(factors, 0, 0, factors.rows);
-    int64_t loaded = 0, stored = 0;  // columns
+    Copies<S, BLOCK_F, false> copies(b, 0, 0);
+    SlowCopies<S, BLOCK_F, false> slow_copies(b, 0, 0);
+    int64_t loaded = 0, stored = 0;  // features
     int load_step = 0, use_step = 0;
     pipeline(
         tiles * steps,
         [&](int i) {
-            copies.load(stages + i % STAGES * E::Q::T::ELEMENTS);
+            S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
+            const int left = columns - load_step * BLOCK_K<S>;
+            fast ? copies.load(stage, left) : slow_copies.load(stage, left);
             if (++load_step < steps) return;
             load_step = 0, loaded += BLOCK_F;
-            copies.restart(loaded);
+            copies = {b, loaded, 0};
+            slow_copies = {b, loaded, 0};
         },
         [&](int i) {
-            const int count = use_step + 1 < steps ? BLOCK_K<S> : of_last_step;
-            E::multiply(acc, v + use_step * E::P::T::ELEMENTS, stages + i % STAGES * E::Q::T::ELEMENTS, count);
+            const S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
+            E::multiply(acc, v + use_step * E::P::T::ELEMENTS, stage, columns - use_step * BLOCK_K<S>);
             if (++use_step < steps) return;
             store_tile<S>(y, acc, t0, stored);
             E::for_each_accumulator([&](int i, int n, int half, int, int) {
@@ -58,8 +82,9 @@ __device__ __forceinline__ void sweep(unsigned char* smem, const S* v, const Mat
         });
 }
 
+// One block on a processor leaves it the registers that both products need together.
 template <class S, int COLS>
-__global__ void __launch_bounds__(THREADS, RESIDENT<S>) forward_kernel(ForwardParams p) {
+__global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardParams p) {
     DYNAMIC_SMEM(smem);
     using Layout = FusedLayout<S, COLS>;
     using Shrink = typename Layout::Shrink;
@@ -81,13 +106,12 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<S>) forward_kernel(ForwardPa
     }
     __syncthreads();
     const int u_columns = static_cast<int>(p.experts_of_a) * R, columns = static_cast<int>(a.rows);
-    Shrink::for_each_accumulator([&](int i, int n, int half, int row, int col) {
+    Shrink::for_each_column([&](int n, int j, int c) {
+        if (c >= columns) return;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int c = col + j;
-            const float value = acc[i][n][half * 2 + j];
-            if (row >= tokens || c >= columns) return;
-            save_projection<S>(p, t0 + row, c, value);
+        for (int i = 0; i < Shrink::WARP_ROWS / 8; ++i) {
+            const int row = Shrink::row_of_lane() + i * 8;
+            const float value = acc[i / 2][n][i % 2 * 2 + j];
             if (c < u_columns) {
                 v[Layout::V::kept_at(row, c)] = from_float<S>(value);
             } else {
@@ -96,6 +120,7 @@ __global__ void __launch_bounds__(THREADS, RESIDENT<S>) forward_kernel(ForwardPa
         }
     });
     __syncthreads();  // all threads see u and the logits
+    if (p.u != nullptr) save<S>(p, v, logits, t0, tokens);
     const bool has_gate = p.gate_weight.data != nullptr;
     gate_softmax<S>(p, has_gate ? Tensor{logits, true} : p.logits, has_gate ? 0 : t0 * E, gates, E, tokens);
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {

@@ -6,174 +6,156 @@
 //     factors: dh = sum_e gates dv;  dgates = <dv, h> + <dh, u>;  du = gates dh
 //     outputs: dgates = <dv, u>;  du = gates dv
 //     dlogits = softmax * (dgates - sum_e gates dgates) + dlogits_in          dgates of dropped experts: 0
-#include "gates.cuh"
+//
+// Some lanes of a warp compute one token, its team, so that no thread waits for another warp. Each lane first reduces the
+// partial sums of some columns. Then some lanes in sequence share the ranks of an expert, and groups of such lanes share the
+// experts. Teams are so large that a lane has four vectors of columns: that is enough work for one computation of addresses
+// and one softmax, and 8192 tokens of eight experts of rank 16 still are 16 warps a processor (132 processors).
+#include "mix.cuh"
 
 #include "launch.cuh"
 
 namespace lmoe {
 
-constexpr int MIX_T = 4, MIX_THREADS = 128;  // tokens and threads of a block
+constexpr int MIX_WARPS = 4;        // of a block, at most; fewer where tokens need much shared memory
+constexpr int MIX_RESIDENT = 6;     // blocks that share a processor and its registers
+constexpr int MIX_SMEM = 48 << 10;  // bytes of a block: what CUDA allows without an attribute
 
-// store(t, column, sum) for some tokens: reduces the partial sums of a split shrink, in a fixed order.
-template <class Store>
-__device__ __forceinline__ void sum_parts(const ForwardParams& p, int64_t t0, int tokens, int columns, Store store) {
-    for (int i = threadIdx.x; i < tokens * columns; i += MIX_THREADS) {
-        float sum = 0.f;
-        for (int64_t part = 0; part < p.shrink_parts; ++part) sum += p.partial[(part * p.T + t0) * columns + i];
-        store(t0 + i / columns, i % columns, sum);
+// A team reduces the partial sums of a token to u and the logits, then computes v.
+template <class S, int W, bool KEPT>
+__global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_fwd_kernel(Mix<ForwardParams> p) {
+    DYNAMIC_SMEM(smem);
+    Token<S, W, KEPT, ForwardParams> token(p, smem);
+    const bool has_gate = p.gate_weight.data != nullptr;
+    const int lane = token.lane, lanes = token.lanes, columns = token.inside ? token.u_columns : 0, step = lanes * W;
+    const float* logits = token.partial() + token.u_columns;
+    float logit =
+        !has_gate && lane < token.experts ? token.logit(lane) : 0.f;  // before u, to be on its way at the same time
+    PartialSums<1> of_logit(logits + lane, p.part, has_gate && lane < token.experts ? p.shrink_parts : 0);
+    auto save = [&](int c, PartialSums<W>& sums) {
+        if (c >= columns) return;
+        float u[W];
+        sums.total(u);
+        store_elements(token.u() + c, u);
+        if (KEPT) store_elements(token.kept_u + c, u);
+    };
+    const float* from = token.partial() + lane * W;
+#pragma unroll 1
+    for (int c = lane * W; c < columns; c += 2 * step, from += 2 * step) {
+        PartialSums<W> first(from, p.part, p.shrink_parts),
+            second(from + step, p.part, c + step < columns ? p.shrink_parts : 0);
+        save(c, first), save(c + step, second);
     }
-    __syncthreads();  // the whole block sees what was stored
-}
-
-// The gates of some tokens, from the logits in global memory into scratch.
-template <class S>
-__device__ __forceinline__ void gates_of_tokens(const ForwardParams& p, int64_t t0, int tokens) {
-    gate_softmax<S>(p, p.logits, t0 * p.E, p.scratch + t0 * p.scratch_stride, p.scratch_stride, tokens);
-}
-
-// v of some tokens, from u and the logits in global memory.
-template <class S>
-__device__ __forceinline__ void mix_tokens(const ForwardParams& p, int64_t t0, int tokens) {
-    const int R = static_cast<int>(p.R);
-    gates_of_tokens<S>(p, t0, tokens);
-    for (int i = threadIdx.x; i < tokens * R; i += MIX_THREADS) {
-        const int64_t t = t0 + i / R;
-        const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
-        mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v.data) + t * p.v.stride, i % R);
-    }
-}
-
-// The columns of one token's row of scratch, in fp32.
-struct Scratch {
-    float *gates, *dgates, *h, *dh;  // (E), (E), (R), (R)
-
-    static __device__ __forceinline__ Scratch of(const BackwardParams& p, int64_t t) {
-        float* row = p.scratch + t * p.scratch_stride;
-        return {row, row + p.E, row + 2 * p.E, row + 2 * p.E + p.R};
-    }
-};
-
-// One token's row of the workspace du_dlogits.
-template <class S>
-__device__ __forceinline__ S* du_dlogits_of(const BackwardParams& p, int64_t t) {
-    return static_cast<S*>(p.du_dlogits.data) + t * p.du_dlogits.stride;
-}
-
-// One token and one rank: h and dh to scratch, and du.
-template <class S>
-__device__ __forceinline__ void mix_bwd(const BackwardParams& p, int64_t t, int64_t r, float h, const S* dv) {
-    const Scratch s = Scratch::of(p, t);
-    S* du = du_dlogits_of<S>(p, t) + r;
-    float dh = 0.f;
-    for (int64_t e = 0; e < p.E; ++e) dh += s.gates[e] * to_float(dv[e * p.R]);
-    s.h[r] = h;
-    s.dh[r] = dh;
-    const bool factors = p.mixing == Mixing::factors;
-    if (p.experts_of_a == 1) {  // a shared A gathers from every expert: under "factors" dh times each gate
-        if (factors && !p.renormalize) {
-            float sum = 0.f;  // of the gates; it is 1 if they are renormalized
-            for (int64_t e = 0; e < p.E; ++e) sum += s.gates[e];
-            dh *= sum;
+#pragma unroll 1
+    for (int e = lane; e < token.experts; e += lanes) {
+        if (has_gate) {
+            float sum[1];
+            if (e >= lanes) of_logit = PartialSums<1>(logits + e, p.part, p.shrink_parts);
+            of_logit.total(sum);
+            logit = logit_of<S>(p, e, sum[0]);
+            static_cast<float*>(p.logits.data)[token.of_expert(e)] = logit;
+        } else if (e >= lanes) {
+            logit = token.logit(e);
         }
-        *du = from_float<S>(dh);
-        return;
+        if (KEPT) token.gates[e] = logit;
     }
-    for (int64_t e = 0; e < p.E; ++e) du[e * p.R] = from_float<S>(s.gates[e] * (factors ? dh : to_float(dv[e * p.R])));
+    token.compute_gates();
+    token.mix();
 }
 
-// The gradient of one gate: through B(t) and, under "factors", also through A(t).
-template <class S>
-__device__ __forceinline__ void gate_bwd(const BackwardParams& p, int64_t t, int64_t e) {
-    const Scratch s = Scratch::of(p, t);
-    const S* u = static_cast<const S*>(p.u) + (t * p.experts_of_a + (p.experts_of_a == 1 ? 0 : e)) * p.R;
-    const S* dv = static_cast<const S*>(p.dv) + t * p.v.stride + e * p.R;
-    const bool factors = p.mixing == Mixing::factors;
-    float sum = 0.f;
-    for (int64_t r = 0; r < p.R; ++r) {
-        const float ur = to_float(u[r]);
-        sum += to_float(dv[r]) * (factors ? s.h[r] : ur) + (factors ? s.dh[r] * ur : 0.f);
+// A team reduces the partial sums of a token to dv, then computes everything up to du and dlogits; without a place for these
+// only v, which dlora_b needs.
+template <class S, int W, bool KEPT>
+__global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_bwd_kernel(Mix<BackwardParams> p) {
+    DYNAMIC_SMEM(smem);
+    Token<S, W, KEPT, BackwardParams> token(p, smem);
+    const bool wants_du = p.du_dlogits.data != nullptr;
+    if (KEPT) {
+        const int lane = token.lane, lanes = token.lanes, step = lanes * W;
+        const int dv_columns = wants_du && token.inside ? token.E * token.R : 0,
+                  u_columns = token.inside ? token.u_columns : 0;
+        const float logit = lane < token.experts ? token.logit(lane) : 0.f;  // before dv, to be on its way at the same time
+        auto keep_dv = [&](int c, PartialSums<W>& sums) {
+            if (c >= dv_columns) return;
+            float dv[W];
+            sums.total(dv);
+            set_product(dv, p.scaling, dv);
+            store_elements(token.kept_dv + c, dv);
+        };
+        const float* from = token.partial() + lane * W;
+#pragma unroll 1
+        for (int c = lane * W; c < dv_columns || c < u_columns; c += 2 * step, from += 2 * step) {
+            PartialSums<W> first(from, p.part, c < dv_columns ? p.shrink_parts : 0);
+            PartialSums<W> second(from + step, p.part, c + step < dv_columns ? p.shrink_parts : 0);
+            Whole<W, S> first_u, second_u;
+            if (c < u_columns) first_u = load_whole<W>(token.u() + c);
+            if (c + step < u_columns) second_u = load_whole<W>(token.u() + c + step);
+            if (c < u_columns) store_whole<W>(token.kept_u + c, first_u);
+            if (c + step < u_columns) store_whole<W>(token.kept_u + c + step, second_u);
+            keep_dv(c, first), keep_dv(c + step, second);
+        }
+#pragma unroll 1
+        for (int e = lane; e < token.experts; e += lanes) token.gates[e] = e < lanes ? logit : token.logit(e);
     }
-    s.dgates[e] = sum;
+    token.compute_gates();
+    if (!wants_du) return token.mix();
+    token.mix_bwd();
+    __syncwarp();  // all lanes see the gradients of the gates
+    token.softmax_bwd();
 }
 
-// The backward of one token's softmax, to du_dlogits or to an outside router's gradient. A softmax over all experts gives
-// dropped experts a gradient too. Their softmax is not in `gates`: it follows from the gate of the largest logit, whose
-// expert is always kept, and the difference of the logits.
-template <class S>
-__device__ __forceinline__ void softmax_bwd(const BackwardParams& p, int64_t t) {
-    const Scratch s = Scratch::of(p, t);
-    S* dlogits = du_dlogits_of<S>(p, t) + p.experts_of_a * p.R;
-    auto logit = [&](int64_t e) { return load<S>(p.logits, t * p.E + e); };
-    float mean = 0.f, largest = -INFINITY, largest_gate = 0.f;
-    for (int64_t e = 0; e < p.E; ++e) mean += s.gates[e] * s.dgates[e];
-    for (int64_t e = 0; e < p.E && !p.renormalize; ++e) {
-        largest = fmaxf(largest, logit(e));
-        largest_gate = fmaxf(largest_gate, s.gates[e]);
-    }
-    for (int64_t e = 0; e < p.E; ++e) {
-        float dlogit = s.gates[e] * (s.dgates[e] - mean);
-        if (!p.renormalize && s.gates[e] == 0.f) dlogit = largest_gate * expf(logit(e) - largest) * -mean;
-        if (p.dlogits_in != nullptr) dlogit += p.dlogits_in[t * p.E + e];
-        if (p.gate_weight.data != nullptr) dlogits[e] = from_float<S>(dlogit);
-        if (p.dlogits != nullptr) store<S>(p.dlogits, t * p.E + e, p.logits.fp32, dlogit);
-    }
+// Whether a lane may load and store four elements together, wherever it does.
+bool may_use_vectors(const ForwardParams& p, int64_t columns, const void* du_dlogits) {
+    auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+    const bool all = aligned(p.partial) && aligned(p.u) && aligned(p.v.data) && aligned(du_dlogits);
+    return all && p.R % 4 == 0 && columns % 4 == 0 && p.v.stride % 4 == 0;
 }
 
-// v of some tokens, and du and dlogits from dv; with a null dv only v, which dlora_b needs.
-template <class S>
-__device__ __forceinline__ void mix_tokens_bwd(const BackwardParams& p, int64_t t0, int tokens) {
-    if (p.dv == nullptr) return mix_tokens<S>(p, t0, tokens);
-    const int E = static_cast<int>(p.E), R = static_cast<int>(p.R);  // in 32 bits: a 64-bit division is a function call
-    gates_of_tokens<S>(p, t0, tokens);
-    for (int i = threadIdx.x; i < tokens * R; i += MIX_THREADS) {
-        const int64_t t = t0 + i / R, r = i % R;
-        const S* u = static_cast<const S*>(p.u) + t * p.experts_of_a * p.R;
-        const float h = mix<S>(p, p.scratch + t * p.scratch_stride, u, static_cast<S*>(p.v.data) + t * p.v.stride, r);
-        mix_bwd<S>(p, t, r, h, static_cast<const S*>(p.dv) + t * p.v.stride + r);
-    }
-    __syncthreads();  // all threads see h and dh in scratch
-    for (int i = threadIdx.x; i < tokens * E; i += MIX_THREADS) gate_bwd<S>(p, t0 + i / E, i % E);
-    __syncthreads();  // all threads see dgates in scratch
-    for (int i = threadIdx.x; i < tokens; i += MIX_THREADS) softmax_bwd<S>(p, t0 + i);
+// launch(p, W, KEPT, grid, block, smem) with the parameters of a launch; W and KEPT have the template arguments as their
+// types.
+template <class S, class Params, class Launch>
+void divide_mix(const Params& params, int64_t columns, bool vectors, Launch launch) {
+    auto with_width = [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        Mix<Params> p = {params, static_cast<int>(columns), params.T * columns, 0, 0, 0, 0};
+        while (p.lane_bits < 5 && (1 << p.lane_bits < p.E || 4 * W << p.lane_bits < columns)) ++p.lane_bits;
+        while (p.rank_bits < p.lane_bits && W << p.rank_bits < p.R) ++p.rank_bits;
+        const int64_t bytes = Token<S, W, true, Params>::bytes(params), of_warp = bytes * (32 >> p.lane_bits);
+        const bool kept = 2 * of_warp <= MIX_SMEM;
+        int warps = MIX_WARPS;
+        while (kept && warps * of_warp > MIX_SMEM) warps /= 2;
+        if (kept) p.smem = static_cast<int>(bytes), p.gates = static_cast<int>(Token<S, W, true, Params>::up(p.E * 4));
+        const dim3 grid(tiles(p.T, warps * 32 >> p.lane_bits)), block(warps * 32);
+        const int smem = kept ? static_cast<int>(warps * of_warp) : 0;
+        if (kept) return launch(p, width, std::true_type{}, grid, block, smem);
+        launch(p, width, std::false_type{}, grid, block, smem);
+    };
+    if (vectors) return with_width(std::integral_constant<int, 4>{});
+    with_width(std::integral_constant<int, 1>{});
 }
 
-template <class S>
-__device__ __forceinline__ void store_dv(const BackwardParams& p, int64_t t, int64_t column, float value) {
-    static_cast<S*>(p.dv)[t * p.v.stride + column] = from_float<S>(p.scaling * value);
-}
-
-// A block reduces the partial sums of MIX_T tokens to u and the logits, then computes v.
-template <class S>
-__global__ void __launch_bounds__(MIX_THREADS) mix_fwd_kernel(ForwardParams p) {
-    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * MIX_T;
-    const int tokens = static_cast<int>(smaller(MIX_T, p.T - t0));
-    const int columns = static_cast<int>(p.experts_of_a * p.R + (p.gate_weight.data != nullptr ? p.E : 0));
-    sum_parts(p, t0, tokens, columns, [&](int64_t t, int64_t column, float sum) { save_projection<S>(p, t, column, sum); });
-    mix_tokens<S>(p, t0, tokens);
-}
-
-// A block reduces the partial sums of MIX_T tokens to dv, unless it is null, then computes everything up to du and dlogits.
-template <class S>
-__global__ void __launch_bounds__(MIX_THREADS) mix_bwd_kernel(BackwardParams p) {
-    const int64_t t0 = static_cast<int64_t>(blockIdx.x) * MIX_T;
-    const int tokens = static_cast<int>(smaller(MIX_T, p.T - t0));
-    if (p.dv != nullptr) {
-        sum_parts(p, t0, tokens, static_cast<int>(p.E * p.R),
-                  [&](int64_t t, int64_t column, float sum) { store_dv<S>(p, t, column, sum); });
-    }
-    mix_tokens_bwd<S>(p, t0, tokens);
-}
-
-void mix_fwd(const ForwardParams& p, cudaStream_t stream) {
-    with_dtype(p.dtype, [&](auto scalar) {
-        LAUNCH(mix_fwd_kernel<decltype(scalar)>, dim3(tiles(p.T, MIX_T)), dim3(MIX_THREADS), 0, stream, p);
+void mix_fwd(const ForwardParams& params, cudaStream_t stream) {
+    const int64_t columns = params.experts_of_a * params.R + (params.gate_weight.data != nullptr ? params.E : 0);
+    with_dtype(params.dtype, [&](auto scalar) {
+        using S = decltype(scalar);
+        const bool vectors = may_use_vectors(params, columns, nullptr);
+        divide_mix<S>(params, columns, vectors, [&](const auto& p, auto width, auto kept, dim3 grid, dim3 block, int smem) {
+            constexpr int W = decltype(width)::value;
+            LAUNCH((mix_fwd_kernel<S, W, decltype(kept)::value>), grid, block, smem, stream, p);
+        });
     });
     check_launch("mix_fwd_kernel");
 }
 
-void mix_bwd(const BackwardParams& p, cudaStream_t stream) {
-    with_dtype(p.dtype, [&](auto scalar) {
-        LAUNCH(mix_bwd_kernel<decltype(scalar)>, dim3(tiles(p.T, MIX_T)), dim3(MIX_THREADS), 0, stream, p);
+void mix_bwd(const BackwardParams& params, cudaStream_t stream) {
+    const int64_t columns = params.E * params.R;
+    with_dtype(params.dtype, [&](auto scalar) {
+        using S = decltype(scalar);
+        const bool vectors = may_use_vectors(params, columns, params.du_dlogits.data) && params.du_dlogits.stride % 4 == 0;
+        divide_mix<S>(params, columns, vectors, [&](const auto& p, auto width, auto kept, dim3 grid, dim3 block, int smem) {
+            constexpr int W = decltype(width)::value;
+            LAUNCH((mix_bwd_kernel<S, W, decltype(kept)::value>), grid, block, smem, stream, p);
+        });
     });
     check_launch("mix_bwd_kernel");
 }

@@ -44,124 +44,132 @@ struct Tile {
 template <class S, int EXTENT, bool K_ALONG_ROW>
 using OperandTile = Tile<S, K_ALONG_ROW ? EXTENT : BLOCK_K<S>, K_ALONG_ROW ? BLOCK_K<S> : EXTENT>;
 
-// The 16-byte copies by which one thread brings its share of an operand to shared memory, a tile in every step of a sum.
-// Addresses are not made anew for every copy, which took three quarters of a step's instructions (sm_90, nvcc 13.0,
-// 2026-11): the copies of a thread are a fixed number of rows apart. The last 16 rows or columns of 144 are copied by half
-// of the threads. IN_TWO_BUFFERS says that the matrix may have a second one.
-template <class S, int EXTENT, bool K_ALONG_ROW, bool IN_TWO_BUFFERS>
-class Copies {
+// Where the 16-byte copies of one thread lie in a tile. The last 16 rows or columns of 144 are copied by half of the
+// threads; all other copies of a thread are in one column, a fixed number of rows apart.
+template <class S, int EXTENT, bool K_ALONG_ROW>
+struct Share {
     using T = OperandTile<S, EXTENT, K_ALONG_ROW>;
-    static constexpr int STEP = BLOCK_K<S>, WHOLE = EXTENT / 64 * 64;  // what all threads copy of the extent
+    static constexpr int WHOLE = EXTENT / 64 * 64;  // what all threads copy of the extent
     static constexpr int CHUNKS = K_ALONG_ROW ? T::CHUNKS : WHOLE / VECTOR<S>, ROWS_APART = THREADS / CHUNKS;
-    static constexpr int COUNT = (K_ALONG_ROW ? WHOLE : STEP) / ROWS_APART;
     static constexpr int REST_CHUNKS = K_ALONG_ROW ? T::CHUNKS : 16 / VECTOR<S>;  // in a row of the rest
-    static constexpr int64_t SIZE = sizeof(S);
+    static constexpr int OF_ALL = (K_ALONG_ROW ? WHOLE : BLOCK_K<S>) / ROWS_APART, COUNT = OF_ALL + (EXTENT > WHOLE ? 1 : 0);
     static_assert(EXTENT == WHOLE || EXTENT == WHOLE + 16, "half of the threads copy the rest");
 
-public:
-    // The copies for rows of the product from `start` on and for sums over [k, last_k).
-    __device__ __forceinline__ Copies(const Matrix& m, int64_t start, int64_t k, int64_t last_k)
-        : m_(m),
-          start_(start),
-          k_(k),
-          last_k_(K_ALONG_ROW ? last_k : smaller(last_k, m.rows)),
-          fast_(is_fast(m)),
-          to_(T::at(row(), column())) {
-        if (fast_) point();
-        if (!IN_TWO_BUFFERS || m.second == nullptr) return;
-        jump_ = static_cast<const char*>(m.second) - static_cast<const char*>(m.first) - m.split * m.stride * SIZE;
-    }
-
-    // Starts a new sum from the matrix's first row on, for rows of the product from `start` on.
-    __device__ __forceinline__ void restart(int64_t start) {
-        start_ = start, k_ = 0;
-        if (fast_) point();
-    }
-
-    // Starts the copies of the next step.
-    __device__ __forceinline__ void load(S* shared) {
-        if (fast_) {
-            load_fast(shared);
-        } else {
-            load_slowly(shared);
-        }
-        k_ += STEP;
-    }
-
-private:
-    const Matrix& m_;
-    int64_t start_, k_;
-    const int64_t last_k_;
-    const bool fast_;
-    const int to_;                                  // where the first copy of a thread goes
-    const char *from_ = nullptr, *rest_ = nullptr;  // where it, and that of the rest, come from in the next step
-    int inside_ = 0,
-        in_first_ = 0;  // how many of the thread's copies are inside the matrix, and how many in its first buffer
-    int64_t jump_ = 0;  // bytes to add to an address in the first buffer for the same row in the second
-
-    static __device__ __forceinline__ bool is_fast(const Matrix& m) {
-        const bool first = m.first_aligned && (sizeof(S) == 4 || !m.first_fp32);
-        const bool second =
-            !IN_TWO_BUFFERS || m.second == nullptr || (m.second_aligned && (sizeof(S) == 4 || !m.second_fp32));
-        return first && second && m.columns % VECTOR<S> == 0;
-    }
-    // Where the first copy lies in the tile; where that of the rest lies.
-    static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x / CHUNKS); }
-    static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x % CHUNKS) * VECTOR<S>; }
-    static __device__ __forceinline__ int rest_row() {
+    static __device__ __forceinline__ bool has(int i) { return i < OF_ALL || threadIdx.x < THREADS / 2; }
+    static __device__ __forceinline__ int row(int i) {
+        if (i < OF_ALL) return static_cast<int>(threadIdx.x / CHUNKS) + i * ROWS_APART;
         return static_cast<int>(threadIdx.x / REST_CHUNKS) + (K_ALONG_ROW ? WHOLE : 0);
     }
-    static __device__ __forceinline__ int rest_column() {
+    static __device__ __forceinline__ int column(int i) {
+        if (i < OF_ALL) return static_cast<int>(threadIdx.x % CHUNKS) * VECTOR<S>;
         return static_cast<int>(threadIdx.x % REST_CHUNKS) * VECTOR<S> + (K_ALONG_ROW ? 0 : WHOLE);
     }
-    static __device__ __forceinline__ bool copies_rest() { return EXTENT != WHOLE && threadIdx.x < THREADS / 2; }
+};
 
-    // How many of a thread's copies, from the matrix's row r on, come before the row `end`.
-    static __device__ __forceinline__ int before(int64_t end, int64_t r) {
-        const int64_t rows = smaller(end - r, COUNT * ROWS_APART);
-        return rows <= 0 ? 0 : static_cast<int>(rows + ROWS_APART - 1) / ROWS_APART;
+// Whether 16-byte copies bring a matrix to shared memory: its rows are aligned and of the kernel's dtype.
+template <class S>
+__device__ __forceinline__ bool is_fast(const Matrix& m) {
+    const bool first = m.first_aligned && (sizeof(S) == 4 || !m.first_fp32);
+    const bool second = m.second == nullptr || (m.second_aligned && (sizeof(S) == 4 || !m.second_fp32));
+    return first && second && m.columns % VECTOR<S> == 0;
+}
+
+// Brings an operand to shared memory, a tile in every step of a sum. Addresses are made before the loop: made anew for every
+// copy they were three quarters of a step's instructions (sm_90, nvcc 13.0, 2026-11). What lies outside the matrix is not
+// copied or copied from inside: its products are not stored. Zeros follow the end of the sum.
+template <class S, int EXTENT, bool K_ALONG_ROW>
+class Copies {
+    using At = Share<S, EXTENT, K_ALONG_ROW>;
+    static_assert(!K_ALONG_ROW || At::COUNT == At::OF_ALL, "a rest along the rows has no clamped address");
+    const Matrix* m_;
+    const S *from_, *rest_ = nullptr;  // of a thread's first copy, and that of the rest, in the next step
+    int inside_;                       // rows of the product from the first copy's on
+
+public:
+    // For rows of the product from `start` on, and for a sum that begins at k.
+    __device__ __forceinline__ Copies(const Matrix& m, int64_t start, int64_t k)
+        : m_(&m), inside_(static_cast<int>(smaller(m.rows - start, EXTENT)) - At::row(0)) {
+        auto address = [&](int i) {
+            const int64_t c = K_ALONG_ROW ? k + At::column(i) : smaller(start + At::column(i), m.columns - VECTOR<S>);
+            return static_cast<const S*>(m.first) + ((K_ALONG_ROW ? start : k) + At::row(i)) * m.stride + c;
+        };
+        from_ = address(0);
+        if (At::COUNT > At::OF_ALL) rest_ = address(At::OF_ALL);
     }
-    // The address of the next step's element in a row and column of the tile; the nearest one inside the matrix.
-    __device__ __forceinline__ const char* address(int row, int column) const {
-        const int64_t r = K_ALONG_ROW ? smaller(start_ + row, m_.rows - 1) : k_ + row;
-        const int64_t c = K_ALONG_ROW ? k_ + column : smaller(start_ + column, m_.columns - VECTOR<S>);
-        const bool second = IN_TWO_BUFFERS && r >= m_.split;
-        const auto* data = static_cast<const char*>(second ? m_.second : m_.first);
-        return data + ((second ? r - m_.split : r) * m_.stride + c) * SIZE;
-    }
-    __device__ __forceinline__ void point() {
-        const int64_t r = (K_ALONG_ROW ? start_ : k_) + row();
-        inside_ = K_ALONG_ROW ? before(m_.rows, r) : COUNT;
-        in_first_ = IN_TWO_BUFFERS && r < m_.split ? before(m_.split, r) : COUNT;
-        from_ = address(row(), column());
-        if (copies_rest()) rest_ = address(rest_row(), rest_column());
-    }
-    __device__ __forceinline__ void load_fast(S* shared) {
-        if (IN_TWO_BUFFERS && !K_ALONG_ROW && k_ - STEP < m_.split && k_ + STEP > m_.split) point();
-        const int left = static_cast<int>(smaller(last_k_ - k_, STEP)) - (K_ALONG_ROW ? column() : row());
-        const int64_t rows_apart = ROWS_APART * m_.stride * SIZE, next_step = (K_ALONG_ROW ? STEP : STEP * m_.stride) * SIZE;
-        const char* from = from_;
+    // Starts the copies of the next step, with `left` elements of the sum to come.
+    __device__ __forceinline__ void load(S* shared, int left) {
+        const S* from = from_;
+        const int mine = left - (K_ALONG_ROW ? At::column(0) : At::row(0));
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            if (IN_TWO_BUFFERS && i == in_first_) from += jump_;
-            S* to = shared + to_ + i * ROWS_APART * T::STRIDE;
-            if (i < inside_) copy_async_or_zeros(to, from, (K_ALONG_ROW ? 0 : i * ROWS_APART) < left);
-            from += rows_apart;
+        for (int i = 0; i < At::OF_ALL; ++i) {
+            S* to = shared + At::T::at(At::row(i), At::column(i));
+            const bool inside = !K_ALONG_ROW || i * At::ROWS_APART < inside_;
+            if (inside) copy_async_or_zeros(to, from, (K_ALONG_ROW ? 0 : i * At::ROWS_APART) < mine);
+            from += At::ROWS_APART * m_->stride;
         }
-        from_ += next_step;
-        if (!copies_rest()) return;
-        const int rest_left = K_ALONG_ROW ? left : left + row() - rest_row();
-        copy_async_or_zeros(shared + T::at(rest_row(), rest_column()), rest_, rest_left > 0);
-        rest_ += next_step;
+        if (At::COUNT > At::OF_ALL && At::has(At::OF_ALL)) {
+            S* to = shared + At::T::at(At::row(At::OF_ALL), At::column(At::OF_ALL));
+            copy_async_or_zeros(to, rest_, At::row(At::OF_ALL) < left);
+        }
+        from_ += K_ALONG_ROW ? BLOCK_K<S> : BLOCK_K<S> * m_->stride;
+        rest_ += BLOCK_K<S> * m_->stride;
     }
-    // A step of a matrix whose rows are not aligned, or of fp32 in a product of another dtype.
-    __device__ __forceinline__ void load_slowly(S* shared) {
-#pragma unroll 1
-        for (int i = static_cast<int>(threadIdx.x); i < T::COUNT; i += THREADS) {
-            const int row = i / T::CHUNKS, column = i % T::CHUNKS * VECTOR<S>;
-            const int64_t r = (K_ALONG_ROW ? start_ : k_) + row, c = (K_ALONG_ROW ? k_ : start_) + column;
-            load_chunk(shared + T::at(row, column), m_, r, c, K_ALONG_ROW ? m_.rows : last_k_);
+};
+
+// The same for a matrix that may have two buffers. Each copy of a thread has its own address.
+template <class S, int EXTENT, bool K_ALONG_ROW>
+class CopiesOfTwo {
+    using At = Share<S, EXTENT, K_ALONG_ROW>;
+    const Matrix& m_;
+    int64_t start_, k_;
+    const S* from_[At::COUNT];  // of the next step
+
+    __device__ __forceinline__ void point() {
+#pragma unroll
+        for (int i = 0; i < At::COUNT; ++i) {
+            const int64_t r = K_ALONG_ROW ? smaller(start_ + At::row(i), m_.rows - 1) : k_ + At::row(i);
+            const int64_t c = K_ALONG_ROW ? k_ + At::column(i) : smaller(start_ + At::column(i), m_.columns - VECTOR<S>);
+            const bool second = r >= m_.split;
+            from_[i] = static_cast<const S*>(second ? m_.second : m_.first) + (second ? r - m_.split : r) * m_.stride + c;
         }
+    }
+
+public:
+    __device__ __forceinline__ CopiesOfTwo(const Matrix& m, int64_t start, int64_t k) : m_(m), start_(start), k_(k) {
+        point();
+    }
+    __device__ __forceinline__ void load(S* shared, int left) {
+        if (!K_ALONG_ROW && m_.second != nullptr) point();  // rows of this step may lie in the other buffer
+        // the other operand may have more columns than this one has rows
+        const int mine = K_ALONG_ROW ? left - At::column(0) : static_cast<int>(smaller(left, m_.rows - k_));
+#pragma unroll
+        for (int i = 0; i < At::COUNT; ++i) {
+            S* to = shared + At::T::at(At::row(i), At::column(i));
+            if (At::has(i)) copy_async_or_zeros(to, from_[i], (K_ALONG_ROW ? 0 : At::row(i)) < mine);
+            from_[i] += K_ALONG_ROW ? BLOCK_K<S> : BLOCK_K<S> * m_.stride;
+        }
+        k_ += BLOCK_K<S>;
+    }
+};
+
+// The same for rows of any alignment, and for fp32 in a product of another dtype.
+template <class S, int EXTENT, bool K_ALONG_ROW>
+class SlowCopies {
+    using At = Share<S, EXTENT, K_ALONG_ROW>;
+    const Matrix* m_;
+    int64_t start_, k_;
+
+public:
+    __device__ __forceinline__ SlowCopies(const Matrix& m, int64_t start, int64_t k) : m_(&m), start_(start), k_(k) {}
+
+    __device__ __forceinline__ void load(S* shared, int left) {
+#pragma unroll 1
+        for (int i = 0; i < At::COUNT; ++i) {
+            const int64_t r = (K_ALONG_ROW ? start_ : k_) + At::row(i), c = (K_ALONG_ROW ? k_ : start_) + At::column(i);
+            S* to = shared + At::T::at(At::row(i), At::column(i));
+            if (At::has(i)) load_chunk(to, *m_, r, c, K_ALONG_ROW ? m_->rows : smaller(k_ + left, m_->rows));
+        }
+        k_ += BLOCK_K<S>;
     }
 };
 
@@ -205,32 +213,42 @@ struct Operand {
     }
 };
 
-// A product of 128 x COLS; every warp computes a tile of 32 x COLS / 2.
-template <class S, int COLS, bool P_K_ALONG_ROW, bool Q_K_ALONG_ROW>
+// A product of 128 x COLS; every warp computes a tile of 32 x COLS / 2. Q may lie in two buffers if QCopies can load them.
+template <class S, int COLS, bool P_K_ALONG_ROW, bool Q_K_ALONG_ROW, template <class, int, bool> class QCopies>
 struct Product {
     using P = Operand<S, BLOCK_EXTENT, P_K_ALONG_ROW>;
     using Q = Operand<S, COLS, Q_K_ALONG_ROW>;
     static constexpr int WARP_ROWS = BLOCK_EXTENT / ROWS_OF_WARPS, WARP_COLS = COLS / (THREADS / 32 / ROWS_OF_WARPS);
     static constexpr int COLUMNS = COLS, STAGE_BYTES = P::T::BYTES + Q::T::BYTES, SMEM = STAGES * STAGE_BYTES;
+    using FastP = Copies<S, BLOCK_EXTENT, P_K_ALONG_ROW>;
+    using FastQ = QCopies<S, COLS, Q_K_ALONG_ROW>;
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];
 
     // acc[i, j] += sum over k in [first_k, last_k) of p(p_start + i, k) q(q_start + j, k)
     static __device__ __forceinline__ void run(Accumulators& acc, unsigned char* smem, const Matrix& p, int64_t p_start,
                                                const Matrix& q, int64_t q_start, int64_t first_k, int64_t last_k) {
-        Copies<S, BLOCK_EXTENT, P_K_ALONG_ROW, false> left(p, p_start, first_k, last_k);
-        Copies<S, COLS, Q_K_ALONG_ROW, true> right(q, q_start, first_k, last_k);
-        const int steps = steps_over(last_k - first_k);
-        const int of_last_step = static_cast<int>(last_k - first_k) - (steps - 1) * BLOCK_K<S>;
+        const int count = static_cast<int>(last_k - first_k);
+        if (is_fast<S>(p) && is_fast<S>(q)) {
+            run_with(acc, smem, FastP(p, p_start, first_k), FastQ(q, q_start, first_k), count);
+        } else {
+            run_with(acc, smem, SlowCopies<S, BLOCK_EXTENT, P_K_ALONG_ROW>(p, p_start, first_k),
+                     SlowCopies<S, COLS, Q_K_ALONG_ROW>(q, q_start, first_k), count);
+        }
+    }
+    template <class Left, class Right>
+    static __device__ __forceinline__ void run_with(Accumulators& acc, unsigned char* smem, Left left, Right right,
+                                                    int count) {
+        const int steps = steps_over(count);
         pipeline(
             steps,
             [&](int step) {
                 S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);
-                left.load(stage);
-                right.load(stage + P::T::ELEMENTS);
+                left.load(stage, count - step * BLOCK_K<S>);
+                right.load(stage + P::T::ELEMENTS, count - step * BLOCK_K<S>);
             },
             [&](int step) {
                 const S* stage = reinterpret_cast<const S*>(smem + step % STAGES * STAGE_BYTES);
-                multiply(acc, stage, stage + P::T::ELEMENTS, step + 1 < steps ? BLOCK_K<S> : of_last_step);
+                multiply(acc, stage, stage + P::T::ELEMENTS, count - step * BLOCK_K<S>);
             });
     }
 
@@ -238,40 +256,47 @@ struct Product {
         return count <= 0 ? 0 : static_cast<int>((count + BLOCK_K<S> - 1) / BLOCK_K<S>);
     }
 
-    // acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, count] @ [count, WARP_COLS], with zeros in memory behind the `count`
-    // elements.
-    static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q, int count) {
+    static __device__ __forceinline__ int tiles_over(int64_t columns) {
+        return static_cast<int>((columns + COLS - 1) / COLS);
+    }
+
+    // One step: acc [WARP_ROWS, WARP_COLS] += [WARP_ROWS, BLOCK_K] @ [BLOCK_K, WARP_COLS], with `left` elements of the sum
+    // to come, behind which the tiles hold zeros.
+    static __device__ __forceinline__ void multiply(Accumulators& acc, const S* p, const S* q, int left) {
+        const int count = left < BLOCK_K<S> ? left : BLOCK_K<S>;
         if constexpr (sizeof(S) == 4) {
             multiply_with_fma(acc, p, q, count);
-        } else if (count == BLOCK_K<S>) {
-            multiply_with_mma<BLOCK_K<S>>(acc, p, q, 0);
         } else {
-#pragma unroll 1
-            for (int k = 0; k < count; k += 32) multiply_with_mma<32>(acc, p, q, k);
+#pragma unroll 1  // two steps of the tensor cores at a time; more take registers that two blocks on a processor do not have
+            for (int k = 0; k < count; k += 32) multiply_with_mma(acc, p, q, k);
         }
     }
-    template <int COUNT>
+    // 32 elements of the sum from first_k on.
     static __device__ __forceinline__ void multiply_with_mma(Accumulators& acc, const S* p, const S* q, int first_k) {
         constexpr int PAIRS = WARP_COLS / 16;
         const int lane = static_cast<int>(threadIdx.x % 32), row = first_row(), col = first_col();
         const int low = lane / 8 % 2 * 8, high = lane / 16 * 8;
-        uint32_t last[4];  // the eight columns that make no pair, for two steps of k
+        uint32_t last[4];  // the eight columns that make no pair, for all 32 elements
+        if constexpr (WARP_COLS % 16 != 0) Q::matrices(last, q, col + PAIRS * 16, first_k + low + 2 * high);
 #pragma unroll
-        for (int i = 0; i < COUNT; i += 16) {
-            const int k = first_k + i;
-            uint32_t a[WARP_ROWS / 16][4], b[PAIRS][4];
+        for (int i = 0; i < 2; ++i) {
+            const int k = first_k + i * 16;
+            uint32_t a[WARP_ROWS / 16][4];
 #pragma unroll
             for (int j = 0; j < WARP_ROWS / 16; ++j) P::matrices(a[j], p, row + j * 16 + low, k + high);
 #pragma unroll
-            for (int j = 0; j < PAIRS; ++j) Q::matrices(b[j], q, col + j * 16 + high, k + low);
-            if (WARP_COLS % 16 != 0 && i % 32 == 0) Q::matrices(last, q, col + PAIRS * 16, k + low + 2 * high);
+            for (int n = 0; n < PAIRS; ++n) {
+                uint32_t b[4];
+                Q::matrices(b, q, col + n * 16 + high, k + low);
 #pragma unroll
-            for (int j = 0; j < WARP_ROWS / 16; ++j) {
-#pragma unroll
-                for (int n = 0; n < PAIRS * 2; ++n) mma(S{}, acc[j][n], a[j], b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]);
-                if constexpr (WARP_COLS % 16 != 0) {
-                    mma(S{}, acc[j][PAIRS * 2], a[j], last[i % 32 / 8], last[i % 32 / 8 + 1]);
+                for (int j = 0; j < WARP_ROWS / 16; ++j) {
+                    mma(S{}, acc[j][2 * n], a[j], b[0], b[1]);
+                    mma(S{}, acc[j][2 * n + 1], a[j], b[2], b[3]);
                 }
+            }
+#pragma unroll
+            for (int j = 0; j < WARP_ROWS / 16 && WARP_COLS % 16 != 0; ++j) {
+                mma(S{}, acc[j][2 * PAIRS], a[j], last[i * 2], last[i * 2 + 1]);
             }
         }
     }
@@ -297,17 +322,32 @@ struct Product {
     static __device__ __forceinline__ int first_col() {
         return static_cast<int>(threadIdx.x / 32 / ROWS_OF_WARPS) * WARP_COLS;
     }
-    // f(i, n, half, row, col): accumulators [i][n][2 half] and [2 half + 1] are the tile's (row, col) and (row, col + 1).
+    // A lane's accumulators: [i][n][2 half + j] is the tile's element in row row_of_lane() + 16 i + 8 half and column
+    // column_of_lane() + 8 n + j.
+    static __device__ __forceinline__ int row_of_lane() { return first_row() + static_cast<int>(threadIdx.x % 32 / 4); }
+    static __device__ __forceinline__ int column_of_lane() { return first_col() + static_cast<int>(threadIdx.x % 4) * 2; }
+
+    // f(i, n, half, row, col) for the pairs of accumulators [i][n][2 half], [i][n][2 half + 1].
     template <class F>
     static __device__ __forceinline__ void for_each_accumulator(F f) {
-        const int lane = static_cast<int>(threadIdx.x % 32), row = first_row() + lane / 4, col = first_col() + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < WARP_ROWS / 16; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
 #pragma unroll
-                for (int n = 0; n < WARP_COLS / 8; ++n) f(i, n, half, row + i * 16 + half * 8, col + n * 8);
+                for (int n = 0; n < WARP_COLS / 8; ++n) {
+                    f(i, n, half, row_of_lane() + i * 16 + half * 8, column_of_lane() + n * 8);
+                }
             }
+        }
+    }
+    // f(n, j, col) for the columns of a lane's accumulators [...][n][... + j].
+    template <class F>
+    static __device__ __forceinline__ void for_each_column(F f) {
+#pragma unroll
+        for (int n = 0; n < WARP_COLS / 8; ++n) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) f(n, j, column_of_lane() + n * 8 + j);
         }
     }
 };

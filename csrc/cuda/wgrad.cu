@@ -8,14 +8,11 @@
 
 namespace lmoe {
 
-template <class S>
-__device__ __forceinline__ void store_wgrad(const WgradParams& p, int64_t c, int64_t f, float value) {
-    const int64_t F = p.tokens.columns;
-    if (c < p.split) {
-        store<S>(p.first, c * F + f, p.first_fp32, p.scaling * value);
-    } else {
-        store<S>(p.second, (c - p.split) * F + f, p.second_fp32, p.scaling * value);
-    }
+// The row of one coefficient's gradient.
+__device__ __forceinline__ Tensor gradient_of(const WgradParams& p, int64_t c, int size) {
+    const bool first = c < p.split, fp32 = first ? p.first_fp32 : p.second_fp32;
+    const int64_t offset = (first ? c : c - p.split) * p.tokens.columns * (fp32 ? 4 : size);
+    return {static_cast<char*>(first ? p.first : p.second) + offset, fp32};
 }
 
 // A block computes BLOCK_EXTENT features of COLS coefficients: the gradients, or partial sums over the tokens of one split.
@@ -23,23 +20,22 @@ __device__ __forceinline__ void store_wgrad(const WgradParams& p, int64_t c, int
 template <class S, int COLS>
 __global__ void __launch_bounds__(THREADS, RESIDENT<S>) wgrad_bwd_kernel(WgradParams p) {
     DYNAMIC_SMEM(smem);
-    using Wgrad = Product<S, COLS, false, false>;
+    using Wgrad = Product<S, COLS, false, false, Copies>;
     const int64_t f0 = static_cast<int64_t>(blockIdx.x) * BLOCK_EXTENT, c0 = static_cast<int64_t>(blockIdx.y) * COLS;
     const int64_t C = p.count, F = p.tokens.columns;
     const int64_t first_t = blockIdx.z * p.tokens_a_split, last_t = smaller(first_t + p.tokens_a_split, p.tokens.rows);
     typename Wgrad::Accumulators acc = {};
     Wgrad::run(acc, smem, p.tokens, f0, p.coefficients, c0, first_t, last_t);
-    Wgrad::for_each_accumulator([&](int i, int n, int half, int row, int col) {
+    const float scaling = p.partial == nullptr ? p.scaling : 1.f;
+    Wgrad::for_each_column([&](int n, int j, int col) {
+        const int64_t c = c0 + col;
+        if (c >= C) return;
+        const Tensor out =
+            p.partial == nullptr ? gradient_of(p, c, sizeof(S)) : Tensor{p.partial + (blockIdx.z * C + c) * F, true};
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int64_t c = c0 + col + j, f = f0 + row;
-            const float value = acc[i][n][half * 2 + j];
-            if (c >= C || f >= F) return;
-            if (p.partial == nullptr) {
-                store_wgrad<S>(p, c, f, value);
-            } else {
-                p.partial[(blockIdx.z * C + c) * F + f] = value;
-            }
+        for (int i = 0; i < Wgrad::WARP_ROWS / 8; ++i) {
+            const int64_t f = f0 + Wgrad::row_of_lane() + i * 8;
+            if (f < F) store<S>(out.data, f, out.fp32, scaling * acc[i / 2][n][i % 2 * 2 + j]);
         }
     });
 }
@@ -51,7 +47,8 @@ __global__ void __launch_bounds__(THREADS) wgrad_sum_bwd_kernel(WgradParams p) {
     if (f >= F) return;
     float sum = 0.f;
     for (int64_t split = 0; split < p.splits; ++split) sum += p.partial[(split * p.count + c) * F + f];
-    store_wgrad<S>(p, c, f, sum);
+    const Tensor out = gradient_of(p, c, sizeof(S));
+    store<S>(out.data, f, out.fp32, p.scaling * sum);
 }
 
 void wgrad(Dtype dtype, WgradParams p, cudaStream_t stream) {
@@ -60,7 +57,7 @@ void wgrad(Dtype dtype, WgradParams p, cudaStream_t stream) {
     with_dtype(dtype, [&](auto scalar) {
         with_columns(p.count, [&](auto columns) {
             using S = decltype(scalar);
-            constexpr int COLS = decltype(columns)::value, SMEM = Product<S, COLS, false, false>::SMEM;
+            constexpr int COLS = decltype(columns)::value, SMEM = Product<S, COLS, false, false, Copies>::SMEM;
             // whole pipeline steps in every split but the last
             p.tokens_a_split = tiles(tiles(T, p.splits), BLOCK_K<S>) * static_cast<int64_t>(BLOCK_K<S>);
             p.splits = tiles(T, p.tokens_a_split);

@@ -151,7 +151,7 @@ void run_one_pass(const Problem& problem, ForwardParams p) {
     const int64_t shrink = 2 * (128 + (columns <= 64 ? 64 : columns <= 128 ? 128 : 144)) * 144;
     const int64_t expand = 2 * (128 / size) * (128 * size + 16) + up(p.E * p.R * size, 128) * 144;
     p.path = Path::one_pass, p.smem = std::max(shrink, expand) + 2 * 128 * p.E * 4;
-    p.v = {}, p.scratch = nullptr, p.partial = nullptr;
+    p.v = {}, p.partial = nullptr;
     forward(p, 0, nullptr);
     if (problem.saves) return;
     // y is checked after a second run, which does not save u and the logits
@@ -164,8 +164,7 @@ void run_one_pass(const Problem& problem, ForwardParams p) {
 Results run(const Problem& q) {
     Results out;
     const int64_t v_stride = up(q.E * q.R, 8), columns = q.experts_of_a * q.R + (q.outside ? 0 : q.E);
-    const Buffer v = make(q.T * v_stride, q.dtype), scratch = make(q.T * 2 * (q.E + q.R), Dtype::fp32);
-    const Buffer dv = make(q.T * v_stride, q.dtype), du_dlogits = make(q.T * up(columns, 8), q.dtype);
+    const Buffer v = make(q.T * v_stride, q.dtype), du_dlogits = make(q.T * up(columns, 8), q.dtype);
     const Buffer partial = make(std::max({q.splits * columns * q.I, q.splits * q.E * q.R * q.O, q.parts * q.T * columns,
                                           q.parts * q.T * q.E * q.R}),
                                 Dtype::fp32);
@@ -177,7 +176,6 @@ Results run(const Problem& q) {
     BackwardParams p = {};
     q.fill(p);
     p.logits = logits.tensor(), p.u = out.u.data(), p.v = {v.data(), v_stride}, p.y = out.y.data();
-    p.scratch = static_cast<float*>(scratch.data()), p.scratch_stride = 2 * (q.E + q.R);
     p.partial = static_cast<float*>(partial.data()), p.shrink_parts = q.parts;
     if (q.forward == Problem::DECODE) {
         DecodeParams d = {};
@@ -192,7 +190,7 @@ Results run(const Problem& q) {
     out.da = make(q.a.count, q.a.dtype);
     out.db = make(q.b.count, q.b.dtype);
     out.dgate = q.outside ? make(q.T * q.E, q.logits_in.dtype) : make(q.E * q.I, q.gate_weight.dtype);
-    p.dy = {q.dy.data(), q.O}, p.dv = dv.data(), p.du_dlogits = {du_dlogits.data(), up(columns, 8)};
+    p.dy = {q.dy.data(), q.O}, p.du_dlogits = {du_dlogits.data(), up(columns, 8)};
     p.wgrad_splits = q.splits;
     p.dx = out.dx.data(), p.dlora_a = out.da.tensor(), p.dlora_b = out.db.tensor();
     if (q.outside) {

@@ -29,10 +29,9 @@ def backward(
 
     du_columns, dlogits_columns = experts_of_a * R, E if has_gate else 0
     v = dy.new_empty(T, padded(E * R))
-    scratch = dy.new_empty(T, 2 * (E + R), dtype=torch.float32)
-    dv = du_dlogits = None
+    du_dlogits = None
     if wanted.x or wanted.lora_a or wanted.gate:
-        dv, du_dlogits = torch.empty_like(v), dy.new_empty(T, padded(du_columns + dlogits_columns))
+        du_dlogits = dy.new_empty(T, padded(du_columns + dlogits_columns))
     device, stream = extension.queue(dy)
     processors, element_size = extension.device_of(device).processors, dy.element_size()
     parts = shrink_parts(T, E * R, O, element_size, processors)
@@ -43,8 +42,8 @@ def backward(
     library = extension.library()
     params = library.BackwardParams(extension.DTYPES[dy.dtype], sizes)
     params.set_problem(options, from_buffer(factors, dy.dtype, saved.cast), x, None, saved.logits, saved.u, None)
-    params.set_workspaces(v, scratch, partial, parts)
-    params.set_backward(dy, dlogits_in, dv, du_dlogits, splits, grads)
+    params.set_workspaces(v, partial, parts)
+    params.set_backward(dy, dlogits_in, du_dlogits, splits, grads)
     library.backward(params, device, stream)
     if grads.gate_bias is not None and du_dlogits is not None:
         dlogits = du_dlogits[:, du_columns : du_columns + E]

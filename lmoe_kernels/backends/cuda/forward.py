@@ -50,9 +50,8 @@ def forward(
     elif staged:
         parts = shrink_parts(T, columns, I, element_size, chip.processors)
         v = x.new_empty(T, padded(E * R))
-        gates = x.new_empty(T, E, dtype=torch.float32)
         partial = x.new_empty(parts, T, columns, dtype=torch.float32)
-        params.set_workspaces(v, gates, partial, parts)
+        params.set_workspaces(v, partial, parts)
         library.forward(params, device, stream)
     else:
         params.set_one_pass(smem)
