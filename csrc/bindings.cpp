@@ -143,14 +143,14 @@ void check_addresses(const ForwardParams& p) {
     check("lora_a", p.lora_a), check("lora_b", p.lora_b), check("gate_weight", p.gate_weight);
     check("gate_bias", p.gate_bias), check("logits", p.logits);
     check("u", {p.u, false}), check("y", {p.y, false}), check("v", {p.v.data, false});
-    check("scratch", {p.scratch, true}), check("partial", {p.partial, true});
+    check("partial", {p.partial, true});
 }
 
 void check_addresses(const BackwardParams& p) {
     check_addresses(static_cast<const ForwardParams&>(p));
     auto check = [&](const char* name, const Tensor& t) { check_address(name, t.data, t.fp32, p.dtype); };
     check_address("dlogits_in", p.dlogits_in, true, p.dtype);
-    check("dy", {p.dy.data, false}), check("dv", {p.dv, false}), check("du_dlogits", {p.du_dlogits.data, false});
+    check("dy", {p.dy.data, false}), check("du_dlogits", {p.du_dlogits.data, false});
     check("the gradient of x", {p.dx, false}), check("the gradient of lora_a", p.dlora_a);
     check("the gradient of lora_b", p.dlora_b), check("the gradient of gate_weight", p.dgate_weight);
     check("the gradient of logits", {p.dlogits, p.logits.fp32});

@@ -41,7 +41,7 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
 
 NAMES = {  # of the tensors of a backward, and how the error calls them
     **{name: name for name in ("x", "lora_a", "lora_b", "gate_weight", "gate_bias", "logits", "u", "y")},
-    **{name: name for name in ("v", "scratch", "partial", "dy", "dlogits_in", "dv", "du_dlogits")},
+    **{name: name for name in ("v", "partial", "dy", "dlogits_in", "du_dlogits")},
     **{f"d{name}": f"the gradient of {name}" for name in ("x", "lora_a", "lora_b", "gate_weight", "logits")},
 }
 
@@ -51,8 +51,8 @@ def test_every_address_between_two_elements_is_refused(name: str, emulated_cuda:
     """Outputs and workspaces included: one error names the tensor, and no kernel runs."""
     case = Case(T=3, E=2, R=8, gate_bias=True)
     given = make_problem(case, torch.bfloat16).tensors
-    rows = {"u": (3, 2, 8), "y": (3, 41), "v": (3, 16), "dy": (3, 41), "dv": (3, 16), "du_dlogits": (3, 24)}
-    in_fp32 = {"logits": (3, 2), "scratch": (3, 20), "partial": (600,), "dlogits_in": (3, 2)}
+    rows = {"u": (3, 2, 8), "y": (3, 41), "v": (3, 16), "dy": (3, 41), "du_dlogits": (3, 24)}
+    in_fp32 = {"logits": (3, 2), "partial": (600,), "dlogits_in": (3, 2)}
     t = given | {key: torch.zeros(shape).bfloat16() for key, shape in rows.items()}
     t |= {key: torch.zeros(shape) for key, shape in in_fp32.items()}
     t |= {f"d{key}": torch.zeros_like(t[key]) for key in ("x", "lora_a", "lora_b", "gate_weight", "logits")}
@@ -61,9 +61,9 @@ def test_every_address_between_two_elements_is_refused(name: str, emulated_cuda:
         factors = Factors(t["lora_a"], t["lora_b"], t["gate_weight"], t["gate_bias"])
         params = emulated_cuda.BackwardParams(extension.DTYPES[torch.bfloat16], factors.sizes(3))
         params.set_problem(OPTIONS, factors, t["x"], None, t["logits"], t["u"], t["y"])
-        params.set_workspaces(t["v"], t["scratch"], t["partial"], 1)
+        params.set_workspaces(t["v"], t["partial"], 1)
         gradients = Gradients(t["dx"], t["dlora_a"], t["dlora_b"], t["dgate_weight"], gate_logits=t["dlogits"])
-        params.set_backward(t["dy"], t["dlogits_in"], t["dv"], t["du_dlogits"], 1, gradients)
+        params.set_backward(t["dy"], t["dlogits_in"], t["du_dlogits"], 1, gradients)
         emulated_cuda.backward(params, 0, 0)
 
     run(t)
