@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(MIX_WARPS * 32, MIX_RESIDENT) mix_fwd_kernel(M
     const bool has_gate = p.gate_weight.data != nullptr;
     const int lane = token.lane, lanes = token.lanes, columns = token.inside ? token.u_columns : 0, step = lanes * W;
     const float* logits = token.partial() + token.u_columns;
-    float logit =
-        !has_gate && lane < token.experts ? token.logit(lane) : 0.f;  // before u, to be on its way at the same time
+    // before u, to be on its way at the same time
+    float logit = !has_gate && lane < token.experts ? token.logit(lane) : 0.f;
     PartialSums<1> of_logit(logits + lane, p.part, has_gate && lane < token.experts ? p.shrink_parts : 0);
     auto save = [&](int c, PartialSums<W>& sums) {
         if (c >= columns) return;
@@ -121,7 +121,7 @@ void divide_mix(const Params& params, int64_t columns, bool vectors, Launch laun
         while (p.lane_bits < 5 && (1 << p.lane_bits < p.E || 4 * W << p.lane_bits < columns)) ++p.lane_bits;
         while (p.rank_bits < p.lane_bits && W << p.rank_bits < p.R) ++p.rank_bits;
         const int64_t bytes = Token<S, W, true, Params>::bytes(params), of_warp = bytes * (32 >> p.lane_bits);
-        const bool kept = 2 * of_warp <= MIX_SMEM;
+        const bool kept = 2 * of_warp <= MIX_SMEM;  // with one warp a block too few would hide the latency of memory
         int warps = MIX_WARPS;
         while (kept && warps * of_warp > MIX_SMEM) warps /= 2;
         if (kept) p.smem = static_cast<int>(bytes), p.gates = static_cast<int>(Token<S, W, true, Params>::up(p.E * 4));

@@ -119,9 +119,9 @@ public:
     }
 };
 
-// A team's token and a lane's share of it. KEPT says that u, in the backward dv, and the gates are kept in shared memory.
-// Those of huge E R are not: then each use reads u again, reduces the partial sums of dv again, and computes a gate from its
-// logit.
+// A team's token and a lane's share of it. KEPT says that the gates, u, and in the backward dv and the gates' gradients, are
+// kept in shared memory. If they are too large, each use reads u again, reduces the partial sums of dv again, and computes a
+// gate from its logit.
 template <class S, int W, bool KEPT, class Params>
 struct Token {
     static constexpr bool BACKWARD = std::is_same_v<Params, BackwardParams>;
@@ -133,7 +133,7 @@ struct Token {
     const bool inside = wanted < p.T;  // the other lanes of the last warp stay for the shuffles, without a token
     const uint32_t t = inside ? wanted : static_cast<uint32_t>(p.T - 1);
     const int E = static_cast<int>(p.E), R = static_cast<int>(p.R), experts = inside ? E : 0;
-    const int u_columns = static_cast<int>(p.experts_of_a) * R, u_step = p.experts_of_a == 1 ? 0 : R;
+    const int u_columns = static_cast<int>(p.experts_of_a) * R, u_step = is_shared() ? 0 : R;
     float* const gates;   // (E)
     float* const dgates;  // (E), in the backward
     S* const kept_u;      // (u_columns)
@@ -154,7 +154,7 @@ struct Token {
           kept_u(reinterpret_cast<S*>(gates + (BACKWARD ? 2 : 1) * (p.gates / 4))),
           kept_dv(kept_u + u_columns) {}
 
-    __device__ __forceinline__ bool is_shared() const { return p.experts_of_a == 1; }
+    __device__ __forceinline__ bool is_shared() const { return static_cast<int>(p.experts_of_a) == 1; }
     __device__ __forceinline__ bool averages_factors() const { return p.mixing == Mixing::factors; }
     // The token's row of a matrix; with 32 bits of each factor the product takes one instruction.
     template <class Element>
