@@ -55,6 +55,10 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return {target: [path for path in paths if target in path.name] for target in TARGETS}
 
 
+def _vector_loads(code: str) -> list[str]:
+    return re.findall(r"\bLDG?\.E\S*\.128", code)
+
+
 def _built_extension() -> Path | None:
     """The extension, where it holds every target and is younger than all of its sources."""
     sources = [path for path in CSRC.rglob("*") if path.is_file()]
@@ -102,10 +106,6 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
             assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"
             assert min(together) >= 8, f"{name}: only {together} 16-byte loads on the way together"
     assert len(seen) == len(KERNELS) * len(DTYPES)
-
-
-def _vector_loads(code: str) -> list[str]:
-    return re.findall(r"\bLDG?\.E\S*\.128", code)
 
 
 def _run(tool: str, *arguments: str) -> str:
