@@ -73,12 +73,14 @@ struct Features {
 // sum[i] += this lane's share of the dot product of the row `weights` with token i of x. I is a multiple of LANE_FEATURES
 // and all rows start on multiples of 16 bytes. All loads of a batch come before the first use of one, and none is in a
 // branch, so that they overlap: instead of features from `last` on, a lane loads the last ones before it, and does not add
-// them.
+// them. With few tokens a barrier of the warp stops the compiler from moving loads down to their uses, as it does for sm_100
+// and sm_120; with more tokens it leaves enough of them together, and all at once would take every register.
 template <class S, class W, int TOKENS>
 __device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weights, const S* x, int64_t x_stride, int tokens,
                                             int first, int last) {
     constexpr int STEPS = BATCH<S, TOKENS>, STRIDE = 32 * LANE_FEATURES;
-    for (int col = first + threadIdx.x % 32 * LANE_FEATURES; col < last; col += STEPS * STRIDE) {
+    for (int begin = first; begin < last; begin += STEPS * STRIDE) {  // as often for all lanes
+        const int col = begin + threadIdx.x % 32 * LANE_FEATURES;
         Features<W> weight[STEPS];
         Features<S> features[STEPS][TOKENS];
 #pragma unroll
@@ -88,6 +90,7 @@ __device__ __forceinline__ void dot_vectors(float (&sum)[TOKENS], const W* weigh
 #pragma unroll
             for (int i = 0; i < TOKENS; ++i) features[step][i].load(x + smaller(i, tokens - 1) * x_stride + at);
         }
+        if constexpr (TOKENS < 8) __syncwarp();
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
             const bool inside = col + step * STRIDE < last;

@@ -55,6 +55,10 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
     return {target: [path for path in paths if target in path.name] for target in TARGETS}
 
 
+def _vector_loads(code: str) -> list[str]:
+    return re.findall(r"\bLDG?\.E\S*\.128", code)
+
+
 def _built_extension() -> Path | None:
     """The extension, where it holds every target and is younger than all of its sources."""
     sources = [path for path in CSRC.rglob("*") if path.is_file()]
@@ -97,8 +101,10 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
         if kernel in (*WRITERS, "decode_fwd"):  # of the base; of the weights
             assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
         if kernel == "decode_fwd":  # a vector of weights and of x in each of four steps
-            together = max(len(re.findall(r"LDG\S*\.128", part)) for part in re.split(r"\bFFMA\b", code))
-            assert together >= 8, f"{name}: only {together} 16-byte loads on the way together"
+            loops = [part for part in re.split(r"\.L_x_\d+:|\bBRA\b", code) if len(_vector_loads(part)) >= 8]
+            together = [len(_vector_loads(re.split(r"\bFFMA\b", loop)[0])) for loop in loops]
+            assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"
+            assert min(together) >= 8, f"{name}: only {together} 16-byte loads on the way together"
     assert len(seen) == len(KERNELS) * len(DTYPES)
 
 
