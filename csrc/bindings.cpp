@@ -108,15 +108,15 @@ void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& fa
 
 void set_one_pass(ForwardParams& p, int64_t smem) { p.path = Path::one_pass, p.smem = smem; }
 
-void set_workspaces(ForwardParams& p, py::handle v, py::handle partial, int64_t shrink_parts) {
+void set_workspaces(ForwardParams& p, py::handle v, py::handle partial, int64_t shrink_parts, int64_t expand_groups) {
     p.path = Path::stages, p.v = to_rows(v);
-    p.partial = floats(partial), p.shrink_parts = shrink_parts;
+    p.partial = floats(partial), p.shrink_parts = shrink_parts, p.expand_groups = expand_groups;
 }
 
-void set_backward(BackwardParams& p, py::handle dy, py::handle dlogits_in, py::handle du_dlogits, int64_t wgrad_splits,
-                  const py::tuple& gradients) {
+void set_backward(BackwardParams& p, py::handle dy, py::handle dlogits_in, py::handle du_dlogits, int64_t x_splits,
+                  int64_t dy_splits, const py::tuple& gradients) {
     p.dy = to_rows(dy), p.dlogits_in = floats(dlogits_in);
-    p.du_dlogits = to_rows(du_dlogits), p.wgrad_splits = wgrad_splits;
+    p.du_dlogits = to_rows(du_dlogits), p.x_splits = x_splits, p.dy_splits = dy_splits;
     const auto [x, lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<6>("Gradients", gradients);
     p.dx = address(x), p.dlora_a = to_tensor(lora_a), p.dlora_b = to_tensor(lora_b);
     p.dgate_weight = to_tensor(gate_weight), p.dlogits = address(gate_logits);  // gate_bias's is summed by torch

@@ -48,10 +48,11 @@ struct ForwardParams {
     void* y;        // (T, O)
 
     Path path;
-    int64_t smem;          // dynamic shared memory in bytes of the one-pass and decode kernels, to compare with their layout
-    Rows v;                // (T, E * R), workspace, with zeros up to its stride; null in one pass and in decode
-    float* partial;        // workspace for partial sums, used by one product after the other
-    int64_t shrink_parts;  // split-K factor of shrink; partial sums are reduced in a fixed order: results are deterministic
+    int64_t smem;    // dynamic shared memory in bytes of the one-pass and decode kernels, to compare with their layout
+    Rows v;          // (T, E * R), workspace, with zeros up to its stride; null in one pass and in decode
+    float* partial;  // workspace for partial sums, used by one product after the other
+    int64_t expand_groups;  // groups of tiles of features, for blocks of the same tokens
+    int64_t shrink_parts;   // split-K factor of shrink; partial sums are reduced in a fixed order: results are deterministic
 };
 
 // Everything that the forward has, and the gradients. A null gradient is not computed.
@@ -61,7 +62,7 @@ struct BackwardParams : ForwardParams {
 
     Rows du_dlogits;  // workspace: experts_of_a * R columns of du, E of a gate's dlogits, zeros up to its stride; null where
                       // only dlora_b is computed
-    int64_t wgrad_splits;  // split-K factor of the weight gradients, which sum over the tokens
+    int64_t x_splits, dy_splits;  // split-K factors of the weight gradients over x and over dy, which sum over the tokens
 
     void* dx;             // (T, I)
     Tensor dlora_a;       // shaped as lora_a; in fp32 if the parameter is, of which lora_a may be a rounded copy
@@ -106,6 +107,7 @@ struct ExpandParams {
     Matrix coefficients;  // (T, C)
     Matrix factors;       // (C, F)
     Output output;
+    int64_t groups;  // in which the tiles of features are divided among blocks
 };
 
 struct WgradParams {

@@ -19,16 +19,16 @@ class ForwardParams:
         /,
     ) -> None: ...
     def set_one_pass(self, smem: int, /) -> None: ...
-    def set_workspaces(self, v: Tensor, scratch: Tensor, partial: Tensor, shrink_parts: int, /) -> None: ...
+    def set_workspaces(self, v: Tensor, partial: Tensor, shrink_parts: int, expand_groups: int, /) -> None: ...
 
 class BackwardParams(ForwardParams):
     def set_backward(
         self,
         dy: Tensor,
         dlogits_in: Tensor | None,
-        dv: Tensor | None,
         du_dlogits: Tensor | None,
-        wgrad_splits: int,
+        x_splits: int,
+        dy_splits: int,
         gradients: Gradients,
         /,
     ) -> None: ...

@@ -22,16 +22,16 @@ void backward_of(const BackwardParams& p, cudaStream_t stream) {
     const auto* du_dlogits = static_cast<const S*>(p.du_dlogits.data);
     if (p.dx != nullptr) {
         const Matrix both = matrix<S>(du_dlogits, false, p.T, p.du_dlogits.stride, p.du_dlogits.stride);
-        expand(p.dtype, {both, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f)}, stream);
+        expand(p.dtype, {both, a_and_gate<S>(p), output<S>(p.dx, nullptr, 0, p.T, p.I, 1.f), p.expand_groups}, stream);
     }
     WgradParams w = {};
     w.partial = p.partial;
-    w.splits = p.wgrad_splits;
     if (p.dlora_a.data != nullptr || p.dgate_weight.data != nullptr) {
         const int64_t first = p.dlora_a.data != nullptr ? 0 : du_columns;  // only the columns whose gradient is wanted
         const int64_t last = p.dgate_weight.data != nullptr ? du_columns + dlogits_columns : du_columns;
         w.coefficients = matrix<S>(du_dlogits + first, false, p.T, p.du_dlogits.stride - first, p.du_dlogits.stride);
         w.tokens = tokens_of<S>(p);
+        w.splits = p.x_splits;
         w.count = last - first, w.split = du_columns - first;
         w.first = p.dlora_a.data, w.first_fp32 = p.dlora_a.fp32;
         w.second = p.dgate_weight.data, w.second_fp32 = p.dgate_weight.fp32;
@@ -41,6 +41,7 @@ void backward_of(const BackwardParams& p, cudaStream_t stream) {
     if (p.dlora_b.data != nullptr) {
         w.coefficients = matrix<S>(p.v.data, false, p.T, p.v.stride, p.v.stride);
         w.tokens = dy;
+        w.splits = p.dy_splits;
         w.count = w.split = p.E * p.R;
         w.first = p.dlora_b.data, w.first_fp32 = p.dlora_b.fp32;
         w.second = nullptr;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The store of an expanded tile: out = base + scaling * product.
+// Expand with its coefficients in shared memory, and the store of a tile: out = base + scaling * product.
 #pragma once
 
 #include "product.cuh"
@@ -98,6 +98,42 @@ __device__ __forceinline__ void store_tile(const Output& p, const typename Expan
     } else {
         store_anywhere<S>(p, acc, t0, f0);
     }
+}
+
+// Coefficients in shared memory times tiles of columns of `factors`, one after the other. While one is stored the copies for
+// the next are in flight.
+template <class S>
+__device__ __forceinline__ void sweep(unsigned char* smem, const S* coefficients, int count, const Matrix& factors,
+                                      const Output& out, int64_t t0, int first_tile, int last_tile) {
+    using E = Expand<S>;
+    S* stages = reinterpret_cast<S*>(smem);
+    const bool fast = is_fast<S>(factors);
+    const int steps = E::steps_over(count);
+    int64_t loaded = static_cast<int64_t>(first_tile) * BLOCK_F, stored = loaded;  // features
+    typename E::Accumulators acc = {};
+    typename E::FastQ copies(factors, loaded, 0);
+    SlowCopies<S, BLOCK_F, false> slow_copies(factors, loaded, 0);
+    int load_step = 0, use_step = 0;
+    pipeline((last_tile - first_tile) * steps,
+             [&](int i) {
+                 S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
+                 const int left = count - load_step * BLOCK_K<S>;
+                 fast ? copies.load(stage, left) : slow_copies.load(stage, left);
+                 if (++load_step < steps) return;
+                 load_step = 0, loaded += BLOCK_F;
+                 copies.restart(loaded, 0);
+                 slow_copies.restart(loaded, 0);
+             },
+             [&](int i) {
+                 const S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
+                 E::multiply(acc, coefficients + use_step * E::P::T::ELEMENTS, stage, count - use_step * BLOCK_K<S>);
+                 if (++use_step < steps) return;
+                 store_tile<S>(out, acc, t0, stored);
+                 E::for_each_accumulator([&](int i, int n, int half, int, int) {
+                     acc[i][n][half * 2] = acc[i][n][half * 2 + 1] = 0.f;
+                 });
+                 use_step = 0, stored += BLOCK_F;
+             });
 }
 
 }  // namespace lmoe

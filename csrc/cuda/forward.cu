@@ -16,7 +16,8 @@ void forward_by_stages(const ForwardParams& p, cudaStream_t stream) {
     shrink(p.dtype, {tokens_of<S>(p), a_and_gate<S>(p), p.partial, p.shrink_parts, 0}, stream);
     mix_fwd(p, stream);
     const Matrix v = matrix<S>(p.v.data, false, p.T, p.v.stride, p.v.stride);
-    expand(p.dtype, {v, b_of<S>(p), output<S>(p.y, p.base.data, p.base.stride, p.T, p.O, p.scaling)}, stream);
+    expand(p.dtype, {v, b_of<S>(p), output<S>(p.y, p.base.data, p.base.stride, p.T, p.O, p.scaling), p.expand_groups},
+           stream);
 }
 
 }  // namespace

@@ -46,42 +46,6 @@ __device__ __forceinline__ void save(const ForwardParams& p, const S* v, const f
     for (int i = threadIdx.x; i < tokens * static_cast<int>(p.E); i += THREADS) saved[i] = logits[i];
 }
 
-// v in shared memory times all columns of B, a tile of columns after the other. While one is stored the copies for the next
-// are in flight.
-template <class S>
-__device__ __forceinline__ void sweep(unsigned char* smem, const S* v, const Matrix& b, const Output& y, int64_t t0) {
-    using E = Expand<S>;
-    S* stages = reinterpret_cast<S*>(smem);
-    const bool fast = is_fast<S>(b);
-    const int columns = static_cast<int>(b.rows), steps = E::steps_over(columns), tiles = E::tiles_over(y.F);
-    typename E::Accumulators acc = {};
-    Copies<S, BLOCK_F, false> copies(b, 0, 0);
-    SlowCopies<S, BLOCK_F, false> slow_copies(b, 0, 0);
-    int64_t loaded = 0, stored = 0;  // features
-    int load_step = 0, use_step = 0;
-    pipeline(
-        tiles * steps,
-        [&](int i) {
-            S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
-            const int left = columns - load_step * BLOCK_K<S>;
-            fast ? copies.load(stage, left) : slow_copies.load(stage, left);
-            if (++load_step < steps) return;
-            load_step = 0, loaded += BLOCK_F;
-            copies = {b, loaded, 0};
-            slow_copies = {b, loaded, 0};
-        },
-        [&](int i) {
-            const S* stage = stages + i % STAGES * E::Q::T::ELEMENTS;
-            E::multiply(acc, v + use_step * E::P::T::ELEMENTS, stage, columns - use_step * BLOCK_K<S>);
-            if (++use_step < steps) return;
-            store_tile<S>(y, acc, t0, stored);
-            E::for_each_accumulator([&](int i, int n, int half, int, int) {
-                acc[i][n][half * 2] = acc[i][n][half * 2 + 1] = 0.f;
-            });
-            use_step = 0, stored += BLOCK_F;
-        });
-}
-
 // One block on a processor leaves it the registers that both products need together.
 template <class S, int COLS>
 __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardParams p) {
@@ -129,7 +93,8 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardParams p) {
                [row](int64_t column) { return Layout::V::kept_at(row, static_cast<int>(column)); });
     }
     // v needs no barrier here: the sweep has one before its first read of v
-    sweep<S>(smem, v, b_of<S>(p), output<S>(p.y, p.base.data, p.base.stride, p.T, p.O, p.scaling), t0);
+    const Output y = output<S>(p.y, p.base.data, p.base.stride, p.T, p.O, p.scaling);
+    sweep<S>(smem, v, E * R, b_of<S>(p), y, t0, 0, Expand<S>::tiles_over(p.O));
 }
 
 void forward_in_one_pass(const ForwardParams& p, cudaStream_t stream) {
@@ -142,7 +107,6 @@ void forward_in_one_pass(const ForwardParams& p, cudaStream_t stream) {
                     "lmoe: forward_kernel: configs.py and fused.cu count columns or shared memory differently");
             }
             const int smem = static_cast<int>(p.smem);
-            allow_shared_memory(forward_kernel<S, COLS>, smem);
             LAUNCH((forward_kernel<S, COLS>), dim3(tiles(p.T, BLOCK_EXTENT)), dim3(THREADS), smem, stream, p);
         });
     });

@@ -81,14 +81,14 @@ template <class S, int EXTENT, bool K_ALONG_ROW>
 class Copies {
     using At = Share<S, EXTENT, K_ALONG_ROW>;
     static_assert(!K_ALONG_ROW || At::COUNT == At::OF_ALL, "a rest along the rows has no clamped address");
-    const Matrix* m_;
+    const Matrix& m_;
     const S *from_, *rest_ = nullptr;  // of a thread's first copy, and that of the rest, in the next step
     int inside_;                       // rows of the product from the first copy's on
 
 public:
     // For rows of the product from `start` on, and for a sum that begins at k.
     __device__ __forceinline__ Copies(const Matrix& m, int64_t start, int64_t k)
-        : m_(&m), inside_(static_cast<int>(smaller(m.rows - start, EXTENT)) - At::row(0)) {
+        : m_(m), inside_(static_cast<int>(smaller(m.rows - start, EXTENT)) - At::row(0)) {
         auto address = [&](int i) {
             const int64_t c = K_ALONG_ROW ? k + At::column(i) : smaller(start + At::column(i), m.columns - VECTOR<S>);
             return static_cast<const S*>(m.first) + ((K_ALONG_ROW ? start : k) + At::row(i)) * m.stride + c;
@@ -105,14 +105,14 @@ public:
             S* to = shared + At::T::at(At::row(i), At::column(i));
             const bool inside = !K_ALONG_ROW || i * At::ROWS_APART < inside_;
             if (inside) copy_async_or_zeros(to, from, (K_ALONG_ROW ? 0 : i * At::ROWS_APART) < mine);
-            from += At::ROWS_APART * m_->stride;
+            from += At::ROWS_APART * m_.stride;
         }
         if (At::COUNT > At::OF_ALL && At::has(At::OF_ALL)) {
             S* to = shared + At::T::at(At::row(At::OF_ALL), At::column(At::OF_ALL));
             copy_async_or_zeros(to, rest_, At::row(At::OF_ALL) < left);
         }
-        from_ += K_ALONG_ROW ? BLOCK_K<S> : BLOCK_K<S> * m_->stride;
-        rest_ += BLOCK_K<S> * m_->stride;
+        from_ += K_ALONG_ROW ? BLOCK_K<S> : BLOCK_K<S> * m_.stride;
+        rest_ += BLOCK_K<S> * m_.stride;
     }
 };
 
@@ -121,7 +121,8 @@ template <class S, int EXTENT, bool K_ALONG_ROW>
 class CopiesOfTwo {
     using At = Share<S, EXTENT, K_ALONG_ROW>;
     const Matrix& m_;
-    int64_t start_, k_;
+    int64_t start_;
+    int k_;
     const S* from_[At::COUNT];  // of the next step
 
     __device__ __forceinline__ void point() {
@@ -135,7 +136,13 @@ class CopiesOfTwo {
     }
 
 public:
-    __device__ __forceinline__ CopiesOfTwo(const Matrix& m, int64_t start, int64_t k) : m_(m), start_(start), k_(k) {
+    __device__ __forceinline__ CopiesOfTwo(const Matrix& m, int64_t start, int64_t k)
+        : m_(m), start_(start), k_(static_cast<int>(k)) {
+        point();
+    }
+    // Makes it what its constructor makes.
+    __device__ __forceinline__ void restart(int64_t start, int64_t k) {
+        start_ = start, k_ = static_cast<int>(k);
         point();
     }
     __device__ __forceinline__ void load(S* shared, int left) {
@@ -156,18 +163,19 @@ public:
 template <class S, int EXTENT, bool K_ALONG_ROW>
 class SlowCopies {
     using At = Share<S, EXTENT, K_ALONG_ROW>;
-    const Matrix* m_;
+    const Matrix& m_;
     int64_t start_, k_;
 
 public:
-    __device__ __forceinline__ SlowCopies(const Matrix& m, int64_t start, int64_t k) : m_(&m), start_(start), k_(k) {}
+    __device__ __forceinline__ SlowCopies(const Matrix& m, int64_t start, int64_t k) : m_(m), start_(start), k_(k) {}
+    __device__ __forceinline__ void restart(int64_t start, int64_t k) { start_ = start, k_ = k; }
 
     __device__ __forceinline__ void load(S* shared, int left) {
 #pragma unroll 1
         for (int i = 0; i < At::COUNT; ++i) {
             const int64_t r = (K_ALONG_ROW ? start_ : k_) + At::row(i), c = (K_ALONG_ROW ? k_ : start_) + At::column(i);
             S* to = shared + At::T::at(At::row(i), At::column(i));
-            if (At::has(i)) load_chunk(to, *m_, r, c, K_ALONG_ROW ? m_->rows : smaller(k_ + left, m_->rows));
+            if (At::has(i)) load_chunk(to, m_, r, c, K_ALONG_ROW ? m_.rows : smaller(k_ + left, m_.rows));
         }
         k_ += BLOCK_K<S>;
     }

@@ -47,7 +47,6 @@ void shrink(Dtype dtype, ShrinkParams p, cudaStream_t stream) {
             // whole pipeline steps in every part but the last; with few features the last parts may be empty
             p.features_a_part = tiles(tiles(p.tokens.columns, p.parts), BLOCK_K<S>) * static_cast<int64_t>(BLOCK_K<S>);
             const dim3 grid(tiles(p.tokens.rows, BLOCK_EXTENT), static_cast<unsigned>(p.parts), tiles(p.factors.rows, COLS));
-            allow_shared_memory(shrink_kernel<S, COLS>, SMEM);
             LAUNCH((shrink_kernel<S, COLS>), grid, dim3(THREADS), SMEM, stream, p);
         });
     });

@@ -63,7 +63,6 @@ void wgrad(Dtype dtype, WgradParams p, cudaStream_t stream) {
             p.splits = tiles(T, p.tokens_a_split);
             if (p.splits == 1) p.partial = nullptr;
             const dim3 grid(tiles(F, BLOCK_EXTENT), tiles(p.count, COLS), static_cast<unsigned>(p.splits));
-            allow_shared_memory(wgrad_bwd_kernel<S, COLS>, SMEM);
             LAUNCH((wgrad_bwd_kernel<S, COLS>), grid, dim3(THREADS), SMEM, stream, p);
             check_launch("wgrad_bwd_kernel");
             if (p.splits == 1) return;

@@ -61,9 +61,9 @@ def test_every_address_between_two_elements_is_refused(name: str, emulated_cuda:
         factors = Factors(t["lora_a"], t["lora_b"], t["gate_weight"], t["gate_bias"])
         params = emulated_cuda.BackwardParams(extension.DTYPES[torch.bfloat16], factors.sizes(3))
         params.set_problem(OPTIONS, factors, t["x"], None, t["logits"], t["u"], t["y"])
-        params.set_workspaces(t["v"], t["partial"], 1)
+        params.set_workspaces(t["v"], t["partial"], 1, 1)
         gradients = Gradients(t["dx"], t["dlora_a"], t["dlora_b"], t["dgate_weight"], gate_logits=t["dlogits"])
-        params.set_backward(t["dy"], t["dlogits_in"], t["du_dlogits"], 1, gradients)
+        params.set_backward(t["dy"], t["dlogits_in"], t["du_dlogits"], 1, 1, gradients)
         emulated_cuda.backward(params, 0, 0)
 
     run(t)

@@ -165,9 +165,9 @@ Results run(const Problem& q) {
     Results out;
     const int64_t v_stride = up(q.E * q.R, 8), columns = q.experts_of_a * q.R + (q.outside ? 0 : q.E);
     const Buffer v = make(q.T * v_stride, q.dtype), du_dlogits = make(q.T * up(columns, 8), q.dtype);
-    const Buffer partial = make(std::max({q.splits * columns * q.I, q.splits * q.E * q.R * q.O, q.parts * q.T * columns,
-                                          q.parts * q.T * q.E * q.R}),
-                                Dtype::fp32);
+    const Buffer partial =
+        make(std::max({q.splits * columns * q.I, 3 * q.E * q.R * q.O, q.parts * q.T * columns, q.parts * q.T * q.E * q.R}),
+             Dtype::fp32);
     out.y = make(q.T * q.O, q.dtype);
     out.u = make(q.T * q.experts_of_a * q.R, q.dtype);
     if (!q.outside) out.logits = make(q.T * q.E, Dtype::fp32);
@@ -177,6 +177,7 @@ Results run(const Problem& q) {
     q.fill(p);
     p.logits = logits.tensor(), p.u = out.u.data(), p.v = {v.data(), v_stride}, p.y = out.y.data();
     p.partial = static_cast<float*>(partial.data()), p.shrink_parts = q.parts;
+    p.expand_groups = 1 + q.parts % 2;
     if (q.forward == Problem::DECODE) {
         DecodeParams d = {};
         static_cast<ForwardParams&>(d) = p;
@@ -191,7 +192,7 @@ Results run(const Problem& q) {
     out.db = make(q.b.count, q.b.dtype);
     out.dgate = q.outside ? make(q.T * q.E, q.logits_in.dtype) : make(q.E * q.I, q.gate_weight.dtype);
     p.dy = {q.dy.data(), q.O}, p.du_dlogits = {du_dlogits.data(), up(columns, 8)};
-    p.wgrad_splits = q.splits;
+    p.x_splits = q.splits, p.dy_splits = 1 + q.splits % 3;
     p.dx = out.dx.data(), p.dlora_a = out.da.tensor(), p.dlora_b = out.db.tensor();
     if (q.outside) {
         p.dlogits = out.dgate.data();

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import padded, shrink_parts, wgrad_splits
+from lmoe_kernels.backends.cuda.configs import expand_groups, padded, shrink_parts, wgrad_splits
 from lmoe_kernels.casting import from_buffer
-from lmoe_kernels.options import Factors, Gradients, Options, Saved, Sizes, Wanted
+from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
 
 
 def backward(
@@ -35,15 +35,19 @@ def backward(
     device, stream = extension.queue(dy)
     processors, element_size = extension.device_of(device).processors, dy.element_size()
     parts = shrink_parts(T, E * R, O, element_size, processors)
-    splits = wgrad_splits(T, E * R, min(I, O), element_size, processors)
-    partial = dy.new_empty(_partial_sums(sizes, parts, splits, du_columns + dlogits_columns), dtype=torch.float32)
+    x_splits = wgrad_splits(T, du_columns + dlogits_columns, I, element_size, processors)
+    dy_splits = wgrad_splits(T, E * R, O, element_size, processors)
+    over_x, over_dy = x_splits * (du_columns + dlogits_columns) * I, dy_splits * E * R * O
+    partial = dy.new_empty(
+        max(parts * T * E * R, over_x if x_splits > 1 else 0, over_dy if dy_splits > 1 else 0), dtype=torch.float32
+    )
     dlogits_in = None if dlogits_in is None else dlogits_in.float()
 
     library = extension.library()
     params = library.BackwardParams(extension.DTYPES[dy.dtype], sizes)
     params.set_problem(options, from_buffer(factors, dy.dtype, saved.cast), x, None, saved.logits, saved.u, None)
-    params.set_workspaces(v, partial, parts)
-    params.set_backward(dy, dlogits_in, du_dlogits, splits, grads)
+    params.set_workspaces(v, partial, parts, expand_groups(T, I, processors))
+    params.set_backward(dy, dlogits_in, du_dlogits, x_splits, dy_splits, grads)
     library.backward(params, device, stream)
     if grads.gate_bias is not None and du_dlogits is not None:
         dlogits = du_dlogits[:, du_columns : du_columns + E]
@@ -58,11 +62,3 @@ def _allocate(dy: Tensor, in_features: int, factors: Factors, wanted: Wanted) ->
     dx = dy.new_empty(tokens, in_features) if wanted.x else None
     pairs = zip(factors, wanted[1:], strict=True)
     return Gradients(dx, *[new(factor) if asked and factor is not None else None for factor, asked in pairs])
-
-
-def _partial_sums(sizes: Sizes, parts: int, splits: int, columns: int) -> int:
-    """How many partial sums the largest of the split products has: dv, the weight gradients over x, and that over dy."""
-    T, I, O, E, R, _ = sizes  # noqa: E741
-    dv = parts * T * E * R
-    weights = splits * max(columns * I, E * R * O) if splits > 1 else 0
-    return max(dv, weights)

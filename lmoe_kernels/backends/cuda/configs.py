@@ -40,14 +40,12 @@ def product_columns(columns: int) -> int:
     return middle if ceil_div(columns, middle) == ceil_div(columns, large) else large
 
 
-@cache
 def wgrad_splits(tokens: int, coefficients: int, features: int, size: int, processors: int) -> int:
     """Split-K factor of wgrad, which sums over the tokens."""
     tiles = ceil_div(features, BLOCK) * ceil_div(coefficients, product_columns(coefficients))
     return _cheapest_split(tiles, ceil_div(tokens * size, STEP_BYTES), coefficients * features, processors)
 
 
-@cache
 def shrink_parts(tokens: int, columns: int, features: int, size: int, processors: int) -> int:
     """Split-K factor of shrink, which sums over the features of x in the forward and of dy in the backward."""
     tiles = ceil_div(tokens, BLOCK) * ceil_div(columns, product_columns(columns))
@@ -66,7 +64,21 @@ def _cheapest_split(tiles: int, steps: int, sums: int, processors: int) -> int:
         product = blocks_a_processor * ceil_div(steps, parts) * STEP_CYCLES
         return product + parts * (SUM_CYCLES + 8 * sums / SUM_BYTES)
 
-    return min(range(1, max(steps, 1) + 1), key=cycles)
+    most = min(steps, ceil_div(2 * processors, max(tiles, 1)))  # more than two blocks a processor gain nothing
+    return min(range(1, max(most, 1) + 1), key=cycles)
+
+
+def expand_groups(tokens: int, features: int, processors: int) -> int:
+    """In how many groups the tiles of features are divided, for blocks that hold the same tokens' coefficients.
+
+    Few groups load the coefficients less often; enough of them occupy all processors, two blocks each.
+    """
+    token_tiles, tiles, at_once = ceil_div(tokens, BLOCK), ceil_div(features, BLOCK), 2 * processors
+
+    def cycles(groups: int) -> int:
+        return ceil_div(token_tiles * groups, at_once) * (ceil_div(tiles, groups) + 1)  # one more to load the coefficients
+
+    return min(range(1, max(min(tiles, at_once), 1) + 1), key=cycles)
 
 
 def one_pass_smem(tokens: int, experts: int, rank: int, columns: int, size: int, processors: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.backends.cuda import extension
-from lmoe_kernels.backends.cuda.configs import decode_plan, one_pass_smem, padded, shrink_parts
+from lmoe_kernels.backends.cuda.configs import decode_plan, expand_groups, one_pass_smem, padded, shrink_parts
 from lmoe_kernels.casting import CastFactors, cast_factors
 from lmoe_kernels.options import Factors, Options, Saved
 
@@ -51,7 +51,7 @@ def forward(
         parts = shrink_parts(T, columns, I, element_size, chip.processors)
         v = x.new_empty(T, padded(E * R))
         partial = x.new_empty(parts, T, columns, dtype=torch.float32)
-        params.set_workspaces(v, partial, parts)
+        params.set_workspaces(v, partial, parts, expand_groups(T, O, chip.processors))
         library.forward(params, device, stream)
     else:
         params.set_one_pass(smem)
