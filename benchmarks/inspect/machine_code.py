@@ -143,7 +143,8 @@ def parse_sass(text: str) -> Code:
             return None
         predicate, instruction = found.groups()
         opcode = re.split(r"[.\s]", instruction, maxsplit=1)[0]
-        target = re.search(r"`\((\.L\w+)\)", instruction) if opcode == "BRA" else None
+        # for sm_80 ptxas leaves some loops with a CALL of a label; functions have names
+        target = re.search(r"`\((\.L\w+)\)", instruction) if opcode in ("BRA", "CALL") else None
         # BRA names a predicate in front of the instruction, or as its own operand
         always = predicate is None and (opcode in ("EXIT", "RET") or re.match(r"BRA(\.\w+)* `", instruction) is not None)
         return Instruction(instruction.strip(), target and target[1], not always)
@@ -212,7 +213,7 @@ def loops(code: Code) -> list[frozenset[int]]:
     after, before = _edges(code)
     found = []
     reached = _reachable(after, 0)
-    for first in sorted(set(code.labels.values()) & reached):
+    for first in sorted(_returned_to(after, 0)):
         around = _reachable(after, 0, without=first)
         body = {first}
         for last in before[first]:
@@ -220,6 +221,25 @@ def loops(code: Code) -> list[frozenset[int]]:
                 body |= _reachable(before, last, without=first)
         if len(body) > 1:
             found.append(frozenset(body))
+    return found
+
+
+def _returned_to(edges: list[list[int]], start: int) -> set[int]:
+    """What an edge leads back to on a walk into the depth: every loop begins with one of these."""
+    found: set[int] = set()
+    seen, path, stack = {start}, {start}, [(start, iter(edges[start]))]
+    while stack:
+        i, rest = stack[-1]
+        j = next(rest, None)
+        if j is None:
+            path.remove(i)
+            stack.pop()
+        elif j in path:
+            found.add(j)
+        elif j not in seen:
+            seen.add(j)
+            path.add(j)
+            stack.append((j, iter(edges[j])))
     return found
 
 

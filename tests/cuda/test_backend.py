@@ -15,10 +15,10 @@ from tools import calls
 from tools.error_rule import assert_no_worse
 
 HALVES = [torch.bfloat16, torch.float16]
+PROCESSORS = 3  # of the emulated device: tools/emulator/machine.h
 
 
-# Few tokens, odd sizes and options of every kind, more columns than shrink computes at a time, more tokens than a tile, more
-# experts than a warp has lanes.
+# Few tokens, odd sizes and options of every kind, more columns than a product's tile, more experts than a warp has lanes.
 PATH_CASES = [*CASES[:3], *CASES[5:9], CASES[9], CASES[11], Case(T=65, I=24, O=136, E=9, R=16), Case(T=70, I=72, O=264, R=8)]
 PATH_CASES += [
     Case(T=5, I=24, O=40, E=40, R=2, top_k=3),
@@ -59,10 +59,11 @@ def test_long_sums_in_fp32(case: Case, path: str, watch) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", [Case(T=66, I=1032, O=1040, E=3, R=5, top_k=2), Case(T=129, I=40, O=1536)], ids=str)
 def test_shapes_that_are_split_by_default(case: Case, dtype: torch.dtype, emulated_cuda, watch) -> None:
-    processors = extension.device_of(0).processors
-    in_parts = [configs.shrink_parts(case.T, features, processors) > 1 for features in (case.I, case.O)]
-    assert in_parts == ([True, True] if case.T == 66 else [False, False])
-    assert (configs.one_pass_smem(case.T, case.E, case.R, 2, processors) > 0) == (case.T == 129)
+    T, I, O, E, R = case.T, case.I, case.O, case.E, case.R  # noqa: E741
+    parts = [configs.shrink_parts(T, columns, features, 2, PROCESSORS) for columns, features in ((E * R + E, I), (E * R, O))]
+    splits = configs.wgrad_splits(T, E * R, min(I, O), 2, PROCESSORS)
+    one_pass = configs.one_pass_smem(T, E, R, E * R + E, 2, PROCESSORS) > 0
+    assert (parts, splits, one_pass) == (([3, 3], 1, False) if T == 66 else ([1, 3], 3, False) if T == 129 else None)
     _compare_all(make_problem(case, dtype))
 
 
@@ -82,13 +83,13 @@ def test_base_and_what_is_allocated(save: bool, base_shape: tuple[int, ...] | No
     problem = make_problem(Case(T=70, I=40, O=136, E=4, R=8), torch.float32)
     base = None if base_shape is None else torch.randn(base_shape)[..., :136]
     _compare_with_reference(problem, base=base, save=save)
-    # y; u and logits if they are saved, in stages always; in stages also v, gates, and the partial sums
+    # y; u and logits if they are saved, in stages always; in stages also v and the partial sums
     made = [count for _, count in watch.buffers]
     if path == "one pass":
         assert made == [70 * 136, *([70 * 4 * 8, 70 * 4] if save else [])]
     else:
-        parts = 3 * 70 * 36 if path == "shrink in parts" else 0
-        assert made == [70 * 136, 70 * 4 * 8, 70 * 4, 70 * 32, 70 * 4, parts]
+        parts = 3 if path == "shrink in parts" else 1
+        assert made == [70 * 136, 70 * 4 * 8, 70 * 4, 70 * 32, parts * 70 * 36]
 
 
 def test_split_sums_repeat_the_same_bits(emulated_cuda, monkeypatch, watch) -> None:
@@ -160,28 +161,53 @@ def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, m
 
 @pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])
 def test_the_path_of_a_forward(processors: int) -> None:
-    """One pass where tiles of tokens fill two thirds of the GPU and fit, otherwise as many parts as fill it."""
-    for tokens in (1, 64, 65, 512, 1000, 4096, 8192, 100_000):
-        tiles = configs.ceil_div(tokens, 64)
-        fills = 3 * tiles > 2 * processors
-        smem = configs.one_pass_smem(tokens, 8, 16, 2, processors)
-        parts = configs.shrink_parts(tokens, 4096, processors)
-        assert (smem > 0) == fills
-        assert (parts == 1) == fills
-        assert 1 <= parts <= 8
-        assert parts == 8 or abs(parts * tiles - processors) <= tiles / 2 or parts == 1
-        assert configs.shrink_parts(tokens, 1023, processors) == 1
-    for experts, rank, size, fits in (
-        (8, 16, 4, True), (16, 16, 2, True), (16, 16, 4, False), (8, 64, 2, False), (64, 16, 2, False)
+    """One pass where tiles of tokens fill two thirds of the GPU, and where its columns and shared memory fit a block."""
+    for tokens in (1, 128, 129, 512, 1000, 8192, 16_384, 100_000):
+        fills = 3 * configs.ceil_div(tokens, 128) > 2 * processors
+        assert (configs.one_pass_smem(tokens, 8, 16, 136, 2, processors) > 0) == fills
+    for experts, rank, columns, size, fits in (
+        (8, 16, 144, 2, True), (8, 16, 145, 2, False), (8, 16, 128, 4, False), (4, 16, 68, 4, True),
+        (12, 16, 28, 2, False), (11, 16, 27, 2, True), (40, 2, 120, 2, False),
     ):  # fmt: skip
-        smem = configs.one_pass_smem(1 << 20, experts, rank, size, processors)
-        assert (smem > 0) == fits
+        smem = configs.one_pass_smem(1 << 20, experts, rank, columns, size, processors)
+        assert (smem > 0) == fits, (experts, rank, columns, size, smem)
         assert smem <= 99 << 10
 
 
+@pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])
+def test_sums_are_split_where_tiles_leave_processors_idle(processors: int) -> None:
+    """A split leaves every processor fewer steps, and is made at least where half of the processors have no tile."""
+    for tokens in (1, 129, 1000, 8192, 100_000):
+        for columns, features in ((64, 64), (65, 4096), (136, 4096), (272, 11_008), (300, 1000)):
+            of_columns = configs.ceil_div(columns, configs.product_columns(columns))
+            of_tokens, of_features = configs.ceil_div(tokens, 128), configs.ceil_div(features, 128)
+            for tiles, length, plan in (
+                (of_tokens * of_columns, features, configs.shrink_parts(tokens, columns, features, 2, processors)),
+                (of_features * of_columns, tokens, configs.wgrad_splits(tokens, columns, features, 2, processors)),
+            ):
+                steps = configs.ceil_div(length, 64)
+
+                def most(parts: int, tiles: int = tiles, steps: int = steps) -> int:
+                    """Steps of the processor that has the most."""
+                    return configs.ceil_div(tiles * parts, processors) * configs.ceil_div(steps, parts)
+
+                assert 1 <= plan <= steps
+                assert plan == 1 or most(plan) < most(1)
+                assert plan > 1 or 2 * tiles > processors or steps < 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 144), (144, 144), (145, 128), (256, 128),
+                           (257, 144), (272, 144), (288, 144), (289, 128), (300, 128), (432, 144)]
+)  # fmt: skip
+def test_the_columns_of_a_product(columns: int, width: int) -> None:
+    """Few tiles, then little waste."""
+    assert configs.product_columns(columns) == width
+
+
 def test_two_blocks_of_the_one_pass_fit_a_processor() -> None:
-    a_block = configs.one_pass_smem(8192, 8, 16, 2, 108) + 1024  # the system keeps 1 KB
-    assert 2 * a_block <= 164 << 10  # sm_80
+    a_block = configs.one_pass_smem(1 << 20, 8, 16, 136, 2, 132) + 1024  # the system keeps 1 KB
+    assert 2 * a_block <= 228 << 10  # sm_90
 
 
 @pytest.mark.parametrize("processors", [1, 108, 132])
@@ -217,7 +243,7 @@ def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypa
         make_problem(Case(), torch.bfloat16).call("cuda")
     monkeypatch.setattr(forward, "decode_plan", lambda *sizes: None)
     monkeypatch.setattr(forward, "one_pass_smem", lambda *sizes: 59392)
-    with pytest.raises(RuntimeError, match=r"forward_kernel: .* count shared memory differently"):
+    with pytest.raises(RuntimeError, match=r"forward_kernel: .* count columns or shared memory differently"):
         make_problem(Case(), torch.bfloat16).call("cuda")
 
 

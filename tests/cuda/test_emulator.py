@@ -15,14 +15,16 @@ def cache(request: pytest.FixtureRequest) -> Path:
     return Path(request.config.cache.mkdir("cuda_emu"))
 
 
+@pytest.mark.parametrize("kind", ["calls", "products"])
 @pytest.mark.parametrize(("target", "problems"), [("plain", 40), ("address", 8)])
-def test_kernels_are_clean(target: str, problems: int, cache: Path, request: pytest.FixtureRequest) -> None:
-    done = build.run_driver(build.build_driver(cache, target), request.config.option.seed, problems)
+def test_kernels_are_clean(target: str, problems: int, kind: str, cache: Path, request: pytest.FixtureRequest) -> None:
+    done = build.run_driver(build.build_driver(cache, kind, target), request.config.option.seed, problems)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_bug_is_caught(bug: Bug, cache: Path, tmp_path: Path) -> None:
-    done = build.run_driver(build.build_driver(cache, bug.target, bug.plant(tmp_path)), bug.first_problem, PROBLEMS)
+    driver = build.build_driver(cache, bug.kind, bug.target, bug.plant(tmp_path))
+    done = build.run_driver(driver, bug.first_problem, PROBLEMS)
     assert done.returncode != 0, "not caught"
     assert bug.caught_as in done.stdout, done.stdout[-4000:]

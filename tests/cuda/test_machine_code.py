@@ -1,4 +1,4 @@
-"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, 16-byte loads."""
+"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, wide copies, lean loops."""
 
 import re
 import shutil
@@ -11,12 +11,27 @@ import pytest
 
 from lmoe_kernels.backends.cuda import extension
 
+pytest.importorskip("triton")  # brings the model's reader of instructions
+
+from benchmarks.model import steps
+from benchmarks.model.cubins import read_cubin
+from benchmarks.model.kernels import Machine
+from benchmarks.model.loops import find_step
+
 CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
-PRODUCTS = ("forward", "shrink", "shrink_fwd", "expand", "shrink_bwd", "wgrad_bwd")
+WIDTHS = (64, 128, 144)  # columns of a product's tile
+OF_ANY_WIDTH = ("forward", "shrink", "wgrad_bwd")
+PRODUCTS = (*OF_ANY_WIDTH, "expand")
 WRITERS = ("forward", "expand")  # of whole rows of y and dx
-KERNELS = (*PRODUCTS, "mix_fwd", "mix_bwd", "wgrad_sum_bwd", "decode_fwd")
+MIXES = ("mix_fwd", "mix_bwd")
+KERNELS = (*PRODUCTS, *MIXES, "wgrad_sum_bwd", "decode_fwd")
+INSTANCES = {(kernel, (width,)) for kernel in OF_ANY_WIDTH for width in WIDTHS}  # with the sizes that they are compiled for
+INSTANCES |= {(kernel, (vector, kept)) for kernel in MIXES for vector in (1, 4) for kept in (0, 1)}
+INSTANCES |= {(kernel, ()) for kernel in ("expand", "wgrad_sum_bwd", "decode_fwd")}
+# The most instructions of a warp in a step of a main loop, for each of its tensor-core instructions.
+MOST_INSTRUCTIONS = {64: 5.2, 128: 3.6, 144: 3.6}  # by the columns of the tile
 DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
 
 
@@ -77,7 +92,7 @@ def test_no_kernel_spills_or_uses_a_stack(target: str, cubins: dict[str, list[Pa
         text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
         for symbol, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text):
             usage[_kernel(symbol)] = (int(stack), int(local))
-    assert set(usage) == {(kernel, dtype) for kernel in KERNELS for dtype in DTYPES.values()}
+    assert set(usage) == {(*kernel, dtype) for kernel in INSTANCES for dtype in DTYPES.values()}
     assert not {kernel: used for kernel, used in usage.items() if used != (0, 0)}
 
 
@@ -88,32 +103,60 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
         text = _run("nvdisasm", "-c", str(cubin))
         for symbol, code in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", text, re.S):
             seen[_kernel(symbol)] = code
-    for (kernel, dtype), code in seen.items():
-        name = f"{kernel} {dtype} {target}"
+    for (kernel, sizes, dtype), code in seen.items():
+        name = f"{kernel} {sizes} {dtype} {target}"
         assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
         if kernel in PRODUCTS:
             assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
             assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
         if kernel in (*PRODUCTS, "decode_fwd"):
             assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
-        if kernel in WRITERS:
-            assert re.search(r"STG\S*\.128", code), f"{name}: 16-byte stores"
-        if kernel in (*WRITERS, "decode_fwd"):  # of the base; of the weights
+        if kernel in WRITERS:  # four lanes write a sector of 32 bytes together
+            assert re.search(r"STG\S*\.64", code), f"{name}: 8-byte stores"
+        if kernel == "decode_fwd":  # of the weights
             assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
         if kernel == "decode_fwd":  # a vector of weights and of x in each of four steps
             loops = [part for part in re.split(r"\.L_x_\d+:|\bBRA\b", code) if len(_vector_loads(part)) >= 8]
             together = [len(_vector_loads(re.split(r"\bFFMA\b", loop)[0])) for loop in loops]
             assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"
             assert min(together) >= 8, f"{name}: only {together} 16-byte loads on the way together"
-    assert len(seen) == len(KERNELS) * len(DTYPES)
+    assert len(seen) == len(INSTANCES) * len(DTYPES)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_step_of_a_main_loop_has_few_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
+    """Addresses are made before the loop: made in it, they took three quarters of its instructions."""
+    built = [one for cubin in cubins[target] for one in read_cubin(cubin, target) if one.kernel.name in PRODUCTS]
+    in_16_bits = [one for one in built if one.kernel.dtype != "fp32"]
+    assert {one.kernel.name for one in in_16_bits} == set(PRODUCTS)
+    for one in in_16_bits:
+        columns = next(iter(one.kernel.sizes), 128)
+        loops = [(columns // 2, 4 + -(-columns // 32), MOST_INSTRUCTIONS[columns])]
+        if one.kernel.name == "forward":  # the loop over the features of y, which copies one operand
+            loops.append((64, 4, MOST_INSTRUCTIONS[128]))
+        for products, copies, most in loops:  # of a warp; of a thread
+            step = find_step(one.listing, products, copies)
+            share = len(step.indices) / step.count(r"HMMA\b")
+            assert share <= most, f"{one.kernel} {target}: {share:.2f} instructions for each of the tensor cores"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_model_finds_a_step_of_every_product(target: str, cubins: dict[str, list[Path]]) -> None:
+    """`python -m benchmarks.model` reads them, and would stop at a loop that has other products or copies than its tile."""
+    builds = {built.kernel: built for cubin in cubins[target] for built in read_cubin(cubin, target)}
+    found = steps.lines(Machine(target, {kernel: built for kernel, built in builds.items() if kernel.dtype == "bf16"}))
+    assert {(line.kernel.partition("[")[0], line.step is not None) for line in found} == {
+        (kernel, kernel in PRODUCTS) for kernel in KERNELS
+    }
+    assert not [built.kernel for built in builds.values() if steps.resident(built) < 1]
 
 
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([str(_tool(tool)), *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _kernel(symbol: str) -> tuple[str, str]:
-    """Name and dtype of a kernel, from its symbol."""
-    found = re.search(r"lmoe\d+(\w+?)_kernelI(\w+?)EEv", symbol)
+def _kernel(symbol: str) -> tuple[str, tuple[int, ...], str]:
+    """Name, sizes and dtype of a kernel, from its symbol."""
+    found = re.search(r"lmoe\d+(\w+?)_kernelI(\w+?)((?:L[ib]\d+E)*)EEv", symbol)
     assert found, symbol
-    return found[1], DTYPES[found[2]]
+    return found[1], tuple(int(size) for size in re.findall(r"L[ib](\d+)E", found[3])), DTYPES[found[2]]

@@ -7,8 +7,10 @@ import pytest
 from tools.emulator import build
 from tools.emulator.bugs import BUGS
 
-# Problems of the driver with few tokens: races do not depend on sizes, and each emulated thread costs time.
-PATHS = {"stages in bf16": 8, "one pass in bf16": 13, "parts in fp32": 20, "decode in fp16": 41}
+# Calls of the driver with few tokens: races do not depend on sizes, and each emulated thread costs time. In one pass the
+# bf16 problem has several steps of v, the fp32 problem several tiles of features, too.
+PATHS = {"stages in bf16": 8, "one pass in bf16": 56, "one pass in fp32": 51, "parts in fp32": 20, "decode in fp16": 41}
+PRODUCTS = {"shrink from two buffers": 6, "expand": 4, "wgrad": 5}
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +24,18 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_kernel_has_a_data_race(path: str, cache: Path) -> None:
-    done = build.run_driver(build.build_driver(cache, "thread"), PATHS[path], 1)
+    done = build.run_driver(build.build_driver(cache, "calls", "thread"), PATHS[path], 1)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_no_product_has_a_data_race(product: str, cache: Path) -> None:
+    done = build.run_driver(build.build_driver(cache, "products", "thread"), PRODUCTS[product], 1)
     assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_a_race_is_seen(cache: Path, tmp_path: Path) -> None:
     bug = next(bug for bug in BUGS if bug.name == "no barrier of the grid")
-    done = build.run_driver(build.build_driver(cache, "thread", bug.plant(tmp_path)), PATHS["decode in fp16"], 1)
+    done = build.run_driver(build.build_driver(cache, "calls", "thread", bug.plant(tmp_path)), PATHS["decode in fp16"], 1)
     assert done.returncode != 0, "not caught"
     assert "ThreadSanitizer: data race" in done.stdout, done.stdout[-4000:]

@@ -33,7 +33,7 @@ LEVELS = [
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
 BENCHMARK_LEVELS = [
-    {"gpu", "test_rows"},
+    {"gpu", "model", "test_rows"},
     {"__main__"},
     {"defaults", "inspect", "showing"},
     {"measuring"},

@@ -1,100 +1,15 @@
 """Bugs that are put into copies of the kernels, one at a time, and must be caught by the emulator."""
 
-import re
-import shutil
-from dataclasses import dataclass
-from pathlib import Path
-
-from tools.emulator.build import CSRC
+from tools.emulator.bug import Bug
+from tools.emulator.product_bugs import PRODUCT_BUGS
 
 PROBLEMS = 4
 
-
-@dataclass(frozen=True)
-class Bug:
-    """A change of one place in csrc/, and the message that shows that it was caught.
-
-    The place is found by its code within one function, in a copy without comments. So neither a new comment nor the same
-    line in another function makes the place ambiguous.
-    """
-
-    name: str
-    file: str
-    function: str  # the part of its signature that ends with the opening parenthesis
-    right: str
-    wrong: str
-    caught_as: str  # a part of the driver's output
-    target: str = "plain"
-    is_race: bool = False  # ThreadSanitizer finds it, whatever the schedule
-    first_problem: int = 1  # the first of PROBLEMS that execute the place
-
-    def __str__(self) -> str:
-        return self.name
-
-    def plant(self, folder: Path) -> Path:
-        """A copy of csrc/ with the bug."""
-        csrc = folder / "csrc"
-        shutil.copytree(CSRC, csrc)
-        path = csrc / self.file
-        text = re.sub(r"[ \t]*//.*", "", path.read_text())
-        begin, end = self._body(text)
-        body, place = text[begin:end], f"{self.name}: {self.function}...)"
-        assert body.count(self.right) == 1, f"{place} contains {self.right!r} {body.count(self.right)} times"
-        path.write_text(text[:begin] + body.replace(self.right, self.wrong) + text[end:])
-        return csrc
-
-    def _body(self, text: str) -> tuple[int, int]:
-        """The positions where the function's body begins and ends."""
-        count = text.count(self.function)
-        assert count == 1, f"{self.name}: {self.file} contains {self.function!r} {count} times"
-        begin = text.index("{\n", text.index(self.function))
-        depth = 0
-        for at in range(begin, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                return begin, at
-        raise AssertionError(f"{self.name}: {self.function}...) does not end")
-
-
 BUGS = (
-    Bug(
-        "a barrier removed from the pipeline",
-        "cuda/tiles.cuh",
-        "void pipeline(",
-        "__syncthreads();",
-        "",
-        "is off by",
-        is_race=True,
-    ),
-    Bug(
-        "a wait that is off by one",
-        "cuda/tiles.cuh",
-        "void pipeline(",
-        "copy_async_wait<DEPTH - 2>();",
-        "copy_async_wait<DEPTH - 1>();",
-        "is off by",
-        is_race=True,
-    ),
-    Bug(
-        "a wrong stage, still being read",
-        "cuda/tiles.cuh",
-        "float* run(",
-        "S* stage = reinterpret_cast<S*>(smem + step % STAGES * STAGE_BYTES);\n                const",
-        "S* stage = reinterpret_cast<S*>(smem + (step + 1) % STAGES * STAGE_BYTES);\n                const",
-        "is off by",
-    ),
-    Bug(
-        "an output written over stages that are still being read",
-        "cuda/tiles.cuh",
-        "float* run(",
-        "__syncthreads();\n        float* out",
-        "float* out",
-        "is off by",
-        is_race=True,
-    ),
+    *PRODUCT_BUGS,
     Bug(
         "a first step without its wait, which is also the barrier after mix",
-        "cuda/tiles.cuh",
+        "cuda/product.cuh",
         "void pipeline(",
         "        if (step >= 0) {\n",
         "        if (step > 0) {\n",
@@ -102,49 +17,118 @@ BUGS = (
         is_race=True,
     ),
     Bug(
-        "a swept output read before it is complete",
-        "cuda/tiles.cuh",
-        "void sweep(",
-        "__syncthreads();",
-        "",
+        "v written over stages that are still being read",
+        "cuda/fused.cu",
+        "forward_kernel(",
+        "p.I);\n    __syncthreads();",
+        "p.I);",
         "is off by",
         is_race=True,
+        first_problem=2,
+    ),
+    Bug(
+        "u stored before zeros are",
+        "cuda/fused.cu",
+        "forward_kernel(",
+        "uint4{0, 0, 0, 0};\n    }\n    __syncthreads();",
+        "uint4{0, 0, 0, 0};\n    }",
+        "is off by",
+        is_race=True,
+        first_problem=2,
+    ),
+    Bug(
+        "u and the logits read before they are stored",
+        "cuda/fused.cu",
+        "forward_kernel(",
+        "    __syncthreads();\n    if (p.u",
+        "    if (p.u",
+        "is off by",
+        is_race=True,
+        first_problem=2,
+    ),
+    Bug(
+        "no zeros behind the last column of v",
+        "cuda/fused.cu",
+        "forward_kernel(",
+        "reinterpret_cast<uint4*>(v)[i] = uint4{0, 0, 0, 0};",
+        "",
+        "is off by",
+        first_problem=12,
+    ),
+    Bug(
+        "a sweep that repeats its first tile",
+        "cuda/fused.cu",
+        "void sweep(",
+        " copies = {b, loaded, 0};",
+        " copies = {b, stored, 0};",
+        "is off by",
+        first_problem=51,
+    ),
+    Bug(
+        "a sweep that goes on behind the last factor",
+        "cuda/fused.cu",
+        "void sweep(",
+        " copies = {b, loaded, 0};\n",
+        "\n",
+        "is off by",
+        first_problem=51,
+    ),
+    Bug(
+        "a slow sweep that repeats its first tile",
+        "cuda/fused.cu",
+        "void sweep(",
+        "slow_copies = {b, loaded, 0};",
+        "slow_copies = {b, stored, 0};",
+        "is off by",
+        first_problem=59,
     ),
     Bug(
         "gates mixed before they are stored",
-        "cuda/stages.cuh",
+        "cuda/gates.cuh",
         "void gate_softmax(",
         "__syncthreads();",
         "",
         "is off by",
         is_race=True,
-    ),
-    Bug(
-        "reduced partial sums mixed before they are stored",
-        "cuda/stages.cuh",
-        "void sum_parts(",
-        "__syncthreads();",
-        "",
-        "is off by",
-        is_race=True,
-        first_problem=16,
-    ),
-    Bug(
-        "a load without a mask",
-        "cuda/tiles.cuh",
-        "Span of(",
-        "row < last_row ? m.columns - col : 0;",
-        "m.columns - col;",
-        "AddressSanitizer: heap-buffer-overflow",
-        "address",
+        first_problem=54,
     ),
     Bug(
         "a barrier in one warp only",
-        "cuda/backward.cuh",
-        "void mix_tokens_bwd(",
-        "__syncthreads();\n    for (int i = threadIdx.x; i < tokens * E;",
-        "if (threadIdx.x < 32) __syncthreads();\n    for (int i = threadIdx.x; i < tokens * E;",
+        "cuda/gates.cuh",
+        "void gate_softmax(",
+        "__syncthreads();",
+        "if (threadIdx.x < 32) __syncthreads();",
         "exits while others wait in __syncthreads",
+        first_problem=54,
+    ),
+    Bug(
+        "gates of a team read before they are stored",
+        "cuda/mix.cuh",
+        "void compute_gates(",
+        "__syncwarp();",
+        "",
+        "is off by",
+        is_race=True,
+        first_problem=8,
+    ),
+    Bug(
+        "gradients of gates read before they are stored",
+        "cuda/mix.cu",
+        "mix_bwd_kernel(",
+        "__syncwarp();",
+        "",
+        "is off by",
+        is_race=True,
+        first_problem=8,
+    ),
+    Bug(
+        "a bias added once for each part of a split sum",
+        "cuda/mix.cu",
+        "mix_fwd_kernel(",
+        "logit = logit_of<S>(p, e, sum[0]);",
+        "for (int64_t part = 0; part < p.shrink_parts; ++part) logit = sum[0] = logit_of<S>(p, e, sum[0]);",
+        "logits is off by",
+        first_problem=17,
     ),
     Bug(
         "lanes missing from a shuffle",
@@ -178,17 +162,6 @@ BUGS = (
         'check("decode_fwd_kernel", launch_cooperative(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p));',
         'LAUNCH(kernel, dim3(p.blocks), dim3(DECODE_THREADS), smem, stream, p); check_launch("decode_fwd_kernel");',
         "a grid-wide barrier in a launch that is not cooperative",
-    ),
-    Bug(
-        "a bias added once for each part of a split sum",
-        "cuda/forward.cuh",
-        "mix_fwd_kernel(",
-        "save_projection<S>(p, t, column, sum);",
-        "const int64_t e = column - p.experts_of_a * p.R;\n"
-        "for (int64_t part = 1; e >= 0 && part < p.shrink_parts; ++part) sum = logit_of<S>(p, e, sum);\n"
-        "save_projection<S>(p, t, column, sum);",
-        "logits is off by",
-        first_problem=17,
     ),
     Bug(
         "a bias missing in decode",

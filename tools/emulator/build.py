@@ -13,6 +13,8 @@ from types import ModuleType
 
 from filelock import FileLock
 
+PROGRAMS = {"calls": "driver.cpp", "products": "products.cpp"}  # by the kind of their problems
+NOT_FOR_PRODUCTS = ("backward.cu", "forward.cu", "fused.cu", "mix.cu")  # launchers that only calls need
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
@@ -20,6 +22,7 @@ FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno
 TARGETS = {
     "plain": ("-O1",),
     # -O0: here compiling takes longer than running
+    "quick": ("-O0",),
     "address": ("-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "thread": ("-O1", "-g", "-fsanitize=thread"),
 }
@@ -48,9 +51,10 @@ def load_extension(path: Path) -> ModuleType:
     return module
 
 
-def build_driver(cache: Path, target: str, csrc: Path = CSRC) -> Path:
-    """The program of driver.cpp over these sources."""
-    return _compile(cache, f"driver_{target}", [EMULATOR / "driver.cpp"], TARGETS[target], csrc)
+def build_driver(cache: Path, kind: str, target: str, csrc: Path = CSRC) -> Path:
+    """The program that runs problems of a kind over these sources."""
+    skipped = NOT_FOR_PRODUCTS if kind == "products" else ()
+    return _compile(cache, f"{kind}_{target}", [EMULATOR / PROGRAMS[kind]], TARGETS[target], csrc, skipped)
 
 
 def has_sanitizer(target: str, folder: Path) -> bool:
@@ -73,10 +77,12 @@ def run_driver(driver: Path, first: int, problems: int) -> subprocess.CompletedP
     )
 
 
-def _compile(cache: Path, name: str, sources: list[Path], flags: tuple[str, ...], csrc: Path) -> Path:
-    """The program or library of these sources and all launchers, compiled unless it is in the cache."""
+def _compile(
+    cache: Path, name: str, sources: list[Path], flags: tuple[str, ...], csrc: Path, skipped: tuple[str, ...] = ()
+) -> Path:
+    """The program or library of these sources and all launchers but those skipped, compiled unless it is in the cache."""
     assert COMPILER is not None
-    sources = [*sources, *sorted(csrc.glob("cuda/*.cu"))]
+    sources = [*sources, *sorted(path for path in csrc.glob("cuda/*.cu") if path.name not in skipped)]
     strict = ("-Werror",) if csrc == CSRC else ()
     cache.mkdir(parents=True, exist_ok=True)
     options = (*FLAGS, *flags)
