@@ -229,7 +229,8 @@ class Call:
         blocks, partial_sums, written = ceil_div(T, launch.tokens), parts * T * columns * 4, writes * T * E * R * SIZE
         waves = ceil_div(blocks, self._resident(name, sizes, launch.shared, threads) * self.chip.processors)
         cycles = waves * launch.cycles(columns, E, R, parts, backward)
-        phase = Phase("mix", (), self._if_not_kept(partial_sums), partial_sums + written, cycles / self.chip.clock)
+        memory = self._if_not_kept(partial_sums) + self._if_not_kept(written)
+        phase = Phase("mix", (), memory, partial_sums + written, cycles / self.chip.clock)
         floor, detail = written / self.chip.memory, f"{parts} parts"
         return self._estimate(name, sizes, [phase], blocks, launch.shared, floor, detail, threads)
 
@@ -272,12 +273,14 @@ class Call:
         tokens = ceil_div(ceil_div(T, wanted), STEP) * STEP
         splits = ceil_div(T, tokens)
         blocks = ceil_div(features, constant("BLOCK_EXTENT")) * passes * splits
-        rows, stored = T * features * SIZE, splits * count * features * 4 if splits > 1 else count * features * SIZE
+        rows, coefficients = T * features * SIZE, self._if_not_kept(T * count * SIZE)
+        stored = splits * count * features * 4 if splits > 1 else count * features * SIZE
         works = [
             Work(ceil_div(tokens, STEP), self.machine.step("wgrad_bwd", (columns,), tile), constant("STAGES") - 1),
             Work(1, self.machine.stores("wgrad_bwd", (columns,), tile, (8, 4), 4)),  # of partial sums, or of gradients
         ]
-        memory = rows * (passes if rows > self.chip.kept else 1) + (stored if splits == 1 else self._if_not_kept(stored))
+        memory = rows * (passes if rows > self.chip.kept else 1) + coefficients
+        memory += stored if splits == 1 else self._if_not_kept(stored)
         loaded = blocks * (constant("BLOCK_EXTENT") + columns) * tokens * SIZE
         floor, detail = self._floor(rows, 2 * T * features * count), f"over {over}, {splits} splits"
         phases = [Phase("wgrad", works, memory, loaded + stored)]
