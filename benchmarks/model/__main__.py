@@ -4,6 +4,7 @@ Needs nvcc, and no GPU: nothing is measured. The cubins are kept in build/model,
 """
 
 import argparse
+import json
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,7 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__)
     parser.add_argument("--chip", nargs="+", choices=list(CHIPS), default=list(CHIPS), help="all, if none is named")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write model.txt and model.json")
+    parser.add_argument(
+        "--before", type=Path, metavar="FILE", help="JSON of an earlier run, to print both; compare.txt in --out"
+    )
     args = parser.parse_args(arguments)
+    if args.before is not None and not args.before.is_file():
+        parser.error(f"--before: {args.before} is no file")
     try:
         found = cubins.kernels(cubins.TARGETS, KEPT)
         machines = {arch: Machine(arch, builds) for arch, builds in found.items()}
@@ -44,10 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
     tables = [report.summary(rows), steps.table(of_archs), *map(report.table, rows)]
     text = "\n\n".join([title, inputs(), report.LEGEND, *tables])
     print(text)
+    facts = {"what": "a model, nothing was measured", "commit": commit(), "nvcc": nvcc, "date": date}
+    kernels = {arch: [line.record() for line in lines] for arch, lines in of_archs.items()}
+    content = facts | {"kernels": kernels, "rows": [row.record() for row in rows]}
     if args.out is not None:
-        facts = {"what": "a model, nothing was measured", "commit": commit(), "nvcc": nvcc, "date": date}
-        kernels = {arch: [line.record() for line in lines] for arch, lines in of_archs.items()}
-        report.write(args.out, "model", text, facts | {"kernels": kernels, "rows": [row.record() for row in rows]})
+        report.write(args.out, "model", text, content)
+    if args.before is not None:
+        both = report.comparison(json.loads(args.before.read_text(encoding="utf-8")), content)
+        print(f"\n{both}")
+        if args.out is not None:
+            (args.out / "compare.txt").write_text(f"{both}\n", encoding="utf-8")
     return 0
 
 

@@ -14,7 +14,7 @@ from benchmarks.model.chips import HMMA, SHARED_MEMORY, Chip, resident_blocks
 from benchmarks.model.cubins import Built, Kernel, constant
 from benchmarks.model.decode import phases_of_decode
 from benchmarks.model.estimate import Estimate, Phase, Work, ceil_div, estimate, floor_seconds
-from benchmarks.model.loops import PRODUCT, Route, Step, epilogue, find_step, step_of, with_store
+from benchmarks.model.loops import PRODUCT, Route, Step, epilogue, find_step, longest, step_of, with_store
 from benchmarks.rows.shapes import Shape
 from lmoe_kernels.backends.cuda import configs
 from lmoe_kernels.backends.cuda.extension import Device
@@ -62,6 +62,14 @@ def shrink_tile(columns: int) -> Tile:
 
 
 EXPAND = Tile(128, True, False)
+HELD_STEPS = 3  # whose coefficients a block of expand_walk holds at most: HELD in csrc/cuda/expand.cu
+
+
+def walk_shared(count: int, size: int = SIZE) -> int:
+    """Bytes of a block that holds the coefficients of its tokens: them, and the stages of the factors."""
+    step, rows = STEP * SIZE // size, constant("BLOCK_EXTENT")
+    stages = constant("STAGES") * step * (EXPAND.columns * size + VECTOR)
+    return stages + ceil_div(count, step) * rows * (step * size + VECTOR)
 
 
 def wgrad_tile(columns: int) -> Tile:
@@ -93,21 +101,35 @@ class Machine:
         stored = tile.accumulators * size
         return self._once(("stores", name, sizes), lambda: epilogue(self._main(name, sizes, tile), widths, stored))
 
-    def sweep(self, sizes: tuple[int, ...]) -> Step:
-        """A step of the sweep over the columns of y."""
-        return self._once(("sweep", sizes), lambda: self._sweep(sizes), EXPAND.products)
+    def addresses(self, name: str, sizes: tuple[int, ...], tile: Tile) -> Step:
+        """What is added to a step of the main loop that makes its addresses anew: see CopiesOfTwo in product.cuh."""
+        whole = self._once(("longest", name, sizes), lambda: longest(self._main(name, sizes, tile)), tile.products)
+        return _minus(whole, self.step(name, sizes, tile))
 
-    def sweep_stores(self, sizes: tuple[int, ...]) -> Step:
-        """What is added to the step after which a tile of y is stored."""
+    def sweep(self, name: str, sizes: tuple[int, ...]) -> Step:
+        """A step of the sweep over the columns of y or dx."""
+        return self._once(("sweep", name, sizes), lambda: self._sweep(name, sizes), EXPAND.products)
+
+    def sweep_addresses(self, name: str, sizes: tuple[int, ...]) -> Step:
+        """What the addresses take when they are made anew: in each step if the factors have two buffers, and for each tile.
+
+        The longest route makes them for both.
+        """
+        route = partial(self._sweep, name, sizes)
+        whole = self._once(("longest sweep", name, sizes), lambda: longest(route()), EXPAND.products)
+        return Step(*(figure / 2 for figure in _minus(whole, self.sweep(name, sizes))))
+
+    def sweep_stores(self, name: str, sizes: tuple[int, ...]) -> Step:
+        """What is added to the step after which a tile is stored."""
         route = partial(with_store, widths=PAIRS, stored=EXPAND.accumulators * SIZE)
-        whole = self._once(("sweep with stores", sizes), lambda: route(self._sweep(sizes)))
-        return Step(*(a - b for a, b in zip(whole, self.sweep(sizes), strict=True)))
+        whole = self._once(("sweep with stores", name, sizes), lambda: route(self._sweep(name, sizes)))
+        return _minus(whole, self.sweep(name, sizes))
 
     def _main(self, name: str, sizes: tuple[int, ...], tile: Tile) -> Route:
         return find_step(self.built(name, *sizes).listing, tile.products, tile.copies())
 
-    def _sweep(self, sizes: tuple[int, ...]) -> Route:
-        return find_step(self.built("forward", *sizes).listing, EXPAND.products, EXPAND.copies(left=False))
+    def _sweep(self, name: str, sizes: tuple[int, ...]) -> Route:
+        return find_step(self.built(name, *sizes).listing, EXPAND.products, EXPAND.copies(left=False))
 
     def _once(self, key: object, find: Callable[[], Route], products: int | None = None) -> Step:
         """The step of a route, which holds several if the compiler unrolled the loop."""
@@ -146,28 +168,25 @@ class Call:
             return "one pass", [self.one_pass(columns, smem)]
         parts = configs.shrink_parts(T, columns, I, SIZE, processors)
         kernels = [self.shrink("x", I, columns, parts), self.mix("mix_fwd", columns, parts, writes=2)]
-        return "stages", [*kernels, self.expand("into y", O, E * R)]
+        return "stages", [*kernels, self.expand("into y", O, E * R, two_buffers=False)]
 
     def backward(self) -> tuple[str, list[Estimate]]:
         """The same of a backward that computes all gradients."""
         T, I, O, E, R, _ = self.shape.sizes  # noqa: E741
         parts = configs.shrink_parts(T, E * R, O, SIZE, self.chip.processors)
         kernels = [self.shrink("dy", O, E * R, parts), self.mix("mix_bwd", E * R, parts, writes=4)]
-        kernels += [self.expand("into dx", I, E * R + E)]
+        kernels += [self.expand("into dx", I, E * R + E, two_buffers=True)]
         return "stages", [*kernels, *self.wgrad("x", I, E * R + E), *self.wgrad("dy", O, E * R)]
 
     def one_pass(self, count: int, smem: int) -> Estimate:
         """All of a forward: shrink, mix in shared memory, and the sweep over the columns of y."""
         T, I, O, E, R, _ = self.shape.sizes  # noqa: E741
         sizes = (configs.product_columns(count),)
-        tiles, steps = ceil_div(T, constant("BLOCK_EXTENT")), ceil_div(O, EXPAND.columns) * _of_steps(E * R)
+        tiles = ceil_div(T, constant("BLOCK_EXTENT"))
         x, y, factors, b = T * I * SIZE, T * O * SIZE, count * I * SIZE, E * R * O * SIZE
         saved = T * (E * R * SIZE + E * 4)
         step = self.machine.step("forward", sizes, shrink_tile(*sizes))
-        sweep = [
-            Work(steps, self.machine.sweep(sizes), constant("STAGES") - 1),
-            Work(ceil_div(O, EXPAND.columns), self.machine.sweep_stores(sizes)),
-        ]
+        sweep = self._sweep("forward", sizes, ceil_div(O, EXPAND.columns), E * R, two_buffers=False)
         mixed = mix.of_a_block(constant("BLOCK_EXTENT"), E, R, constant("THREADS"))
         phases = [
             Phase("shrink", [Work(ceil_div(I, STEP), step, constant("STAGES") - 1)], x + factors, x + tiles * factors),
@@ -210,41 +229,58 @@ class Call:
         blocks, partial_sums, written = ceil_div(T, launch.tokens), parts * T * columns * 4, writes * T * E * R * SIZE
         waves = ceil_div(blocks, self._resident(name, sizes, launch.shared, threads) * self.chip.processors)
         cycles = waves * launch.cycles(columns, E, R, parts, backward)
-        phase = Phase("mix", (), self._if_not_kept(partial_sums), partial_sums + written, cycles / self.chip.clock)
+        memory = self._if_not_kept(partial_sums) + self._if_not_kept(written)
+        phase = Phase("mix", (), memory, partial_sums + written, cycles / self.chip.clock)
         floor, detail = written / self.chip.memory, f"{parts} parts"
         return self._estimate(name, sizes, [phase], blocks, launch.shared, floor, detail, threads)
 
-    def expand(self, into: str, features: int, count: int) -> Estimate:
-        """Coefficients times factors, stored."""
-        T = self.shape.tokens
-        blocks = ceil_div(T, constant("BLOCK_EXTENT")) * ceil_div(features, EXPAND.columns)
-        works = [
-            Work(_of_steps(count), self.machine.step("expand", (), EXPAND), constant("STAGES") - 1),
-            Work(1, self.machine.stores("expand", (), EXPAND, PAIRS, SIZE)),
-        ]
+    def expand(self, into: str, features: int, count: int, two_buffers: bool) -> Estimate:
+        """Coefficients times factors, stored. Of dx, the factors lie in two buffers: A and the gate's."""
+        T, extent = self.shape.tokens, constant("BLOCK_EXTENT")
+        token_tiles, tiles = ceil_div(T, extent), ceil_div(features, EXPAND.columns)
+        walks = count <= HELD_STEPS * STEP
+        if walks:
+            groups = configs.expand_groups(T, features, self.chip.processors)
+            blocks, shared, detail = token_tiles * groups, walk_shared(count), f"{into}, {groups} groups"
+            works = self._sweep("expand_walk", (), ceil_div(tiles, groups), count, two_buffers)
+            loaded = token_tiles * (groups * extent + features) * count * SIZE
+        else:
+            blocks, shared, detail = token_tiles * tiles, EXPAND.shared(), into
+            step, addresses = (make("expand", (), EXPAND) for make in (self.machine.step, self.machine.addresses))
+            works = [
+                Work(_of_steps(count), plus(step, addresses) if two_buffers else step, constant("STAGES") - 1),
+                Work(1, self.machine.stores("expand", (), EXPAND, PAIRS, SIZE)),
+            ]
+            loaded = blocks * (extent + EXPAND.columns) * count * SIZE
         written, coefficients, factors = T * features * SIZE, T * count * SIZE, count * features * SIZE
-        loaded = blocks * (constant("BLOCK_EXTENT") + EXPAND.columns) * count * SIZE
         phase = Phase("expand", works, written + factors + self._if_not_kept(coefficients), loaded + written)
-        floor = self._floor(written, 2 * T * features * count)
-        return self._estimate("expand", (), [phase], blocks, EXPAND.shared(), floor, into)
+        floor, name = self._floor(written, 2 * T * features * count), "expand_walk" if walks else "expand"
+        return self._estimate(name, (), [phase], blocks, shared, floor, detail)
+
+    def _sweep(self, name: str, sizes: tuple[int, ...], tiles: int, count: int, two_buffers: bool) -> list[Work]:
+        """Coefficients in shared memory times so many tiles of factors; the first step waits for its copies, too."""
+        step, addresses, stores = (
+            make(name, sizes) for make in (self.machine.sweep, self.machine.sweep_addresses, self.machine.sweep_stores)
+        )
+        steps = Work(tiles * _of_steps(count) + 1, plus(step, addresses) if two_buffers else step, constant("STAGES") - 1)
+        return [steps, Work(tiles, plus(addresses, stores))]
 
     def wgrad(self, over: str, features: int, count: int) -> list[Estimate]:
         """Coefficients times rows, summed over the tokens, and the sum of the splits' partial sums."""
-        T, I, O, E, R, _ = self.shape.sizes  # noqa: E741
-        columns = configs.product_columns(count)
+        T, columns = self.shape.tokens, configs.product_columns(count)
         tile, passes = wgrad_tile(columns), ceil_div(count, columns)
-        wanted = configs.wgrad_splits(T, E * R, min(I, O), SIZE, self.chip.processors)
+        wanted = configs.wgrad_splits(T, count, features, SIZE, self.chip.processors)
         tokens = ceil_div(ceil_div(T, wanted), STEP) * STEP
         splits = ceil_div(T, tokens)
         blocks = ceil_div(features, constant("BLOCK_EXTENT")) * passes * splits
-        rows, stored = T * features * SIZE, splits * count * features * 4 if splits > 1 else count * features * SIZE
+        rows, coefficients = T * features * SIZE, self._if_not_kept(T * count * SIZE)
+        stored = splits * count * features * 4 if splits > 1 else count * features * SIZE
         works = [
             Work(ceil_div(tokens, STEP), self.machine.step("wgrad_bwd", (columns,), tile), constant("STAGES") - 1),
-            Work(
-                1, self.machine.stores("wgrad_bwd", (columns,), tile, (8, 4), 4)
-            ),  # of partial sums; gradients take as many
+            Work(1, self.machine.stores("wgrad_bwd", (columns,), tile, (8, 4), 4)),  # of partial sums, or of gradients
         ]
-        memory = rows * (passes if rows > self.chip.kept else 1) + (stored if splits == 1 else self._if_not_kept(stored))
+        memory = rows * (passes if rows > self.chip.kept else 1) + coefficients
+        memory += stored if splits == 1 else self._if_not_kept(stored)
         loaded = blocks * (constant("BLOCK_EXTENT") + columns) * tokens * SIZE
         floor, detail = self._floor(rows, 2 * T * features * count), f"over {over}, {splits} splits"
         phases = [Phase("wgrad", works, memory, loaded + stored)]
@@ -282,6 +318,15 @@ class Call:
     def _if_not_kept(self, stored: int) -> int:
         """Bytes that pass through memory because they do not stay in the L2."""
         return stored if stored > self.chip.kept else 0
+
+
+def plus(one: Step, other: Step) -> Step:
+    """What a warp does in both."""
+    return Step(*(a + b for a, b in zip(one, other, strict=True)))
+
+
+def _minus(one: Step, other: Step) -> Step:
+    return Step(*(a - b for a, b in zip(one, other, strict=True)))
 
 
 def _of_steps(count: int) -> float:

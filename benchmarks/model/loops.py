@@ -15,6 +15,7 @@ from benchmarks.inspect.machine_code import Code, MachineCodeError, loops, parse
 PRODUCT = r"HMMA\b"
 WAIT = r"(BAR|DEPBAR)\b"
 COPY = r"LDGSTS\b.*\b128\b"
+COMMIT = "LDGDEPBAR"
 STORE = r"STG\b"
 SLOW = r"(LDG|LD|STS)\b"  # a copy through registers (another dtype, unaligned or at an edge), or a store of the products
 
@@ -136,6 +137,20 @@ def _with_products(route: Route, products: int) -> Route:
     return route
 
 
+def longest(step: Route) -> Route:
+    """The route of a step that has as many instructions as possible until it commits its copies.
+
+    Where a kernel may make its addresses anew in a step, it does so on this route, and not on the one of `find_step`.
+    """
+    listing, loop = step.listing, step.part
+    commit = next(i for i in step.indices if listing.code.instructions[i].text.startswith(COMMIT))
+    copies = best_route(listing, loop, [min(loop)], [commit], _worth(None), shortest=False)
+    rest = step.indices[step.indices.index(commit) + 1 :]
+    if copies is None or copies.count(COPY) != step.count(COPY):
+        raise MachineCodeError(f"{listing.name}: the longest route to the end of its copies has other copies")
+    return step._replace(indices=copies.indices + rest)
+
+
 def with_store(step: Route, widths: Iterable[int], stored: int) -> Route:
     """The route through the loop of a step on which each lane also stores so many bytes; see `epilogue`."""
     listing, loop = step.listing, step.part
@@ -192,11 +207,15 @@ def _worth(width: int | None) -> Callable[[str], int | None]:
 
 
 def best_route(
-    listing: Listing, part: frozenset[int], starts: Iterable[int], ends: Iterable[int], worth: Callable[[str], int | None]
-) -> Route | None:
-    """The route through a part of a kernel that is worth the most, with as few instructions as possible, if there is one."""
+    listing: Listing, part: frozenset[int], starts: Iterable[int], ends: Iterable[int],
+    worth: Callable[[str], int | None], shortest: bool = True,
+) -> Route | None:  # fmt: skip
+    """The route through a part of a kernel that is worth the most, if there is one.
+
+    Of several it is the one with the fewest instructions, or with the most.
+    """
     values = {i: worth(listing.code.instructions[i].text) for i in part}
-    scores = {i: 10_000 * value - 1 for i, value in values.items() if value is not None}
+    scores = {i: 10_000 * value + (-1 if shortest else 1) for i, value in values.items() if value is not None}
     after = {i: [j for j in _after(listing, i) if j in scores and not _returns(listing, i, j)] for i in scores}
     best: dict[int, tuple[int, int | None]] = {start: (scores[start], None) for start in starts if start in scores}
     for i in _in_order(after, list(best)):

@@ -90,7 +90,7 @@ COLUMNS: dict[str, tuple[int, Callable[[Estimate], object]]] = {  # the width an
     "us": (7, lambda kernel: f"{1e6 * kernel.seconds:.1f}"),
     "floor": (6, lambda kernel: f"{100 * kernel.floor / kernel.seconds:.0f} %"),
 }
-NAMES = 34
+NAMES, WHOLE_NAMES = 34, 58  # widths of a kernel with its detail, and of a row
 LEGEND = """\
 regs      registers of a thread
 at once   blocks that fit a processor at once
@@ -131,16 +131,43 @@ def _verdict(eager: float, torch_eager: float, graph: float, torch_graph: float)
 def summary(rows: Sequence[Row]) -> str:
     """A line for each row."""
     titles = f"{'floor':>7} {'cuda':>7} {'share':>5} {'eager: cuda':>12} {'torch':>7} {'graph: cuda':>12} {'torch':>7}"
-    lines = [f"{'us':<58} {titles}"]
+    lines = [f"{'us':<{WHOLE_NAMES}} {titles}"]
     for row in rows:
         (eager, torch_eager), (graph, torch_graph) = row.totals(False), row.totals(True)
         name = f"{row.chip.name} {row.direction:<8} {row.shape}"
         lines.append(
-            f"{name:<58} {1e6 * row.floor:7.1f} {1e6 * row.seconds:7.1f} {100 * row.floor / row.seconds:3.0f} % "
+            f"{name:<{WHOLE_NAMES}} {1e6 * row.floor:7.1f} {1e6 * row.seconds:7.1f} {100 * row.floor / row.seconds:3.0f} % "
             f"{1e6 * eager:12.1f} {1e6 * torch_eager:7.1f} {1e6 * graph:12.1f} {1e6 * torch_graph:7.1f}  "
             f"{_verdict(eager, torch_eager, graph, torch_graph)}"
         )
     return "\n".join(lines)
+
+
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The rows of two files of JSON next to one another."""
+    columns = ("floor", "before", "share", "after", "share", "torch", "launches", "of torch")
+    old_run, new_run = (f"commit {run['commit']} of {run['date']}" for run in (before, after))
+    lines = [
+        f"A MODEL, nothing was measured: {old_run}, and {new_run}.",
+        "us of the kernels, without the gaps between them; shares are of the floor.",
+        "",
+        f"{'':<{WHOLE_NAMES}}" + "".join(f"{title:>9}" for title in columns),
+    ]
+    earlier = {_key(row): row for row in before["rows"]}
+    for row in after["rows"]:
+        old, cells = earlier.get(_key(row)), [f"{row['floor_us']:.1f}"]
+        for one in (old, row):
+            cells += (
+                ["-", "-"] if one is None else [f"{one['cuda_us']:.1f}", f"{100 * row['floor_us'] / one['cuda_us']:.0f} %"]
+            )
+        cells += [f"{row['torch_us']:.1f}", str(row["cuda_launches"]), str(row["torch_launches"])]
+        name = f"{row['chip']} {row['direction']:<8} {Shape(**row['shape'])}"
+        lines.append(f"{name:<{WHOLE_NAMES}}" + "".join(f"{cell:>9}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, Shape, str]:
+    return row["chip"], Shape(**row["shape"]), row["direction"]
 
 
 def write(folder: Path, name: str, text: str, content: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from benchmarks.model import mix
 from benchmarks.model.chips import CHIPS, resident_blocks
 from benchmarks.model.cubins import Built, constant
-from benchmarks.model.kernels import EXPAND, Machine, device_of, shrink_tile, wgrad_tile
+from benchmarks.model.kernels import EXPAND, HELD_STEPS, Machine, device_of, plus, shrink_tile, walk_shared, wgrad_tile
 from benchmarks.model.loops import Step
 from lmoe_kernels.backends.cuda import configs
 
@@ -37,10 +37,13 @@ def lines(machine: Machine) -> list[Line]:
     return found
 
 
-def resident(built: Built) -> int:
-    """The blocks of a kernel that fit a processor at once, by its registers, threads and shared memory."""
+def resident(built: Built, count: int = 8 * 17) -> int:
+    """The blocks of a kernel that fit a processor at once, by its registers, threads and shared memory.
+
+    In expand_walk the latter also holds `count` coefficients of each token, or as many as it takes.
+    """
     name, dtype, sizes = built.kernel
-    shared = built.shared + shared_of(name, sizes, 4 if dtype == "fp32" else 2)
+    shared = built.shared + shared_of(name, sizes, 4 if dtype == "fp32" else 2, count)
     return resident_blocks(built.registers, threads_of(name), shared, built.arch)
 
 
@@ -51,7 +54,7 @@ def threads_of(name: str) -> int:
     return 32 * configs.DECODE_WARPS if name == "decode_fwd" else constant("THREADS")
 
 
-def shared_of(name: str, sizes: tuple[int, ...], size: int) -> int:
+def shared_of(name: str, sizes: tuple[int, ...], size: int, count: int) -> int:
     """Bytes of shared memory that a launch asks for; of the forward with EXPERTS, and of the others with 8 of rank 16."""
     if name == "forward":
         experts, rank = EXPERTS[sizes[0]], 16
@@ -61,6 +64,8 @@ def shared_of(name: str, sizes: tuple[int, ...], size: int) -> int:
         return plan.smem if plan is not None else 0
     if name.startswith("mix_"):
         return mix.Launch.of(128, 8, 16, name == "mix_bwd", size).shared if sizes[1] else 0
+    if name == "expand_walk":
+        return walk_shared(min(count, HELD_STEPS * configs.STEP_BYTES // size), size)
     tiles = {"shrink": shrink_tile, "wgrad_bwd": wgrad_tile}
     return tiles[name](*sizes).shared(size) if name in tiles else EXPAND.shared(size) if name == "expand" else 0
 
@@ -72,9 +77,13 @@ def _steps(machine: Machine, name: str, sizes: tuple[int, ...]) -> dict[str, Ste
         case "wgrad_bwd":
             return {"wgrad": machine.step(name, sizes, wgrad_tile(*sizes))}
         case "expand":
-            return {"expand": machine.step(name, sizes, EXPAND)}
+            step = machine.step(name, sizes, EXPAND)
+            return {"y": step, "dx": plus(step, machine.addresses(name, sizes, EXPAND))}
+        case "expand_walk":
+            step = machine.sweep(name, sizes)
+            return {"y": step, "dx": plus(step, machine.sweep_addresses(name, sizes))}
         case "forward":
-            return {"shrink": machine.step(name, sizes, shrink_tile(*sizes)), "sweep": machine.sweep(sizes)}
+            return {"shrink": machine.step(name, sizes, shrink_tile(*sizes)), "sweep": machine.sweep(name, sizes)}
     return {"": None}
 
 

@@ -1,6 +1,7 @@
 """The model of the CUDA engine: what it reads from machine code, what it makes of it, and what it says of both backends."""
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from benchmarks.model.chips import CHIPS, GRID_BARRIER, LAUNCH_EAGER, LAUNCH_GRA
 from benchmarks.model.cubins import Built, Kernel, kernel_of
 from benchmarks.model.estimate import Phase, Work, estimate, floor_seconds
 from benchmarks.model.kernels import EXPAND, Call, Machine, device_of, shrink_tile, wgrad_tile
-from benchmarks.model.loops import Control, Step, epilogue, find_step, read_listing, step_of, with_store
+from benchmarks.model.loops import Control, Step, epilogue, find_step, longest, read_listing, step_of, with_store
 from benchmarks.rows.shapes import Shape
 from lmoe_kernels.backends.cuda import extension
 from tests.benchmarks.sass import listing
@@ -24,6 +25,7 @@ from tests.problems import Case, gradients, leaves_of, make_problem
 from tools.emulator.launches import recorded
 
 H100 = CHIPS["H100"]
+SHAPE, FEW = (Shape(tokens, 4096, 4096, 8, 16, "bfloat16") for tokens in (512, 16))
 # A loop with two ways to copy, of which the slow one has a loop of its own; a rest that is multiplied in a loop, too; and
 # stores after some steps. Then stores of four bytes, or of two.
 LOOP = """
@@ -94,6 +96,30 @@ def test_a_loop_that_is_unrolled_holds_several_steps() -> None:
     whole, half = step_of(route, 6.0), step_of(route, 6.0, times=2)
     assert (whole.products, whole.copies) == (2, 2)
     assert half == tuple(figure / 2 for figure in whole)
+
+
+def test_addresses_that_a_step_makes_anew_lie_on_its_longest_route() -> None:
+    """The stores behind the copies do not, nor does another number of copies."""
+    sometimes = """
+    .L_step:
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        @P0 BRA `(.L_copy)
+        IMAD.WIDE R2, R4, R5, R6
+        IMAD.WIDE R2, R4, R5, R6
+    .L_copy:
+        LDGSTS.E.BYPASS.128 [R4], desc[UR4][R2.64]
+        LDGDEPBAR
+        HMMA.16816.F32.BF16 R20, R12, R16, R20
+        @P1 BRA `(.L_next)
+        FADD R1, R1, R1
+    .L_next:
+        @P2 BRA `(.L_step)
+        EXIT
+    """
+    step = find_step(listing(sometimes), products=1, copies=1)
+    shortest, whole = step_of(step, 4.0), step_of(longest(step), 4.0)
+    assert (shortest.instructions, whole.instructions) == (7, 9)
+    assert (whole.products, whole.copies) == (1, 1)
 
 
 def test_a_loop_inside_a_step_runs_until_all_products_are_made() -> None:
@@ -245,25 +271,30 @@ class _Stub(Machine):
 
 
 @pytest.mark.parametrize(
-    "tokens, out_features, processors, path",
-    [(2, 500, 3, "decode"), (300, 80, 1, "one pass"), (300, 80, 7, "stages"), (300, 80, 40, "stages")],
-)
+    "tokens, out_features, experts, processors, path",
+    [
+        (2, 500, 8, 3, "decode"), (300, 80, 8, 1, "one pass"), (300, 80, 8, 7, "stages"), (300, 80, 8, 40, "stages"),
+        (300, 700, 8, 7, "stages"), (300, 500, 16, 7, "stages"),
+    ],
+)  # fmt: skip
 def test_the_model_knows_the_kernels_that_are_launched(
-    tokens: int, out_features: int, processors: int, path: str, emulated_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In this order and with this much shared memory."""
+    tokens: int, out_features: int, experts: int, processors: int, path: str, emulated_cuda: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In this order, with so many blocks and this much shared memory."""
     chip = H100._replace(processors=processors)
     monkeypatch.setattr(extension, "device_of", lambda index: device_of(chip))
-    problem = make_problem(Case(T=tokens, I=72, O=out_features, E=8, R=16), torch.bfloat16)
+    problem = make_problem(Case(T=tokens, I=72, O=out_features, E=experts, R=16), torch.bfloat16)
     leaves = leaves_of(problem.tensors)
     with recorded(emulated_cuda) as calls:
         gradients(problem, problem.call("cuda", **leaves), leaves)
-    call = Call(chip, _Stub(), Shape(tokens, 72, out_features, 8, 16, "bfloat16"))
+    call = Call(chip, _Stub(), Shape(tokens, 72, out_features, experts, 16, "bfloat16"))
     (modelled_path, forward), (_, backward) = call.forward(), call.backward()
     assert modelled_path == path
-    expected = [(f"{kernel.kernel.split('[')[0]}_kernel", kernel.shared) for kernel in (*forward, *backward)]
+    expected = [(f"{kernel.kernel.split('[')[0]}_kernel", kernel.blocks, kernel.shared) for kernel in (*forward, *backward)]
     names = {"cooperative": "decode_fwd_kernel"}
-    assert [(names.get(launch.kernel, launch.kernel), launch.shared_bytes) for launch in calls.launches] == expected
+    found = [(names.get(one.kernel, one.kernel), one.blocks, one.shared_bytes) for one in calls.launches]
+    assert found == expected
 
 
 def test_decode_waits_for_the_grids_barrier_once() -> None:
@@ -314,6 +345,26 @@ def test_the_floor_is_of_bytes_or_of_products() -> None:
     assert floor_seconds(H100, large, "backward") == pytest.approx(2 * (8192 * 3 * 4096 + 2 * parameters) / 3e12)
     many = Shape(8192, 4096, 4096, 16, 64, "bfloat16")
     assert floor_seconds(H100, many, "backward") == pytest.approx(4 * 8192 * (1040 + 1024) * 4096 / 798e12)
+
+
+def test_two_runs_next_to_one_another() -> None:
+    rows = [report.Row(H100, shape, "forward", *Call(H100, _Stub(), shape).forward()).record() for shape in (SHAPE, FEW)]
+    after = {"commit": "new", "date": "2026-11-27", "rows": rows}
+    before = {"commit": "old", "date": "2026-11-26", "rows": [rows[0] | {"cuda_us": 10 * rows[0]["floor_us"]}]}
+    head, _, _, _, first, second = report.comparison(before, after).splitlines()
+    assert "nothing was measured: commit old of 2026-11-26, and new of 2026-11-27" in head
+    floor, cuda, torch_us = (rows[0][key] for key in ("floor_us", "cuda_us", "torch_us"))
+    found = re.findall(r"[\d.]+", first.partition("bfloat16")[2])
+    assert [float(figure) for figure in found] == pytest.approx(
+        [floor, 10 * floor, 10, cuda, 100 * floor / cuda, torch_us, 3, rows[0]["torch_launches"]], abs=0.5
+    )
+    assert second.split("bfloat16")[1].split()[1:3] == ["-", "-"], "the earlier run has no such row"
+
+
+def test_an_earlier_run_must_be_a_file(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--before", str(tmp_path / "missing.json")])
+    assert "missing.json is no file" in capsys.readouterr().err
 
 
 def test_without_a_compiler_the_command_says_what_is_missing(monkeypatch, capsys) -> None:

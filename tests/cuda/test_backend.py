@@ -161,9 +161,11 @@ def test_decode_gives_the_same_bits_on_any_number_of_processors(emulated_cuda, m
 
 @pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])
 def test_the_path_of_a_forward(processors: int) -> None:
-    """One pass where tiles of tokens fill two thirds of the GPU, and where its columns and shared memory fit a block."""
-    for tokens in (1, 128, 129, 512, 1000, 8192, 16_384, 100_000):
-        fills = 3 * configs.ceil_div(tokens, 128) > 2 * processors
+    """One pass where few processors have no block in the last wave, and where its columns and shared memory fit a block."""
+    for tokens in (0, 1, 128, 129, 512, 1000, 8192, 13_824, 16_384, 100_000):
+        tiles = len(range(0, tokens, 128))
+        waves = len(range(0, tiles, processors))
+        fills = tiles > 0 and (waves * processors - tiles) / (waves * processors) <= 1 / 6
         assert (configs.one_pass_smem(tokens, 8, 16, 136, 2, processors) > 0) == fills
     for experts, rank, columns, size, fits in (
         (8, 16, 144, 2, True), (8, 16, 145, 2, False), (8, 16, 128, 4, False), (4, 16, 68, 4, True),
@@ -172,6 +174,16 @@ def test_the_path_of_a_forward(processors: int) -> None:
         smem = configs.one_pass_smem(1 << 20, experts, rank, columns, size, processors)
         assert (smem > 0) == fits, (experts, rank, columns, size, smem)
         assert smem <= 99 << 10
+
+
+@pytest.mark.parametrize(
+    "tokens, processors, one_pass",
+    [(8192, 132, False), (13_824, 132, False), (16_384, 132, True), (16_897, 132, False), (32_768, 132, True),
+     (8192, 108, False), (13_824, 108, True), (16_384, 108, False), (32_768, 108, False), (49_152, 108, True)],
+)  # fmt: skip
+def test_one_pass_counts_waves(tokens: int, processors: int, one_pass: bool) -> None:
+    """128 tiles are one wave on an H100; on an A100 they are two, and the second one has 20 blocks for 108 processors."""
+    assert (configs.one_pass_smem(tokens, 8, 16, 136, 2, processors) > 0) == one_pass
 
 
 @pytest.mark.parametrize("processors", [1, 3, 108, 132, 170])

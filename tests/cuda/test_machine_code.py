@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmoe_kernels.backends.cuda import extension
+from lmoe_kernels.backends.cuda import configs, extension
 
 pytest.importorskip("triton")  # brings the model's reader of instructions
 
@@ -23,13 +23,13 @@ NVCC = shutil.which("nvcc")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 WIDTHS = (64, 128, 144)  # columns of a product's tile
 OF_ANY_WIDTH = ("forward", "shrink", "wgrad_bwd")
-PRODUCTS = (*OF_ANY_WIDTH, "expand")
-WRITERS = ("forward", "expand")  # of whole rows of y and dx
+PRODUCTS = (*OF_ANY_WIDTH, "expand", "expand_walk")
+WRITERS = ("forward", "expand", "expand_walk")  # of whole rows of y and dx
 MIXES = ("mix_fwd", "mix_bwd")
 KERNELS = (*PRODUCTS, *MIXES, "wgrad_sum_bwd", "decode_fwd")
 INSTANCES = {(kernel, (width,)) for kernel in OF_ANY_WIDTH for width in WIDTHS}  # with the sizes that they are compiled for
 INSTANCES |= {(kernel, (vector, kept)) for kernel in MIXES for vector in (1, 4) for kept in (0, 1)}
-INSTANCES |= {(kernel, ()) for kernel in ("expand", "wgrad_sum_bwd", "decode_fwd")}
+INSTANCES |= {(kernel, ()) for kernel in ("expand", "expand_walk", "wgrad_sum_bwd", "decode_fwd")}
 # The most instructions of a warp in a step of a main loop, for each of its tensor-core instructions.
 MOST_INSTRUCTIONS = {64: 5.2, 128: 3.6, 144: 3.6}  # by the columns of the tile
 DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
@@ -132,8 +132,11 @@ def test_a_step_of_a_main_loop_has_few_instructions(target: str, cubins: dict[st
     for one in in_16_bits:
         columns = next(iter(one.kernel.sizes), 128)
         loops = [(columns // 2, 4 + -(-columns // 32), MOST_INSTRUCTIONS[columns])]
-        if one.kernel.name == "forward":  # the loop over the features of y, which copies one operand
-            loops.append((64, 4, MOST_INSTRUCTIONS[128]))
+        over_features = (64, 4, MOST_INSTRUCTIONS[128])  # of y or dx: the loop copies one operand
+        if one.kernel.name == "forward":
+            loops.append(over_features)
+        if one.kernel.name == "expand_walk":
+            loops = [over_features]
         for products, copies, most in loops:  # of a warp; of a thread
             step = find_step(one.listing, products, copies)
             share = len(step.indices) / step.count(r"HMMA\b")
@@ -149,6 +152,23 @@ def test_the_model_finds_a_step_of_every_product(target: str, cubins: dict[str, 
         (kernel, kernel in PRODUCTS) for kernel in KERNELS
     }
     assert not [built.kernel for built in builds.values() if steps.resident(built) < 1]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_blocks_that_a_processor_runs_at_once(target: str, cubins: dict[str, list[Path]]) -> None:
+    """As many as the plans rely on, with E = 8 and R = 16, by registers, threads and shared memory."""
+    builds = [one for cubin in cubins[target] for one in read_cubin(cubin, target) if one.kernel.dtype != "fp32"]
+    found = {(str(one.kernel), count): steps.resident(one, count) for one in builds for count in (128, 136)}
+    expected = {
+        (str(one.kernel), count): 1 if one.kernel.name == "forward" else configs.RESIDENT_BLOCKS
+        for one in builds
+        for count in (128, 136)  # coefficients of y and of dx, which lie in shared memory in expand_walk
+        if one.kernel.name in PRODUCTS
+    }
+    if target == "sm_80":
+        expected |= {(f"expand_walk_kernel<{dtype}>", 136): 1 for dtype in ("bf16", "fp16")}
+    assert len(expected) == 2 * 2 * (3 * len(WIDTHS) + 2)
+    assert {kernel: found[kernel] for kernel in expected} == expected
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -14,6 +14,7 @@ class _Record(ctypes.Structure):
         ("kernel", ctypes.c_char_p),
         ("stream", ctypes.c_void_p),
         ("shared_bytes", ctypes.c_uint64),
+        ("blocks", ctypes.c_uint64),
         ("device", ctypes.c_int),
     ]
 
@@ -26,6 +27,7 @@ class Launch:
     device: int
     stream: int
     shared_bytes: int
+    blocks: int
 
 
 @dataclass
@@ -51,7 +53,7 @@ def recorded(library: ModuleType) -> Iterator[Calls]:
     first = ctypes.POINTER(_Record)()
     for record in first[: control.emu_launches(ctypes.byref(first))]:
         name = "cooperative" if record.kernel is None else record.kernel.decode().strip("(").split("<")[0]
-        calls.launches.append(Launch(name, record.device, record.stream or 0, record.shared_bytes))
+        calls.launches.append(Launch(name, record.device, record.stream or 0, record.shared_bytes, record.blocks))
     calls.attributes = control.emu_attribute_calls()
 
 

@@ -26,7 +26,7 @@ struct Device {                    // as on sm_80, unless a test changes it
 struct Launch {
     const char* kernel;  // as in the launcher's source; null for a cooperative launch
     cudaStream_t stream;
-    uint64_t shared_bytes;
+    uint64_t shared_bytes, blocks;
     int device;
 };
 inline std::vector<Launch> launches;
@@ -72,7 +72,7 @@ cudaError_t start(const char* name, void (*kernel)(Params), dim3 grid, dim3 bloc
     if (together && grid.x > static_cast<unsigned>(processors_of(current_device))) {
         return refuse("too many blocks in cooperative launch");
     }
-    launches.push_back({name, stream, shared_bytes, current_device});
+    launches.push_back({name, stream, shared_bytes, uint64_t{grid.x} * grid.y * grid.z, current_device});
     launch(grid, block, shared_bytes, together, [=] { kernel(params); });
     return error_is_reported ? cudaSuccess : 1;
 }

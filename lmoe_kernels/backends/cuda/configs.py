@@ -8,6 +8,9 @@ from lmoe_kernels.backends.cuda.extension import Device
 
 BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/product.cuh
 STEP_BYTES = 128  # bytes of an operand's row in one pipeline step: the same
+# Blocks of the stages that a processor runs at once: of 16-bit products on sm_80 and sm_90, where the coefficients of E = 8,
+# R = 16 leave one of dx on sm_80. One in fp32, and on sm_100 and sm_120.
+RESIDENT_BLOCKS = 2
 PRODUCT_COLUMNS = (64, 128, 144)  # columns of a product's tile: with_columns in csrc/cuda/launch.cuh
 ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
 STAGES_SMEM = 90112  # the largest of all other kernels, expand with three steps of coefficients, in bytes
@@ -64,16 +67,16 @@ def _cheapest_split(tiles: int, steps: int, sums: int, processors: int) -> int:
         product = blocks_a_processor * ceil_div(steps, parts) * STEP_CYCLES
         return product + parts * (SUM_CYCLES + 8 * sums / SUM_BYTES)
 
-    most = min(steps, ceil_div(2 * processors, max(tiles, 1)))  # more than two blocks a processor gain nothing
+    most = min(steps, ceil_div(RESIDENT_BLOCKS * processors, max(tiles, 1)))  # more blocks gain nothing
     return min(range(1, max(most, 1) + 1), key=cycles)
 
 
 def expand_groups(tokens: int, features: int, processors: int) -> int:
     """In how many groups the tiles of features are divided, for blocks that hold the same tokens' coefficients.
 
-    Few groups load the coefficients less often; enough of them occupy all processors, two blocks each.
+    Few groups load the coefficients less often; enough of them give every processor as many blocks as it runs at once.
     """
-    token_tiles, tiles, at_once = ceil_div(tokens, BLOCK), ceil_div(features, BLOCK), 2 * processors
+    token_tiles, tiles, at_once = ceil_div(tokens, BLOCK), ceil_div(features, BLOCK), RESIDENT_BLOCKS * processors
 
     def cycles(groups: int) -> int:
         return ceil_div(token_tiles * groups, at_once) * (ceil_div(tiles, groups) + 1)  # one more to load the coefficients
@@ -85,11 +88,13 @@ def one_pass_smem(tokens: int, experts: int, rank: int, columns: int, size: int,
     """Shared memory in bytes of a block of the one-pass forward, or 0 where the forward runs stage by stage.
 
     `columns` are those of u and a gate's logits. One pass saves partial sums, the traffic of v, two launches and three
-    workspaces. Expected: it is faster where tiles of tokens fill two thirds of the GPU, because one block does all the work
-    of a tile, from x to y. With fewer tiles the stages are faster: shrink is split, and expand has a block for every tile of
-    features.
+    workspaces. A block does all the work of a tile of tokens, and a processor runs one block after the other. Expected, by
+    `python -m benchmarks.model` for an H100 and an A100: it is as fast as the stages or faster where the blocks occupy five
+    sixths of the processors, on average over all waves. Otherwise the stages are faster, as they divide the work further.
     """
-    if columns > PRODUCT_COLUMNS[-1] or 3 * ceil_div(tokens, BLOCK) <= 2 * processors:
+    tiles = ceil_div(tokens, BLOCK)
+    in_whole_waves = ceil_div(tiles, processors) * processors
+    if columns > PRODUCT_COLUMNS[-1] or 6 * tiles < 5 * in_whole_waves or tiles == 0:
         return 0
     step = STEP_BYTES // size
     row = STEP_BYTES + 16  # of a tile in shared memory
