@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_anywhere(const Output& p, const typename E
 // A lane's accumulators are pairs of columns. In fp32 a pair is stored as it is: four lanes write a whole sector of 32
 // bytes. In 16 bits two lanes exchange pairs first, so that each has four columns in sequence, and four lanes again write a
 // sector.
-template <class S>
+template <class S, bool HAS_BASE>
 __device__ __forceinline__ void store_aligned(const Output& p, const typename Expand<S>::Accumulators& acc, int64_t t0,
                                               int64_t f0) {
     using E = Expand<S>;
@@ -68,10 +68,10 @@ __device__ __forceinline__ void store_aligned(const Output& p, const typename Ex
         const bool inside = t < p.T;
         S* out = static_cast<S*>(p.out) + t * p.F + f0 + column;
         const S* base = static_cast<const S*>(p.base) + t * p.base_stride + f0 + column;
-        Pair<S> before[E::WARP_COLS / 8];
+        Pair<S> before[E::WARP_COLS / 8] = {};
 #pragma unroll
         for (int n = 0; n < E::WARP_COLS / 8; ++n) {
-            before[n] = p.base != nullptr && inside ? load_pair(base + n * 8) : Pair<S>{};
+            if (HAS_BASE && inside) before[n] = load_pair(base + n * 8);
         }
 #pragma unroll
         for (int n = 0; n < E::WARP_COLS / 8; n += 2) {
@@ -94,7 +94,7 @@ template <class S>
 __device__ __forceinline__ void store_tile(const Output& p, const typename Expand<S>::Accumulators& acc, int64_t t0,
                                            int64_t f0) {
     if (p.aligned && f0 + BLOCK_F <= p.F) {
-        store_aligned<S>(p, acc, t0, f0);
+        p.base != nullptr ? store_aligned<S, true>(p, acc, t0, f0) : store_aligned<S, false>(p, acc, t0, f0);
     } else {
         store_anywhere<S>(p, acc, t0, f0);
     }
