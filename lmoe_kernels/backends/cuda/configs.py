@@ -23,7 +23,7 @@ DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the s
 STEP_CYCLES = 1000  # of a pipeline step: of the tensor cores, or of the latency of its copies if a block is alone
 SUM_CYCLES = 80  # a partial sum that a thread adds, one after the other
 SUM_BYTES = 2900  # bytes of partial sums that the L2 moves in a cycle
-TOGETHER = 1.75  # the time of two blocks of expand that a processor runs at once, in times of one: 1.6 to 1.8, on sm_80 1.9
+TOGETHER = 1.75  # the time of two blocks of expand that a processor runs at once, in times of one: 1.6 to 1.8, sm_80 2.0
 
 
 def ceil_div(value: int, divisor: int) -> int:
