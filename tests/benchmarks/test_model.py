@@ -352,7 +352,7 @@ def test_two_runs_next_to_one_another() -> None:
     after = {"commit": "new", "date": "2026-11-27", "rows": rows}
     before = {"commit": "old", "date": "2026-11-26", "rows": [rows[0] | {"cuda_us": 10 * rows[0]["floor_us"]}]}
     head, _, _, _, first, second = report.comparison(before, after).splitlines()
-    assert "nothing was measured: commit old of 2026-11-26, and new of 2026-11-27" in head
+    assert "nothing was measured: commit old of 2026-11-26, and commit new of 2026-11-27" in head
     floor, cuda, torch_us = (rows[0][key] for key in ("floor_us", "cuda_us", "torch_us"))
     found = re.findall(r"[\d.]+", first.partition("bfloat16")[2])
     assert [float(figure) for figure in found] == pytest.approx(

@@ -209,6 +209,16 @@ def test_sums_are_split_where_tiles_leave_processors_idle(processors: int) -> No
 
 
 @pytest.mark.parametrize(
+    "tokens, features, processors, groups",
+    [(64, 4096, 132, 32), (4096, 4096, 132, 8), (8192, 4096, 132, 4), (2048, 2048, 108, 6), (1024, 4096, 108, 11),
+     (0, 0, 132, 1), (1 << 20, 64, 1, 1)],
+)  # fmt: skip
+def test_the_groups_of_expand(tokens: int, features: int, processors: int, groups: int) -> None:
+    """Two blocks for nearly every processor, or one where a few processors would have two: 96 blocks on an A100."""
+    assert configs.expand_groups(tokens, features, processors) == groups
+
+
+@pytest.mark.parametrize(
     ("columns", "width"), [(1, 64), (64, 64), (65, 128), (128, 128), (129, 144), (144, 144), (145, 128), (256, 128),
                            (257, 144), (272, 144), (288, 144), (289, 128), (300, 128), (432, 144)]
 )  # fmt: skip

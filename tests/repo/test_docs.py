@@ -215,6 +215,30 @@ def test_table_over_experts_is_that_of_the_results() -> None:
         assert figures == measured
 
 
+MODELLED = {"8192 x 8192": {"in_features": 8192, "out_features": 8192}, "4096 to 14336": {"out_features": 14336},
+            "2048 x 2048": {"in_features": 2048, "out_features": 2048}, "E=16, R=64": {"num_experts": 16, "rank": 64},
+            **{f"T={tokens}": {"tokens": tokens} for tokens in (1, 16, 64, 512, 4096, 8192, 16384)}}  # fmt: skip
+
+
+def test_table_of_the_model_is_that_of_its_results() -> None:
+    folder, table = ROOT / "benchmarks/results/model", cells("| H100 | forward: floor")
+    before, now = (json.loads((folder / name).read_text(encoding="utf-8"))["rows"] for name in ("before.json", "model.json"))
+    assert table.keys() == MODELLED.keys()
+    for label, figures in table.items():
+        shape = {"tokens": 8192, "in_features": 4096, "out_features": 4096, "num_experts": 8, "rank": 16, **MODELLED[label]}
+        wanted = {"chip": "H100", "shape": shape | {"dtype": "bfloat16"}}
+        expected = []
+        for direction in ("forward", "backward"):
+            old, new = (
+                next(row for row in rows if row.items() >= (wanted | {"direction": direction}).items())
+                for rows in (before, now)
+            )
+            times = [new["floor_us"], old["cuda_us"], new["cuda_us"], new["torch_us"]]
+            expected += [f"{time:.1f}" for time in times]
+            expected.insert(-1, f"{100 * new['floor_us'] / new['cuda_us']:.0f} %")
+        assert figures == expected, label
+
+
 def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="requirements-docs.txt is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
