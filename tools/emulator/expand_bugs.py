@@ -14,7 +14,7 @@ EXPAND_BUGS = (
         "bits(pair), 2)",
         WRONG,
         kind="products",
-        first_problem=16,
+        first_problem=25,
     ),
     Bug(
         "tokens stored behind the last",
@@ -25,7 +25,7 @@ EXPAND_BUGS = (
         OUTSIDE,
         kind="products",
         target="address",
-        first_problem=16,
+        first_problem=25,
     ),
     Bug(
         "whole tiles stored over the last feature",
@@ -72,18 +72,9 @@ EXPAND_BUGS = (
         "void expand(",
         "E::steps_over(p.coefficients.columns) *",
         "(E::steps_over(p.coefficients.columns) - 1) *",
-        OUTSIDE,
+        "AddressSanitizer: SEGV",
         kind="products",
         target="address",
-    ),
-    Bug(
-        "more coefficients than a block holds",
-        "cuda/expand.cu",
-        "void expand(",
-        "p.coefficients.columns <= HELD<S>",
-        "p.coefficients.columns <= 2 * HELD<S>",
-        WRONG,
-        kind="products",
     ),
     Bug(
         "a group without its last tile",
@@ -93,6 +84,7 @@ EXPAND_BUGS = (
         "int64_t{tiles} * (group + 1) / groups) - (groups > 1)",
         WRONG,
         kind="products",
+        first_problem=7,
     ),
     Bug(
         "groups of other tokens",
@@ -129,6 +121,7 @@ EXPAND_BUGS = (
         "slow_copies.restart(stored, 0);",
         WRONG,
         kind="products",
+        first_problem=31,
     ),
     Bug(
         "slow copies that go on behind the last factor",
@@ -138,6 +131,7 @@ EXPAND_BUGS = (
         "\n",
         WRONG,
         kind="products",
+        first_problem=31,
     ),
     Bug(
         "addresses of the last tile kept",
@@ -147,6 +141,7 @@ EXPAND_BUGS = (
         "",
         WRONG,
         kind="products",
+        first_problem=22,
     ),
     Bug(
         "accumulators that keep the sums of the last tile",
@@ -156,6 +151,7 @@ EXPAND_BUGS = (
         "",
         WRONG,
         kind="products",
+        first_problem=31,
     ),
     Bug(
         "the next tile's coefficients taken from behind the last",
@@ -165,5 +161,6 @@ EXPAND_BUGS = (
         "stored += BLOCK_F;",
         WRONG,
         kind="products",
+        first_problem=31,
     ),
 )

@@ -38,9 +38,9 @@ PRODUCT_BUGS = (
     Bug(
         "sums without their last step",
         "cuda/product.cuh",
-        "int steps_over(",
-        "count + BLOCK_K<S> - 1",
-        "count",
+        "void run_with(",
+        "steps_over(count)",
+        "steps_over(count - BLOCK_K<S>)",
         WRONG,
         kind="products",
     ),
@@ -70,6 +70,7 @@ PRODUCT_BUGS = (
         "",
         WRONG,
         kind="products",
+        first_problem=16,
     ),
     Bug(
         "rows of two buffers beyond the last",
@@ -151,7 +152,7 @@ PRODUCT_BUGS = (
         "true",
         WRONG,
         kind="products",
-        first_problem=22,
+        first_problem=16,
     ),
     Bug(
         "no zeros behind the end of a sum in the rest",

@@ -164,8 +164,8 @@ bool shrink_is_right(uint64_t seed, Dtype dtype) {
 template <class S>
 bool expand_is_right(uint64_t seed, Dtype dtype) {
     // up to three steps of coefficients are held; one to four tiles of features, in fewer groups than tiles, as many, or more
-    const int64_t T = some_rows(), C = some_terms(128 / sizeof(S)), groups = draw(1, 5);
-    const int64_t F = whole(near({1, 64, 112, 128, 128, 144, 256, 384, 392}));
+    const int64_t T = some_rows(), C = some_terms(128 / sizeof(S)), groups = draw(1, 3);
+    const int64_t F = whole(near({1, 112, 128, 144, 256, 256, 384, 392}));
     Table coefficients(T, up(C, 8), dtype);
     for (int64_t t = 0; t < T; ++t)
         for (int64_t c = C; c < coefficients.columns; ++c) coefficients.buffer.set(coefficients.at(t, c), 0);
