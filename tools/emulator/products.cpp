@@ -163,7 +163,7 @@ bool shrink_is_right(uint64_t seed, Dtype dtype) {
 
 template <class S>
 bool expand_is_right(uint64_t seed, Dtype dtype) {
-    // up to three steps of coefficients are held; one to four tiles of features, in fewer groups than tiles, as many, or more
+    // one to four tiles of features, in fewer groups than tiles, as many, or more
     const int64_t T = some_rows(), C = some_terms(128 / sizeof(S)), groups = draw(1, 3);
     const int64_t F = whole(near({1, 112, 128, 144, 256, 256, 384, 392}));
     Table coefficients(T, up(C, 8), dtype);
