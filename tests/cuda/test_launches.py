@@ -19,9 +19,9 @@ KERNELS = {  # of a forward on each path, and of its backward
     "stages": {"mix_fwd_kernel"},
     "parts": {"mix_fwd_kernel", "wgrad_sum_bwd_kernel"},
 }
-OF_ALL = {"shrink_kernel", "mix_bwd_kernel", "expand_kernel", "wgrad_bwd_kernel"}
+OF_ALL = {"shrink_kernel", "mix_bwd_kernel", "expand_walk_kernel", "wgrad_bwd_kernel"}
 MOST = 48 << 10  # bytes of shared memory that CUDA allows a kernel by default
-TAKE_MORE = {"cooperative", "forward_kernel", "shrink_kernel", "expand_kernel", "wgrad_bwd_kernel"}
+TAKE_MORE = {"cooperative", "forward_kernel", "shrink_kernel", "expand_walk_kernel", "wgrad_bwd_kernel"}
 
 
 @pytest.fixture(params=KERNELS)
@@ -33,7 +33,11 @@ def path(request: pytest.FixtureRequest, emulated_cuda: ModuleType, monkeypatch:
 def _train(path: str, library: ModuleType) -> Calls:
     """The calls of CUDA in a forward and a backward."""
     T, O = (2, 500) if path == "decode" else (70, 80)  # noqa: E741
-    problem = make_problem(Case(T=T, I=72, O=O, E=8, R=16), torch.bfloat16)
+    return _calls(Case(T=T, I=72, O=O, E=8, R=16), torch.bfloat16, library)
+
+
+def _calls(case: Case, dtype: torch.dtype, library: ModuleType) -> Calls:
+    problem = make_problem(case, dtype)
     leaves = leaves_of(problem.tensors)
     with recorded(library) as calls:
         gradients(problem, problem.call("cuda", **leaves), leaves)
@@ -54,6 +58,15 @@ def test_the_attribute_of_a_kernel_is_set_where_it_takes_more_than_48_kb(path: s
         monkeypatch.setattr(extension, "queue", lambda tensor, device=device: (device, 0))
         more = {launch.kernel for launch in _train(path, emulated_cuda).launches if launch.shared_bytes > MOST}
         assert more == (KERNELS[path] | OF_ALL) & TAKE_MORE
+
+
+@pytest.mark.parametrize(("dtype", "held"), [(torch.bfloat16, 192), (torch.float32, 96)], ids=str)
+def test_a_block_of_expand_holds_a_number_of_coefficients(dtype: torch.dtype, held: int, emulated_cuda, monkeypatch) -> None:
+    """Those of v in the forward; in the backward those of du, with a shared A few."""
+    plans.force("cuda", "stages", monkeypatch)
+    for rank, kernels in ((held // 4, {"expand_walk_kernel"}), (held // 4 + 1, {"expand_kernel", "expand_walk_kernel"})):
+        calls = _calls(Case(T=5, I=24, O=40, E=4, R=rank, shared_a=True), dtype, emulated_cuda)
+        assert {kernel for kernel in calls.kernels if kernel.startswith("expand")} == kernels
 
 
 def test_the_device_is_restored_after_an_error(emulated_cuda, monkeypatch) -> None:

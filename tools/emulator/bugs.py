@@ -1,12 +1,14 @@
 """Bugs that are put into copies of the kernels, one at a time, and must be caught by the emulator."""
 
 from tools.emulator.bug import Bug
+from tools.emulator.expand_bugs import EXPAND_BUGS
 from tools.emulator.product_bugs import PRODUCT_BUGS
 
 PROBLEMS = 4
 
 BUGS = (
     *PRODUCT_BUGS,
+    *EXPAND_BUGS,
     Bug(
         "a first step without its wait, which is also the barrier after mix",
         "cuda/product.cuh",
@@ -56,33 +58,6 @@ BUGS = (
         first_problem=12,
     ),
     Bug(
-        "a sweep that repeats its first tile",
-        "cuda/fused.cu",
-        "void sweep(",
-        " copies = {b, loaded, 0};",
-        " copies = {b, stored, 0};",
-        "is off by",
-        first_problem=51,
-    ),
-    Bug(
-        "a sweep that goes on behind the last factor",
-        "cuda/fused.cu",
-        "void sweep(",
-        " copies = {b, loaded, 0};\n",
-        "\n",
-        "is off by",
-        first_problem=51,
-    ),
-    Bug(
-        "a slow sweep that repeats its first tile",
-        "cuda/fused.cu",
-        "void sweep(",
-        "slow_copies = {b, loaded, 0};",
-        "slow_copies = {b, stored, 0};",
-        "is off by",
-        first_problem=59,
-    ),
-    Bug(
         "gates mixed before they are stored",
         "cuda/gates.cuh",
         "void gate_softmax(",
@@ -102,24 +77,56 @@ BUGS = (
         first_problem=54,
     ),
     Bug(
-        "gates of a team read before they are stored",
+        "gates used before the lanes of their token have stored them",
         "cuda/mix.cuh",
         "void compute_gates(",
         "__syncwarp();",
         "",
         "is off by",
         is_race=True,
-        first_problem=8,
     ),
     Bug(
         "gradients of gates read before they are stored",
         "cuda/mix.cu",
         "mix_bwd_kernel(",
-        "__syncwarp();",
+        "    __syncwarp();\n",
         "",
         "is off by",
         is_race=True,
-        first_problem=8,
+    ),
+    Bug(
+        "columns behind the last one not set to zero",
+        "cuda/mix.cuh",
+        "void store_zeros(",
+        "= from_float<S>(0.f);",
+        "= row(static_cast<S*>(rows.data), rows.stride)[c];",
+        "is off by",
+    ),
+    Bug(
+        "partial sums of the wrong part",
+        "cuda/mix.cuh",
+        "void load(",
+        "from_ + i * step_",
+        "from_",
+        "is off by",
+        first_problem=18,
+    ),
+    Bug(
+        "one expert too many kept",
+        "cuda/gates.cuh",
+        "void limit_by_place(",
+        "before == top_k - 1",
+        "before == top_k",
+        "is off by",
+    ),
+    Bug(
+        "a team without a token stores",
+        "cuda/mix.cuh",
+        "struct Token",
+        "experts = inside ? E : 0;",
+        "experts = E;",
+        "is off by",
+        is_race=True,
     ),
     Bug(
         "a bias added once for each part of a split sum",

@@ -116,20 +116,23 @@ EMU_OUTLINE inline void switch_context(Context& from, Context& to) {
     EMU_ASAN(__sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);)
 }
 
-// Memory for stacks and shared memory, unmapped by the destructor.
+// Memory for stacks and shared memory, unmapped by the destructor. The page behind it is not accessible.
 class Mapping {
 public:
     explicit Mapping(size_t bytes) : bytes_(bytes) {
-        data_ = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (data_ == MAP_FAILED) throw std::runtime_error("cuda_emu: out of memory for stacks");
+        data_ = mmap(nullptr, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (data_ == MAP_FAILED || mprotect(static_cast<char*>(data_) + bytes, PAGE, PROT_NONE) != 0) {
+            throw std::runtime_error("cuda_emu: out of memory for stacks");
+        }
         EMU_ASAN(__asan_unpoison_memory_region(data_, bytes);)
     }
-    ~Mapping() { munmap(data_, bytes_); }
+    ~Mapping() { munmap(data_, bytes_ + PAGE); }
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
     char* data() const { return static_cast<char*>(data_); }
 
 private:
+    static constexpr size_t PAGE = 4096;
     void* data_;
     size_t bytes_;
 };

@@ -163,7 +163,9 @@ bool shrink_is_right(uint64_t seed, Dtype dtype) {
 
 template <class S>
 bool expand_is_right(uint64_t seed, Dtype dtype) {
-    const int64_t T = some_rows(), F = whole(some_rows()), C = some_terms(128 / sizeof(S));
+    // one to four tiles of features, in fewer groups than tiles, as many, or more
+    const int64_t T = some_rows(), C = some_terms(128 / sizeof(S)), groups = draw(1, 3);
+    const int64_t F = whole(near({1, 112, 128, 144, 256, 256, 384, 392}));
     Table coefficients(T, up(C, 8), dtype);
     for (int64_t t = 0; t < T; ++t)
         for (int64_t c = C; c < coefficients.columns; ++c) coefficients.buffer.set(coefficients.at(t, c), 0);
@@ -177,7 +179,7 @@ bool expand_is_right(uint64_t seed, Dtype dtype) {
         void* to = out.tensor().data;
         const bool aligned = on_16_bytes(to, F, size) && on_16_bytes(from, stride, size);
         const Matrix v = matrix<S>(coefficients.tensor().data, false, T, coefficients.columns, coefficients.stride);
-        expand(dtype, {v, factors.matrix<S>(C), {to, from, stride, T, F, aligned, 0.5f}}, nullptr);
+        expand(dtype, {v, factors.matrix<S>(C), {to, from, stride, T, F, aligned, 0.5f}, groups}, nullptr);
     });
     const std::vector<double> v = coefficients.numbers(), b = factors.numbers(), before = base.numbers();
     std::vector<double> truth = product(

@@ -17,12 +17,17 @@ def why_not(problem: Problem) -> str | None:
 
 
 def why_not_by_default(problem: Problem) -> str | None:
-    """Expected, not measured: one launch and the lowest launch cost win while latency is the limit."""
+    """Expected, not measured: few launches that cost the host little win while latency is the limit.
+
+    By `python -m benchmarks.model` its kernels are faster than the `torch` backend's at 512 tokens up to E R = 1024 and level at
+    2048 (H100, H200, 4096 x 4096, bf16). For more tokens `triton` has instructions for Hopper that these kernels do without.
+    """
     if problem.on_cpu:  # before `why_not` looks for the extension: on a CPU the choice itself takes time
         return "on a CPU only if selected by name"
-    if problem.sizes.T > 64:
-        return "it is expected to win at T <= 64 alone"
-    return _why_not_in_one_launch(problem.device)
+    tokens = problem.sizes.T
+    if tokens > configs.FEW_TOKENS:
+        return f"it is expected to win at T <= {configs.FEW_TOKENS} alone"
+    return _why_not_in_one_launch(problem.device) if tokens <= configs.DECODE_TOKENS else None
 
 
 @cache

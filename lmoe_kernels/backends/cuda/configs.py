@@ -14,6 +14,7 @@ RESIDENT_BLOCKS = 2
 PRODUCT_COLUMNS = (64, 128, 144)  # columns of a product's tile: with_columns in csrc/cuda/launch.cuh
 ONE_PASS_SMEM = 99 << 10  # every GPU from sm_80 on allows a block this much
 STAGES_SMEM = 90112  # the largest of all other kernels, expand with three steps of coefficients, in bytes
+FEW_TOKENS = 512  # up to which the backend is taken by default: see availability.py
 DECODE_TOKENS = 16  # at most, as in csrc/cuda/decode.cuh, like the next line
 DECODE_WARPS, WARP_FEATURES, BATCH_FEATURES = 8, 256, 1024  # features of one load of a warp; of all that are on the way
 DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the system keeps
