@@ -22,7 +22,7 @@ from lmoe_kernels.backends.cuda.extension import Device
 SIZE = 2  # bytes of an element: the model is of bf16
 VECTOR = 16  # bytes of a copy to shared memory
 PAIRS = (8,)  # bytes of a store of y and dx: four columns
-STEP = 128 // SIZE  # elements of the sum in a step: 128 bytes of a row, csrc/cuda/product.cuh
+STEP = 128 // SIZE  # elements of the sum in a step: 128 bytes of a row, csrc/cuda/copies.cuh
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Machine:
         return self._once(("stores", name, sizes), lambda: epilogue(self._main(name, sizes, tile), widths, stored))
 
     def addresses(self, name: str, sizes: tuple[int, ...], tile: Tile) -> Step:
-        """What is added to a step of the main loop that makes its addresses anew: see CopiesOfTwo in product.cuh."""
+        """What is added to a step of the main loop that makes its addresses anew: see CopiesOfTwo in copies.cuh."""
         whole = self._once(("longest", name, sizes), lambda: longest(self._main(name, sizes, tile)), tile.products)
         return _minus(whole, self.step(name, sizes, tile))
 
@@ -111,7 +111,7 @@ class Machine:
         return self._once(("sweep", name, sizes), lambda: self._sweep(name, sizes), EXPAND.products)
 
     def sweep_addresses(self, name: str, sizes: tuple[int, ...]) -> Step:
-        """What the addresses take when they are made anew: in each step if the factors have two buffers, and for each tile.
+        """What the addresses take when they are made anew: in steps that reach into a second buffer, and for each tile.
 
         The longest route makes them for both.
         """
@@ -168,14 +168,14 @@ class Call:
             return "one pass", [self.one_pass(columns, smem)]
         parts = configs.shrink_parts(T, columns, I, SIZE, processors)
         kernels = [self.shrink("x", I, columns, parts), self.mix("mix_fwd", columns, parts, writes=2)]
-        return "stages", [*kernels, self.expand("into y", O, E * R, two_buffers=False)]
+        return "stages", [*kernels, self.expand("into y", O, E * R, 0)]
 
     def backward(self) -> tuple[str, list[Estimate]]:
         """The same of a backward that computes all gradients."""
         T, I, O, E, R, _ = self.shape.sizes  # noqa: E741
         parts = configs.shrink_parts(T, E * R, O, SIZE, self.chip.processors)
         kernels = [self.shrink("dy", O, E * R, parts), self.mix("mix_bwd", E * R, parts, writes=4)]
-        kernels += [self.expand("into dx", I, E * R + E, two_buffers=True)]
+        kernels += [self.expand("into dx", I, E * R + E, E)]
         return "stages", [*kernels, *self.wgrad("x", I, E * R + E), *self.wgrad("dy", O, E * R)]
 
     def one_pass(self, count: int, smem: int) -> Estimate:
@@ -186,7 +186,7 @@ class Call:
         x, y, factors, b = T * I * SIZE, T * O * SIZE, count * I * SIZE, E * R * O * SIZE
         saved = T * (E * R * SIZE + E * 4)
         step = self.machine.step("forward", sizes, shrink_tile(*sizes))
-        sweep = self._sweep("forward", sizes, ceil_div(O, EXPAND.columns), E * R, two_buffers=False)
+        sweep = self._sweep("forward", sizes, ceil_div(O, EXPAND.columns), E * R, 0)
         mixed = mix.of_a_block(constant("BLOCK_EXTENT"), E, R, constant("THREADS"))
         phases = [
             Phase("shrink", [Work(ceil_div(I, STEP), step, constant("STAGES") - 1)], x + factors, x + tiles * factors),
@@ -234,36 +234,34 @@ class Call:
         floor, detail = written / self.chip.memory, f"{parts} parts"
         return self._estimate(name, sizes, [phase], blocks, launch.shared, floor, detail, threads)
 
-    def expand(self, into: str, features: int, count: int, two_buffers: bool) -> Estimate:
-        """Coefficients times factors, stored. Of dx, the factors lie in two buffers: A and the gate's."""
+    def expand(self, into: str, features: int, count: int, in_second: int) -> Estimate:
+        """Coefficients times factors, stored. Of dx, the last factors lie in a second buffer: the gate's, behind A."""
         T, extent = self.shape.tokens, constant("BLOCK_EXTENT")
         token_tiles, tiles = ceil_div(T, extent), ceil_div(features, EXPAND.columns)
         walks = count <= HELD_STEPS * STEP
         if walks:
             groups = configs.expand_groups(T, features, self.chip.processors)
             blocks, shared, detail = token_tiles * groups, walk_shared(count), f"{into}, {groups} groups"
-            works = self._sweep("expand_walk", (), ceil_div(tiles, groups), count, two_buffers)
+            works = self._sweep("expand_walk", (), ceil_div(tiles, groups), count, in_second)
             loaded = token_tiles * (groups * extent + features) * count * SIZE
         else:
             blocks, shared, detail = token_tiles * tiles, EXPAND.shared(), into
             step, addresses = (make("expand", (), EXPAND) for make in (self.machine.step, self.machine.addresses))
-            works = [
-                Work(_of_steps(count), plus(step, addresses) if two_buffers else step, constant("STAGES") - 1),
-                Work(1, self.machine.stores("expand", (), EXPAND, PAIRS, SIZE)),
-            ]
+            works = _steps(count, in_second, 1, step, addresses)
+            works.append(Work(1, self.machine.stores("expand", (), EXPAND, PAIRS, SIZE)))
             loaded = blocks * (extent + EXPAND.columns) * count * SIZE
         written, coefficients, factors = T * features * SIZE, T * count * SIZE, count * features * SIZE
         phase = Phase("expand", works, written + factors + self._if_not_kept(coefficients), loaded + written)
         floor, name = self._floor(written, 2 * T * features * count), "expand_walk" if walks else "expand"
         return self._estimate(name, (), [phase], blocks, shared, floor, detail)
 
-    def _sweep(self, name: str, sizes: tuple[int, ...], tiles: int, count: int, two_buffers: bool) -> list[Work]:
+    def _sweep(self, name: str, sizes: tuple[int, ...], tiles: int, count: int, in_second: int) -> list[Work]:
         """Coefficients in shared memory times so many tiles of factors; the first step waits for its copies, too."""
         step, addresses, stores = (
             make(name, sizes) for make in (self.machine.sweep, self.machine.sweep_addresses, self.machine.sweep_stores)
         )
-        steps = Work(tiles * _of_steps(count) + 1, plus(step, addresses) if two_buffers else step, constant("STAGES") - 1)
-        return [steps, Work(tiles, plus(addresses, stores))]
+        first = Work(1, step, constant("STAGES") - 1)
+        return [first, *_steps(count, in_second, tiles, step, addresses), Work(tiles, plus(addresses, stores))]
 
     def wgrad(self, over: str, features: int, count: int) -> list[Estimate]:
         """Coefficients times rows, summed over the tokens, and the sum of the splits' partial sums."""
@@ -327,6 +325,14 @@ def plus(one: Step, other: Step) -> Step:
 
 def _minus(one: Step, other: Step) -> Step:
     return Step(*(a - b for a, b in zip(one, other, strict=True)))
+
+
+def _steps(count: int, in_second: int, tiles: int, step: Step, addresses: Step) -> list[Work]:
+    """The steps of so many sums over `count` factors; those that reach into a second buffer make their addresses anew."""
+    plain = (count - in_second) // STEP if in_second else _of_steps(count)
+    anew = _of_steps(count) - plain
+    in_flight = constant("STAGES") - 1
+    return [Work(tiles * plain, step, in_flight), Work(tiles * anew, plus(step, addresses), in_flight)]
 
 
 def _of_steps(count: int) -> float:

@@ -11,7 +11,7 @@ BUGS = (
     *EXPAND_BUGS,
     Bug(
         "a first step without its wait, which is also the barrier after mix",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void pipeline(",
         "        if (step >= 0) {\n",
         "        if (step > 0) {\n",

@@ -40,7 +40,7 @@ EXPAND_BUGS = (
     ),
     Bug(
         "coefficients used before they arrive",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void pipeline(",
         "        if (step >= 0) {\n",
         "        if (step > 0) {\n",
@@ -135,7 +135,7 @@ EXPAND_BUGS = (
     ),
     Bug(
         "addresses of the last tile kept",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void restart(int64_t start, int64_t k) {\n        start_",
         "point();",
         "",

@@ -1,4 +1,4 @@
-"""Bugs in single products: addresses, masks, barriers and steps of csrc/cuda/product.cuh, and the kernels around it."""
+"""Bugs in single products: addresses, masks, barriers and steps of csrc/cuda/{copies,product}.cuh, and the kernels around it."""
 
 from tools.emulator.bug import Bug
 
@@ -8,7 +8,7 @@ OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
 PRODUCT_BUGS = (
     Bug(
         "a barrier removed from the pipeline",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void pipeline(",
         "__syncthreads();",
         "",
@@ -18,7 +18,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "a wait that is off by one",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void pipeline(",
         "copy_async_wait<STAGES - 2>();",
         "copy_async_wait<STAGES - 1>();",
@@ -46,7 +46,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "rows of the second buffer that are off by one",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void point(",
         "r - m_.split",
         "r - m_.split + 1",
@@ -55,7 +55,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "a second buffer that begins a row late",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void point(",
         "r >= m_.split",
         "r > m_.split",
@@ -64,9 +64,9 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "a sum that does not go on in the second buffer",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        if (!K_ALONG_ROW",
-        "if (!K_ALONG_ROW && m_.second != nullptr) point();",
+        "if (!K_ALONG_ROW && k_ + BLOCK_K<S> > m_.split) point();",
         "",
         WRONG,
         kind="products",
@@ -74,7 +74,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "rows of two buffers beyond the last",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void point(",
         "smaller(start_ + At::row(i), m_.rows - 1)",
         "start_ + At::row(i)",
@@ -85,7 +85,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "columns of two buffers beyond the last",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void point(",
         "smaller(start_ + At::column(i), m_.columns - VECTOR<S>)",
         "start_ + At::column(i)",
@@ -95,7 +95,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "rows beyond the last",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        const S* from",
         "!K_ALONG_ROW || i * At::ROWS_APART < inside_",
         "true",
@@ -105,7 +105,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "columns beyond the last",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "__forceinline__ Copies(",
         "smaller(start + At::column(i), m.columns - VECTOR<S>)",
         "start + At::column(i)",
@@ -116,7 +116,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "too few threads copy the rest",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "bool has(",
         "threadIdx.x < THREADS / 2",
         "threadIdx.x < THREADS / 4",
@@ -126,7 +126,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "the rest of all steps copied from the first",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        const S* from",
         "rest_ += BLOCK_K<S> * m_.stride;",
         "",
@@ -136,7 +136,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "no zeros behind the end of a sum",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        const S* from",
         "(K_ALONG_ROW ? 0 : i * At::ROWS_APART) < mine",
         "true",
@@ -146,7 +146,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "no zeros behind the end of a sum in two buffers",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        if (!K_ALONG_ROW",
         "(K_ALONG_ROW ? 0 : At::row(i)) < mine",
         "true",
@@ -156,7 +156,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "no zeros behind the end of a sum in the rest",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "void load(S* shared, int left) {\n        const S* from",
         "At::row(At::OF_ALL) < left",
         "true",
@@ -176,7 +176,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "16-byte copies from a second buffer that is not aligned",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "bool is_fast(",
         "return first && second &&",
         "return first &&",
@@ -186,7 +186,7 @@ PRODUCT_BUGS = (
     ),
     Bug(
         "16-byte copies of rows that do not end with one",
-        "cuda/product.cuh",
+        "cuda/copies.cuh",
         "bool is_fast(",
         " && m.columns % VECTOR<S> == 0",
         "",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lmoe_kernels.backends.cuda.extension import Device
 
-BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/product.cuh
+BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/copies.cuh
 STEP_BYTES = 128  # bytes of an operand's row in one pipeline step: the same
 # Blocks of the stages that a processor runs at once: of 16-bit products on sm_80 and sm_90, where the coefficients of E = 8,
 # R = 16 leave one of dx on sm_80. One in fp32, and on sm_100 and sm_120.
