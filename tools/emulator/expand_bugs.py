@@ -103,6 +103,7 @@ EXPAND_BUGS = (
         " copies.restart(stored, 0);",
         WRONG,
         kind="products",
+        first_problem=22,
     ),
     Bug(
         "copies that go on behind the last factor",
@@ -112,6 +113,7 @@ EXPAND_BUGS = (
         "\n",
         WRONG,
         kind="products",
+        first_problem=22,
     ),
     Bug(
         "slow copies of the next tile that repeat the first",
