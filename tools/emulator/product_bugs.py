@@ -1,4 +1,4 @@
-"""Bugs in single products: addresses, masks, barriers and steps of csrc/cuda/{copies,product}.cuh, and the kernels around it."""
+"""Bugs in single products: addresses, masks, barriers and steps of csrc/cuda/{copies,product}.cuh, and in their kernels."""
 
 from tools.emulator.bug import Bug
 
