@@ -19,8 +19,8 @@ def why_not(problem: Problem) -> str | None:
 def why_not_by_default(problem: Problem) -> str | None:
     """Expected, not measured: few launches that cost the host little win while latency is the limit.
 
-    By `python -m benchmarks.model` its kernels are faster than the `torch` backend's at 512 tokens up to E R = 1024, and level
-    at 2048 (H100, H200, 4096 x 4096, bf16). For more tokens `triton` has Hopper's instructions, which are not used here.
+    By `python -m benchmarks.model` its kernels are faster than the `torch` backend's at 512 tokens up to E R = 1024, and
+    level at 2048 (H100, H200, 4096 x 4096, bf16). For more tokens `triton` has Hopper's instructions, not used here.
     """
     if problem.on_cpu:  # before `why_not` looks for the extension: on a CPU the choice itself takes time
         return "on a CPU only if selected by name"
