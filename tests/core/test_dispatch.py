@@ -17,7 +17,7 @@ from lmoe_kernels.dispatch import AUTO, BACKENDS, Backend
 from lmoe_kernels.options import Problem, Sizes
 from tests.problems import Case, make_problem
 
-GPU = Problem(Sizes(T=65, I=64, O=64, E=8, R=16, experts_of_a=8), torch.bfloat16, torch.device("cuda"))
+GPU = Problem(Sizes(T=513, I=64, O=64, E=8, R=16, experts_of_a=8), torch.bfloat16, torch.device("cuda"))
 HERE = GPU._replace(device=torch.device("cpu"))
 
 
@@ -55,13 +55,13 @@ def gpu_with(**sizes: int) -> Problem:
     return GPU._replace(sizes=GPU.sizes._replace(**sizes))
 
 
-@pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (64, "cuda"), (65, "triton"), (4096, "triton")])
+@pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (17, "cuda"), (512, "cuda"), (513, "triton"), (4096, "triton")])
 def test_on_a_gpu_few_tokens_go_to_cuda_and_many_to_triton(gpu, tokens: int, first: str) -> None:
     assert taken(gpu_with(T=tokens)) == first
 
 
 @pytest.mark.parametrize("device", ["cpu", "cpu:0"])
-@pytest.mark.parametrize("tokens", [1, 65])
+@pytest.mark.parametrize("tokens", [1, 513])
 def test_on_a_cpu_torch_is_taken(gpu, device: str, tokens: int) -> None:
     """Also where all the others could take the call."""
     gpu.setenv("TRITON_INTERPRET", "1")

@@ -48,6 +48,8 @@ def _why_not_on(device: torch.device) -> str | None:
 
 def _why_not_in_one_launch(device: torch.device) -> str | None:
     """Where `why_not` has a reason, that one is enough."""
+    if device.type != "cuda":
+        return None
     try:
         cooperative = extension.device_of(device.index).cooperative
     except (ImportError, RuntimeError):
