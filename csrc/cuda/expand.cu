@@ -55,11 +55,12 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
             const int smem = STAGES * E::Q::T::BYTES + E::steps_over(p.coefficients.columns) * E::P::T::BYTES;
             LAUNCH(expand_walk_kernel<S>, dim3(token_tiles * static_cast<unsigned>(p.groups)), dim3(THREADS), smem, stream,
                    p);
+            check_launch("expand_walk_kernel");
         } else {
             LAUNCH(expand_kernel<S>, dim3(token_tiles * tiles(p.output.F, BLOCK_F)), dim3(THREADS), E::SMEM, stream, p);
+            check_launch("expand_kernel");
         }
     });
-    check_launch("expand_kernel");
 }
 
 }  // namespace lmoe

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans and workspace sizes of the launchers: pure functions of the problem. They are expected to be good, not measured."""
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from lmoe_kernels.backends.cuda.extension import Device
@@ -18,7 +18,7 @@ FEW_TOKENS = 512  # up to which the backend is taken by default: see availabilit
 DECODE_TOKENS = 16  # at most, as in csrc/cuda/decode.cuh, like the next line
 DECODE_WARPS, WARP_FEATURES, BATCH_FEATURES = 8, 256, 1024  # features of one load of a warp; of all that are on the way
 DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the system keeps
-
+PLANS = 4096  # that are kept: a search takes longer than a launch, and serving meets many numbers of tokens
 
 # Cycles of a processor, by `python -m benchmarks.model` for sm_90 (2026-11): a model, not a measurement.
 STEP_CYCLES = 1000  # of a pipeline step: of the tensor cores, or of the latency of its copies if a block is alone
@@ -57,6 +57,7 @@ def shrink_parts(tokens: int, columns: int, features: int, size: int, processors
     return _cheapest_split(tiles, ceil_div(features * size, STEP_BYTES), tokens * columns, processors)
 
 
+@lru_cache(PLANS)
 def _cheapest_split(tiles: int, steps: int, sums: int, processors: int) -> int:
     """In how many parts to split a sum of so many pipeline steps, for `sums` numbers in so many tiles.
 
@@ -73,6 +74,7 @@ def _cheapest_split(tiles: int, steps: int, sums: int, processors: int) -> int:
     return min(range(1, max(most, 1) + 1), key=cycles)
 
 
+@lru_cache(PLANS)
 def expand_groups(tokens: int, features: int, processors: int) -> int:
     """In how many groups the tiles of features are divided, for blocks that hold the same tokens' coefficients.
 
