@@ -185,7 +185,7 @@ PYBIND11_MODULE(_cuda, m) {
     def("decode", launcher(&lmoe::decode));
     auto properties = [](int device) {
         const Properties p = lmoe::properties(device);
-        return py::make_tuple(p.processors, p.shared_memory_a_block, p.shared_memory, p.registers, p.cooperative != 0);
+        return py::make_tuple(p.processors, p.shared_memory_a_block, p.cooperative != 0);
     };
     m.def("properties", properties, py::arg("device"));
 }

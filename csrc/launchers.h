@@ -15,8 +15,6 @@ void decode(const DecodeParams& params, int device, void* stream);
 struct Properties {
     int processors;
     int shared_memory_a_block;  // at most, if a kernel asks for it
-    int shared_memory;          // of a processor
-    int registers;              // of a processor
     int cooperative;            // all blocks of a launch can wait for one another: not 0
 };
 

@@ -142,11 +142,7 @@ class Machine:
 
 def device_of(chip: Chip) -> Device:
     """A chip as the plans know it."""
-    a_processor = SHARED_MEMORY[chip.arch]
-    return Device(
-        processors=chip.processors, shared_memory_a_block=a_processor - 1024, shared_memory=a_processor, registers=1 << 16,
-        cooperative=True,
-    )  # fmt: skip
+    return Device(chip.processors, SHARED_MEMORY[chip.arch] - 1024, cooperative=True)
 
 
 @dataclass(frozen=True)

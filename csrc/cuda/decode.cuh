@@ -210,7 +210,7 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     }
     __syncthreads();
     const Tensor source = p.gate_weight.data != nullptr ? Tensor{logits, true} : p.logits;
-    gate_softmax<S>(p, source, 0, gates, p.E, static_cast<int>(p.T));
+    gate_softmax<S>(p, source, 0, gates, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * u_columns, v + t * p.E * p.R, r);

@@ -52,8 +52,6 @@ Properties properties(int device) {
     };
     ask(cudaDevAttrMultiProcessorCount, p.processors);
     ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, p.shared_memory_a_block);
-    ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, p.shared_memory);
-    ask(cudaDevAttrMaxRegistersPerMultiprocessor, p.registers);
     ask(cudaDevAttrCooperativeLaunch, p.cooperative);
     try {
         allow_shared_memory(decode_kernel(), p.shared_memory_a_block);

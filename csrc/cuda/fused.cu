@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(THREADS, 1) forward_kernel(ForwardParams p) {
     __syncthreads();  // all threads see u and the logits
     if (p.u != nullptr) save<S>(p, v, logits, t0, tokens);
     const bool has_gate = p.gate_weight.data != nullptr;
-    gate_softmax<S>(p, has_gate ? Tensor{logits, true} : p.logits, has_gate ? 0 : t0 * E, gates, E, tokens);
+    gate_softmax<S>(p, has_gate ? Tensor{logits, true} : p.logits, has_gate ? 0 : t0 * E, gates, tokens);
     for (int i = threadIdx.x; i < tokens * R; i += THREADS) {
         const int row = i / R;
         mix<S>(p, gates + row * E, v, v, i % R,

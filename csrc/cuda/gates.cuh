@@ -141,11 +141,11 @@ __device__ __forceinline__ Softmax softmax_of(const ForwardParams& p, int lane, 
     return softmax;
 }
 
-// The gates of some tokens: gates[t * gates_stride + e] from logits[first + t * E + e]. All threads of the block call it; it
+// The gates of some tokens: gates[t * E + e] from logits[first + t * E + e]. All threads of the block call it; it
 // ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token.
 template <class S>
 __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tensor& logits, int64_t first, float* gates,
-                                             int64_t gates_stride, int tokens) {
+                                             int tokens) {
     const int E = static_cast<int>(p.E);
     int lanes = 1;  // for one token, a power of two
     while (lanes < E && lanes < 32) lanes *= 2;
@@ -153,7 +153,7 @@ __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tenso
     for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // all lanes stay for the shuffles
         const bool inside = t0 + t < tokens;
         const int64_t row = first + (inside ? t0 + t : 0) * p.E;
-        float* out = gates + (t0 + t) * gates_stride;
+        float* out = gates + (t0 + t) * p.E;
         auto logit = [&](int e) { return load<S>(logits, row + e); };
         const Softmax softmax = softmax_of(p, lane, lanes, logit);
         for (int e = lane; inside && e < E; e += lanes) out[e] = softmax.gate(logit(e), e);
@@ -164,7 +164,7 @@ __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tenso
 // v of one token and rank r, for all experts, from the token's u, which may lie in the same memory. at(c) is the index of
 // column c. Iterate experts in reverse: with a shared A, v[0] aliases the only u and must be written last.
 template <class S, class At>
-__device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r, At at) {
+__device__ __forceinline__ void mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r, At at) {
     const int64_t u_step = p.experts_of_a == 1 ? 0 : p.R;
     float h = 0.f;
     if (p.mixing == Mixing::factors) {
@@ -173,13 +173,12 @@ __device__ __forceinline__ float mix(const ForwardParams& p, const float* gates,
     for (int64_t e = p.E - 1; e >= 0; --e) {
         v[at(e * p.R + r)] = from_float<S>(gates[e] * (p.mixing == Mixing::factors ? h : to_float(u[at(e * u_step + r)])));
     }
-    return h;
 }
 
 // The same for a token whose columns are contiguous.
 template <class S>
-__device__ __forceinline__ float mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r) {
-    return mix<S>(p, gates, u, v, r, [](int64_t column) { return column; });
+__device__ __forceinline__ void mix(const ForwardParams& p, const float* gates, const S* u, S* v, int64_t r) {
+    mix<S>(p, gates, u, v, r, [](int64_t column) { return column; });
 }
 
 }  // namespace lmoe

@@ -52,7 +52,7 @@ struct Product {
     using P = Operand<S, BLOCK_EXTENT, P_K_ALONG_ROW>;
     using Q = Operand<S, COLS, Q_K_ALONG_ROW>;
     static constexpr int WARP_ROWS = BLOCK_EXTENT / ROWS_OF_WARPS, WARP_COLS = COLS / (THREADS / 32 / ROWS_OF_WARPS);
-    static constexpr int COLUMNS = COLS, STAGE_BYTES = P::T::BYTES + Q::T::BYTES, SMEM = STAGES * STAGE_BYTES;
+    static constexpr int STAGE_BYTES = P::T::BYTES + Q::T::BYTES, SMEM = STAGES * STAGE_BYTES;
     using FastP = Copies<S, BLOCK_EXTENT, P_K_ALONG_ROW>;
     using FastQ = QCopies<S, COLS, Q_K_ALONG_ROW>;
     using Accumulators = float[WARP_ROWS / 16][WARP_COLS / 8][4];

@@ -32,7 +32,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     monkeypatch.setattr(availability, "_why_no_launchers", lambda: None)
     monkeypatch.setattr(availability, "_version_of_triton", lambda: "3.6.0")
     monkeypatch.setitem(BACKENDS, "cuda", BACKENDS["cuda"]._replace(why_not=lambda problem: None))
-    a100 = extension.Device(108, 163 << 10, 164 << 10, 65536, cooperative=True)
+    a100 = extension.Device(108, 163 << 10, cooperative=True)
     monkeypatch.setattr(extension, "device_of", lambda index: a100)
     yield monkeypatch
     availability._why_not_chip.cache_clear()

@@ -255,7 +255,7 @@ def test_decode_plans_cover_the_problem_and_fit(processors: int) -> None:
 
 def _device(processors: int) -> extension.Device:
     """An H100 of so many processors."""
-    return extension.Device(processors, 227 << 10, 228 << 10, 65536, cooperative=True)
+    return extension.Device(processors, 227 << 10, cooperative=True)
 
 
 def test_plans_that_disagree_with_the_kernel_are_refused(emulated_cuda, monkeypatch) -> None:

@@ -8,7 +8,7 @@ from tests.problems import Case, assert_all_no_worse, make_problem
 from tools import calls
 from tools.error_rule import assert_no_worse
 
-H100 = extension.Device(132, 227 << 10, 228 << 10, 65536, cooperative=True)
+H100 = extension.Device(132, 227 << 10, cooperative=True)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

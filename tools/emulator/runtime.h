@@ -103,8 +103,6 @@ inline cudaError_t cudaSetDevice(int device) {
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount,
     cudaDevAttrMaxSharedMemoryPerBlockOptin,
-    cudaDevAttrMaxSharedMemoryPerMultiprocessor,
-    cudaDevAttrMaxRegistersPerMultiprocessor,
     cudaDevAttrCooperativeLaunch
 };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
@@ -112,8 +110,6 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount: *value = emu::processors_of(device); break;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emu::devices[device].shared_bytes; break;
-        case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = emu::devices[device].shared_bytes + 1024; break;
-        case cudaDevAttrMaxRegistersPerMultiprocessor: *value = 65536; break;
         case cudaDevAttrCooperativeLaunch: *value = emu::devices[device].cooperative; break;
     }
     return cudaSuccess;

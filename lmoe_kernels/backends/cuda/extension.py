@@ -58,8 +58,6 @@ class Device(NamedTuple):
 
     processors: int
     shared_memory_a_block: int  # at most; what CUDA allows every kernel if the driver refuses more
-    shared_memory: int  # of a processor
-    registers: int  # of a processor
     cooperative: bool  # all blocks of a launch can wait for one another
 
 
