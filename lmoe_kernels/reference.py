@@ -196,7 +196,9 @@ def dropout(
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     scale = torch.tensor(1.0 / (1.0 - probability), dtype=wide, device=rows.device)
-    return (rows.to(wide) * scale).where(keep_mask(seed, *rows.shape, probability), 0.0).to(rows.dtype).contiguous()
+    tokens, features = rows.shape
+    kept = (rows.to(wide) * scale).where(keep_mask(seed, tokens, features, probability), 0.0)
+    return kept.to(rows.dtype).contiguous()
 
 
 def keep_mask(seed: Tensor, tokens: int, features: int, probability: float) -> Tensor:
@@ -215,7 +217,7 @@ def keep_mask(seed: Tensor, tokens: int, features: int, probability: float) -> T
 
 
 def _mixed(h: Tensor, key: Tensor | int = 0) -> Tensor:
-    """A hash of 32-bit numbers in int64; the key joins halfway. Shifts and constants: triple32 (Wellons, hash-prospector)."""
+    """A hash of 32-bit numbers, in int64; the key joins halfway. Shifts and constants are those of Wellons' triple32."""
     h = h ^ (h >> 17)
     h = h * 0xED5AD4BB & _UINT32
     h = h ^ (h >> 11) ^ key

@@ -8,7 +8,8 @@ from difflib import get_close_matches
 from torch import nn
 
 from lmoe_kernels.checks import fail
-from lmoe_kernels.layer import LMoELinear, features_of
+from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.linears import features_of
 from lmoe_kernels.naming import plain_modules, unwrapped
 
 ALL_LINEAR = "all-linear"

@@ -109,7 +109,7 @@ class _Calls:
             self.seen.append((name, "backward", len(dy)))
             return reference.backward(dy, *args, **kwargs)
 
-        return dispatch.Functions(forward, backward)
+        return dispatch.Functions(forward, backward, reference.dropout)
 
 
 def _drop_all(guards: list) -> list[bool]:

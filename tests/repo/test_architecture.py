@@ -22,6 +22,7 @@ LEVELS = [
     {"contents"},
     {"adapter", "targets"},
     {"layer"},
+    {"mixture"},
     {"config", "functional", "losses"},
     {"autograd"},
     {"ops"},
@@ -29,7 +30,7 @@ LEVELS = [
     {"dispatch"},
     {"backends"},
     {"casting", "checks", "reference"},
-    {"distributed", "naming", "options", "products", "quantised", "version"},
+    {"distributed", "linears", "naming", "options", "products", "quantised", "version"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.

@@ -170,7 +170,18 @@ def test_the_route_is_saved_in_the_shape_that_is_traced(T: int) -> None:
     saved = ops.forward(*arguments)[1:]
     assert saved[2].shape == (1, 2 * T + 21)
     wanted = [*calls.everything(factors), False]
-    backward = (problem.dy, None, problem.tensors["x"], *factors, None, None, *saved, wanted, "triton", *problem.case.options)
+    backward = (
+        problem.dy,
+        None,
+        problem.tensors["x"],
+        *factors,
+        None,
+        None,
+        *saved,
+        wanted,
+        "triton",
+        *problem.case.options,
+    )
     torch.library.opcheck(ops.backward, backward, test_utils=utilities)
 
 
