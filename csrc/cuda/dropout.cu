@@ -3,8 +3,8 @@
 //
 //     out[t,f] = keep[t,f] rows[t,f] / (1 - probability);   keep[t,f] = hash(seed, t, f) >= probability * 2^32
 //
-// The constants are those of the published hash "triple32". All backends compute the same mask; lmoe_kernels/reference.py
-// has the formula in plain PyTorch.
+// The constants are those of Wellons' hash triple32. All backends compute the mask of keep_mask in
+// lmoe_kernels/reference.py.
 #include "matrix.cuh"
 
 #include "launch.cuh"
@@ -48,10 +48,11 @@ __device__ __forceinline__ void store_together(S* to, const float (&numbers)[W])
     }
 }
 
-// A warp computes DROPOUT_ELEMENTS * 32 features of one token, W in sequence at a time.
-template <class S, int W>
+// A warp computes DROPOUT_ELEMENTS * 32 features of one token. A lane loads and stores 16 bytes together where all rows are
+// ALIGNED, else one element.
+template <class S, bool ALIGNED>
 __global__ void __launch_bounds__(DROPOUT_WARPS * 32) dropout_kernel(DropoutParams p) {
-    constexpr int COUNT = DROPOUT_ELEMENTS / W;
+    constexpr int W = ALIGNED ? VECTOR<S> : 1, COUNT = DROPOUT_ELEMENTS / W;
     const int64_t t = static_cast<int64_t>(blockIdx.x) * DROPOUT_WARPS + threadIdx.x / 32;
     const int64_t first = static_cast<int64_t>(blockIdx.y) * DROPOUT_ELEMENTS * 32 + threadIdx.x % 32 * W;
     if (t >= p.T) return;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(DROPOUT_WARPS * 32) dropout_kernel(DropoutPara
     float values[COUNT][W];
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-        load_some(values[i], rows + i * 32 * W, first + i * 32 * W < p.F ? W : 0, W > 1);
+        load_some(values[i], rows + i * 32 * W, first + i * 32 * W < p.F ? W : 0, ALIGNED);
     }
     const Keys keys(*p.seed, t);
     S* out = static_cast<S*>(p.out) + t * p.F + first;
@@ -83,11 +84,8 @@ void dropout(const DropoutParams& p, int device, void* queue) {
         using S = decltype(scalar);
         const bool aligned = on_16_bytes(p.rows.data, p.rows.stride, sizeof(S)) && on_16_bytes(p.out, p.F, sizeof(S));
         const dim3 grid(tiles(p.T, DROPOUT_WARPS), tiles(p.F, DROPOUT_ELEMENTS * 32)), block(DROPOUT_WARPS * 32);
-        if (aligned) {
-            LAUNCH((dropout_kernel<S, VECTOR<S>>), grid, block, 0, stream, p);
-        } else {
-            LAUNCH((dropout_kernel<S, 1>), grid, block, 0, stream, p);
-        }
+        aligned ? LAUNCH((dropout_kernel<S, true>), grid, block, 0, stream, p)
+                : LAUNCH((dropout_kernel<S, false>), grid, block, 0, stream, p);
     });
     check_launch("dropout_kernel");
 }

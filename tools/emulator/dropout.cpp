@@ -38,13 +38,11 @@ struct Problem {
 
     explicit Problem(uint64_t number) {
         generator.seed(number);
-        const bool anywhere = coin();
         dtype = static_cast<Dtype>(number % 3);
         T = draw(1, 18);
-        F = std::max<int64_t>(1, draw(0, 2) * 512 + draw(-1, 1) * draw(1, 9) * 8 + (anywhere ? draw(-3, 3) : 0));
-        if (!anywhere || coin()) F = up(F, 8);
-        offset = anywhere && coin() ? draw(1, 8) : 0;
-        stride = coin() ? F : draw(0, 2) > 0 ? up(F, 8) + 8 : F + draw(1, 9);
+        F = std::max<int64_t>(1, draw(0, 2) * 512 + draw(-9, 9) * 8 + (coin() ? 0 : draw(-3, 3)));
+        offset = coin() ? 0 : draw(1, 8);
+        stride = coin() ? F : up(F, 8) + (coin() ? 0 : draw(1, 8));
         rows = random_tensor(offset + (T - 1) * stride + F, dtype, 1);
         if (coin()) rows.set(offset + draw(0, F - 1), INFINITY);  // zero, not NaN, where it is dropped
         seed = std::make_unique<int64_t>(static_cast<int64_t>(generator()));

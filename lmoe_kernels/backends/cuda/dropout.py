@@ -9,9 +9,9 @@ from lmoe_kernels.backends.cuda import extension
 def dropout(
     rows: Tensor,  # (T, F)
     seed: Tensor,  # (), int64
-    probability: float,  # between 0 and 1
+    probability: float,  # between 0 and 1, exclusive
 ) -> Tensor:
-    """Rows with some elements set to zero and the others divided by 1 - probability; see `lmoe_kernels.reference.dropout`."""
+    """Rows (T, F) with dropout; see `lmoe_kernels.reference.dropout` for the contract."""
     library = extension.library()
     out = rows.new_empty(rows.shape)
     params = library.DropoutParams(extension.DTYPES[rows.dtype], rows.shape, rows, seed, probability, out)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dropout of rows: the mask of a token and a feature is a hash of both and a seed, so that no mask is stored.
 
-The constants are those of the published hash "triple32". All backends compute the same mask; `lmoe_kernels.reference` has
-the formula in plain PyTorch.
+The constants are those of Wellons' hash triple32. All backends compute the mask of `keep_mask` in
+`lmoe_kernels.reference`.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -24,9 +24,9 @@ from lmoe_kernels.backends.triton.tiles import let_next_kernel_start, wait_for_p
 def dropout(
     rows: Tensor,  # (T, F)
     seed: Tensor,  # (), int64
-    probability: float,  # between 0 and 1
+    probability: float,  # between 0 and 1, exclusive
 ) -> Tensor:
-    """Rows with some elements set to zero and the others divided by 1 - probability; see `lmoe_kernels.reference.dropout`."""
+    """Rows (T, F) with dropout; see `lmoe_kernels.reference.dropout` for the contract."""
     T, F = rows.shape
     out = rows.new_empty(T, F)
     tile = configs.dropout_tile(F)
@@ -105,4 +105,4 @@ def _mixed(h):
 @triton.jit
 def _times(h, factor: tl.constexpr):
     """The product modulo 2^32."""
-    return tl.mul(h, factor, sanitize_overflow=False)
+    return tl.mul(h, factor, sanitize_overflow=False)  # pyright: ignore[reportArgumentType]
