@@ -128,13 +128,28 @@ void set_plan(DecodeParams& p, py::handle partial, int blocks, int64_t chunk, in
     p.blocks = blocks, p.chunk = chunk, p.chunks = chunks, p.column_tile = column_tile, p.smem = smem;
 }
 
+DropoutParams dropout_params(int dtype, const py::tuple& shape, py::handle rows, py::handle seed, double probability,
+                             py::handle out) {
+    DropoutParams p = {};
+    p.dtype = static_cast<Dtype>(dtype);
+    const auto [T, F] = fields<2>("shape", shape);
+    p.T = to_int(T), p.F = to_int(F);
+    p.rows = to_rows(rows), p.seed = static_cast<const int64_t*>(address(seed)), p.out = address(out);
+    p.factor = static_cast<float>(1 / (1 - probability)), p.threshold = static_cast<uint32_t>(probability * 4294967296.0);
+    return p;
+}
+
 // An address between two elements would make a kernel fail, or read other numbers.
-void check_address(const char* name, const void* data, bool fp32, Dtype dtype) {
-    const uintptr_t address = reinterpret_cast<uintptr_t>(data), size = fp32 || dtype == Dtype::fp32 ? 4 : 2;
+void check_address(const char* name, const void* data, uintptr_t size) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(data);
     if (address % size != 0) {
         throw std::invalid_argument(std::string("lmoe: ") + name +
                                     " must lie on a multiple of its element's size, got address " + std::to_string(address));
     }
+}
+
+void check_address(const char* name, const void* data, bool fp32, Dtype dtype) {
+    check_address(name, data, fp32 || dtype == Dtype::fp32 ? 4 : 2);
 }
 
 void check_addresses(const ForwardParams& p) {
@@ -154,6 +169,11 @@ void check_addresses(const BackwardParams& p) {
     check("the gradient of x", {p.dx, false}), check("the gradient of lora_a", p.dlora_a);
     check("the gradient of lora_b", p.dlora_b), check("the gradient of gate_weight", p.dgate_weight);
     check("the gradient of logits", {p.dlogits, p.logits.fp32});
+}
+
+void check_addresses(const DropoutParams& p) {
+    check_address("rows", p.rows.data, false, p.dtype), check_address("out", p.out, false, p.dtype);
+    check_address("seed", p.seed, sizeof *p.seed);
 }
 
 template <class Params>
@@ -177,12 +197,15 @@ PYBIND11_MODULE(_cuda, m) {
     py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams", py::module_local());
     decode_params.def(py::init(&params_of<DecodeParams>)).def("set_plan", &set_plan);
 
+    py::class_<DropoutParams>(m, "DropoutParams", py::module_local()).def(py::init(&dropout_params));
+
     auto def = [&m](const char* name, auto function) {
         m.def(name, function, py::arg("params"), py::arg("device"), py::arg("stream"));
     };
     def("forward", launcher(&lmoe::forward));
     def("backward", launcher(&lmoe::backward));
     def("decode", launcher(&lmoe::decode));
+    def("dropout", launcher(&lmoe::dropout));
     auto properties = [](int device) {
         const Properties p = lmoe::properties(device);
         return py::make_tuple(p.processors, p.shared_memory_a_block, p.cooperative != 0);

@@ -132,4 +132,15 @@ struct DecodeParams : ForwardParams {
     int blocks;           // resident blocks: all of them run at the same time
 };
 
+// Rows of which each element is multiplied by `factor`, or is zero where its hash is below `threshold`.
+struct DropoutParams {
+    Dtype dtype;
+    int64_t T, F;
+    Rows rows;            // (T, F)
+    const int64_t* seed;  // of the hashes
+    void* out;            // (T, F)
+    float factor;         // 1 / (1 - probability)
+    uint32_t threshold;   // probability * 2^32
+};
+
 }  // namespace lmoe

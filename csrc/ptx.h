@@ -74,9 +74,15 @@ __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
 
-// One 8-byte store. The compiler may split a plain assignment into smaller ones.
+// One store of 8 or 16 bytes. The compiler may split a plain assignment into smaller ones.
 __device__ __forceinline__ void store_vector(void* global, uint2 v) {
     asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_vector(void* global, uint4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 // A barrier of all threads of a cooperative launch. The driver gives each launch its own barrier, so launches of several

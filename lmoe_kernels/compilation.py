@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels of a model before it runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmoe_kernels import checks, dispatch
 from lmoe_kernels.checks import fail
@@ -31,7 +31,8 @@ def warmup(
 
     The kernels depend on the sizes, the dtypes and the options of a layer and, in steps, on the number of tokens of a call.
     They are compiled in parallel processes, which do not use the GPU, and kept in Triton's cache on the disk: a second run
-    of the program only loads them. The layers do not change, and no parameter gets a gradient.
+    of the program only loads them. The layers do not change, and no parameter gets a gradient. Layers with dropout compute
+    something else in evaluation, and are taken to have backward passes in training alone.
 
     Args:
         model: a model with L-MoE layers on its device, before FSDP shards it.
@@ -64,7 +65,7 @@ def warmup(
     layers = lmoe_layers(model)
     if not layers:
         fail("warmup", "model", "have L-MoE layers", "none")
-    kinds = dict.fromkeys(_kind(name, layer, dtype, backward) for name, layer in layers.items())
+    kinds = dict.fromkeys(kind for name, layer in layers.items() for kind in _kinds(name, layer, dtype, backward))
     found = _of_triton(kinds, numbers)
     if not found:
         return 0
@@ -110,32 +111,42 @@ def _thinned(numbers: Iterable[int]) -> list[int]:
     return [number for tile in of_tile.values() for number in sorted({min(tile), max(tile)})]
 
 
-def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> _Kind:
+def _kinds(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> Iterator[_Kind]:
+    """What a layer computes; with dropout that is one thing in training, and another in evaluation."""
     of_weight = weight_of(layer.frozen_layer).dtype
     if dtype is None and of_weight not in checks.DTYPES:
         must = "be given for layers whose weight does not have the dtype of their activations"
         fail("warmup", "dtype", must, f"None for {name!r} with a weight of {of_weight}", TypeError)
     dtype = dtype or of_weight
-    given: dict[str, nn.Parameter] = {key: getattr(layer, key) for key in layer.shapes()}
-    for key, parameter in given.items():
-        if parameter.dtype not in (dtype, torch.float32):
+    given: dict[str, Tensor] = {key: getattr(layer, key) for key in layer.shapes()}
+    for key, tensor in given.items():
+        if tensor.dtype not in (dtype, torch.float32):
             must = f"have dtype {dtype} like the activations, or torch.float32"
-            fail("warmup", f"{name}.{key}".strip("."), must, parameter.dtype, TypeError)
-    trained = [key in given and given[key].requires_grad for key in Factors._fields]
-    options = Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
+            fail("warmup", f"{name}.{key}".strip("."), must, tensor.dtype, TypeError)
+    modes = [(layer.dropout, True), (0.0, False)] if backward and layer.dropout > 0 else [(0.0, backward)]
+    requested = dispatch.requested_backend("warmup", layer.backend)
+    for dropout, has_backward in modes:
+        yield _Kind(layer.lora_a.device, requested, _call(layer, given, dtype, dropout, has_backward))
+
+
+def _call(
+    layer: LMoELinear, given: dict[str, Tensor], dtype: torch.dtype, dropout: float, backward: bool
+) -> tuple[Any, ...]:
+    """The fields of a `Call`. Dropout, and a bias of the choice, have the router logits computed outside of the backend."""
     experts_of_a = 1 if layer.shared_a else layer.num_experts
-    return _Kind(
-        layer.lora_a.device,
-        dispatch.requested_backend("warmup", layer.backend),
-        (
-            Sizes(0, layer.in_features, layer.out_features, layer.num_experts, layer.rank, experts_of_a),
-            dtype,
-            tuple(given[key].dtype if key in given else None for key in Factors._fields),
-            2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
-            options,
-            layer.output_router_logits,
-            Wanted(any(trained), *trained) if backward else Wanted(*[False] * len(Wanted._fields)),
-        ),
+    dtypes = tuple(given[key].dtype if key in given else None for key in Factors._fields)
+    trained = [backward and key in given and given[key].requires_grad for key in Factors._fields]
+    if dropout > 0 or layer.choice_bias is not None:
+        dtypes = (*dtypes[:2], None, None, torch.promote_types(dtype, torch.float32))
+        trained = [*trained[:2], False, False, any(trained)]
+    return (
+        Sizes(0, layer.in_features, layer.out_features, layer.num_experts, layer.rank, experts_of_a),
+        dtype,
+        dtypes,
+        2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
+        Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize, dropout),
+        layer.output_router_logits,
+        Wanted(any(trained), *trained),
     )
 
 

@@ -31,6 +31,7 @@ from benchmarks.inspect.machine_code import MachineCodeError, figures_of
 from benchmarks.measuring.environment import provenance
 from benchmarks.rows.shapes import DTYPES, Shape
 from lmoe_kernels.backends.triton import host
+from lmoe_kernels.backends.triton.dropout import dropout
 from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.options import Factors, Options
 from tools import calls
@@ -51,7 +52,7 @@ CHIPS = {
 # Spills that are let pass, of a kernel and of a step of its loop: under Triton 3.7 ptxas spills 2 to 6 registers of a few
 # kernels for sm_120, to fit one more program on a processor, and 2 in a loop of 136 instructions (2026-11-26).
 FEW_SPILLS, FEW_IN_LOOP = 8, 2
-TYPES = {torch.int32: "i32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TYPES = {torch.int32: "i32", torch.int64: "i64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,25 @@ def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **mor
     return Case(Shape(T, 4096, 4096, E, R, dtype), **more)
 
 
-TOP_2, OUTPUTS = DEFAULT._replace(top_k=2), DEFAULT._replace(mixing="outputs")
+TOP_2, OUTPUTS, DROPOUT = (
+    DEFAULT._replace(**change) for change in ({"top_k": 2}, {"mixing": "outputs"}, {"dropout": 0.1})
+)
 TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
-QUICK = [case(), case(T=16), case(T=8192, E=64, options=TOP_2)]
+QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2)]
 CASES = [
     *QUICK,
     *(case(T=t, E=e, R=r) for t in (16, 4096, 65536) for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))),
     case(T=8192, E=128, options=OUTPUTS._replace(top_k=2)),
     *(case(T=t, E=e, options=TOP_2_OF_ALL) for t in (16, 65536) for e in (8, 64)),
     *(case(T=t, options=TOP_2_OF_ALL, shared_a=True) for t in (16, 65536)),
-    *(Case(Shape(t, 2051, 1025, 5, 3, "bfloat16")) for t in (16, 65536)),
+    *(Case(Shape(t, 2051, 1025, 5, 3, "bfloat16"), DROPOUT) for t in (16, 65536)),
     *(Case(Shape(8192, 4096, o, 8, 16, "bfloat16")) for o in (14336, 28672)),
     *(case(E=4, R=64, options=options) for options in (DEFAULT, OUTPUTS)),
     case(options=OUTPUTS),
     case(options=OUTPUTS._replace(top_k=2), outside_logits=True),
     *(case(T=t, shared_a=True, factors_dtype="float32") for t in (16, 65536)),
-    *(case(T=t, dtype="float16") for t in (16, 65536)),
-    *(case(T=t, E=e, dtype="float32") for t in (16, 65536) for e in (8, 64)),
+    *(case(T=t, dtype="float16", options=DROPOUT) for t in (16, 65536)),
+    *(case(T=t, E=e, dtype="float32", options=DROPOUT) for t in (16, 65536) for e in (8, 64)),
     *(case(T=t, gate_bias=True) for t in (16, 65536)),
     case(T=8192, E=64, options=TOP_2, gate_bias=True),
 ]
@@ -143,6 +146,8 @@ def recorded(case: Case, chip: Chip) -> list[Recorded]:
         _, saved = calls.forward_saved("triton", x, factors, case.options)
         dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
         calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
+        if case.options.dropout > 0:
+            dropout(x, make(dtype=torch.int64), case.options.dropout)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 
 from lmoe_kernels.backends.triton import host
+from lmoe_kernels.backends.triton.dropout import dropout
 from lmoe_kernels.backends.triton.plans import Tile
 from tests.problems import Case, make_problem
 from tools import calls
@@ -180,5 +181,6 @@ def whole_calls(seed: int) -> int:
                 calls.forward("triton", x, factors, case.options, base=base, save=False)
                 _, saved = calls.forward_saved("triton", x, factors, case.options, base=base)
                 calls.backward("triton", dy, x, factors, saved, case.options, dlogits=problem.dlogits)
+                dropout(x, torch.zeros((), dtype=torch.int64), chosen.random())
                 count += 1
     return count

@@ -22,7 +22,7 @@ KERNELS = {
     "_one_pass_fwd_kernel", "_shrink_mix_fwd_kernel", "_shrink_fwd_kernel", "_mix_fwd_kernel", "_expand_fwd_kernel",
     "_shrink_mix_bwd_kernel", "_mix_bwd_kernel", "_wgrad_bwd_kernel", "_reduce_bwd_kernel", "_route_fwd_kernel",
     "_group_fwd_kernel", "_grouped_shrink_fwd_kernel", "_grouped_mix_fwd_kernel", "_grouped_expand_fwd_kernel",
-    "_grouped_mix_bwd_kernel", "_grouped_wgrad_bwd_kernel",
+    "_grouped_mix_bwd_kernel", "_grouped_wgrad_bwd_kernel", "_dropout_kernel",
 }  # fmt: skip
 
 

@@ -104,6 +104,12 @@ with stubbed_gpu():
     assert of_run(layer, some, dtype) == of_warmup(layer, some)
     layer, dtype = layers[4]
     assert of_run(layer, [5], dtype, autocast=True) == of_warmup(layer, 5, dtype=half)
+    for options in ({"dropout": 0.1}, {"dropout": 0.5, "output_router_logits": True}, {"top_k": 2, "choice_bias": True}):
+        layer = LMoELinear(48, 80, num_experts=4, gate_bias=True, dtype=half, backend="triton", **options)
+        in_training = of_run(layer, some, half)
+        layer.eval()
+        assert of_warmup(layer, some, backward=False) == of_run(layer, some, half, backward=False), options
+        assert of_warmup(layer, some) == in_training | of_run(layer, some, half, backward=False), options
     model = nn.ModuleList([layer for layer, _ in layers if layer.weight.dtype == half])
     assert of_warmup(model, 5) == set().union(*(of_warmup(layer, 5) for layer in model))
     every = [1, 16, 64, 65, 512, 1000, 1023, 1024, 8192, 13000, 65536]

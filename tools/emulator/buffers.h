@@ -1,4 +1,4 @@
-// What driver.cpp and products.cpp share: random tensors, and the loop over problems. Every buffer has an allocation of its
+// What the programs share: random tensors, and the loop over problems. Every buffer has an allocation of its
 // own and exact size, so that AddressSanitizer sees each access outside, and is full of NaN until it is written.
 #pragma once
 

@@ -1,6 +1,7 @@
 """Bugs that are put into copies of the kernels, one at a time, and must be caught by the emulator."""
 
 from tools.emulator.bug import Bug
+from tools.emulator.dropout_bugs import DROPOUT_BUGS
 from tools.emulator.expand_bugs import EXPAND_BUGS
 from tools.emulator.product_bugs import PRODUCT_BUGS
 
@@ -9,6 +10,7 @@ PROBLEMS = 4
 BUGS = (
     *PRODUCT_BUGS,
     *EXPAND_BUGS,
+    *DROPOUT_BUGS,
     Bug(
         "a first step without its wait, which is also the barrier after mix",
         "cuda/copies.cuh",
@@ -235,5 +237,6 @@ SOME_BUGS = tuple(
         "a barrier of the grid that one block does not reach",
         "a barrier of the grid in a launch that is not cooperative",
         "the sums of chunks overwritten by those of the next rows",
+        "vectors of rows that are not aligned",
     }
 )

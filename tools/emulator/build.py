@@ -13,8 +13,10 @@ from types import ModuleType
 
 from filelock import FileLock
 
-PROGRAMS = {"calls": "driver.cpp", "products": "products.cpp"}  # by the kind of their problems
-NOT_FOR_PRODUCTS = ("backward.cu", "forward.cu", "fused.cu", "mix.cu")  # launchers that only calls need
+PROGRAMS = {"calls": "driver.cpp", "products": "products.cpp", "dropout": "dropout.cpp"}  # by the kind of their problems
+# Launchers that a kind does not need; all need device.cu, which asks about the kernel of decode.cu.
+OF_CALLS = ("backward.cu", "forward.cu", "fused.cu", "mix.cu")
+SKIPPED = {"products": (*OF_CALLS, "dropout.cu"), "dropout": (*OF_CALLS, "expand.cu", "shrink.cu", "wgrad.cu")}
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 COMPILER = shutil.which("g++")
@@ -53,8 +55,7 @@ def load_extension(path: Path) -> ModuleType:
 
 def build_driver(cache: Path, kind: str, target: str, csrc: Path = CSRC) -> Path:
     """The program that runs problems of a kind over these sources."""
-    skipped = NOT_FOR_PRODUCTS if kind == "products" else ()
-    return _compile(cache, f"{kind}_{target}", [EMULATOR / PROGRAMS[kind]], TARGETS[target], csrc, skipped)
+    return _compile(cache, f"{kind}_{target}", [EMULATOR / PROGRAMS[kind]], TARGETS[target], csrc, SKIPPED.get(kind, ()))
 
 
 def has_sanitizer(target: str, folder: Path) -> bool:

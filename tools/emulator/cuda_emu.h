@@ -86,6 +86,7 @@ EMU_OUTLINE T __shfl_xor_sync(unsigned mask, T value, int flip) {
 }
 
 inline void store_vector(void* global, uint2 value) { *static_cast<uint2*>(global) = value; }
+inline void store_vector(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
 
 // An error in a launch that is not cooperative, as in CUDA.
 inline void grid_barrier() {

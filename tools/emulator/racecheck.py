@@ -45,7 +45,7 @@ def main() -> int:
     good = [
         clean(cache, target, kind, options.seed, count)
         for target, count in problems.items()
-        for kind in ("calls", "products")
+        for kind in build.PROGRAMS
     ]
     good += [caught(cache, bug) for bug in BUGS]
     return 0 if all(good) else 1

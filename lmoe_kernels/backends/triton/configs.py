@@ -253,6 +253,15 @@ def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
     return Tile(T=16 if chip.arch == "interpreter" else 4, F=16, ER=64, E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
 
 
+def dropout_tile(features: int) -> Tile:
+    """The tile of dropout: as many whole rows as have about 2048 elements, 16 for each thread.
+
+    Each thread computes the keys of all tokens of its tile, so that few tokens with many features cost the least.
+    """
+    width = block_of(features, most=2048)
+    return Tile(T=2048 // width, F=width, ER=16)
+
+
 def splits_of(tile: Tile, features: int, dtype: torch.dtype) -> list[int]:
     """The split-K factors that a shrink may have.
 

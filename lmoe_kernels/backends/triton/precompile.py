@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget
 
 from lmoe_kernels.backends.triton import configs, host
 from lmoe_kernels.backends.triton.backward import backward
+from lmoe_kernels.backends.triton.dropout import dropout
 from lmoe_kernels.backends.triton.forward import forward
 from lmoe_kernels.backends.triton.plans import Chip, Tile
 from lmoe_kernels.options import Factors, Options, Sizes, Wanted
@@ -72,6 +73,8 @@ def run(call: Call, device: torch.device) -> None:
     factors = Factors(*(None if dtype is None else zeros(*shape, dtype=dtype) for shape, dtype in given))  # pyright: ignore[reportArgumentType]
     x, base = zeros(T, I), (None, zeros(O), zeros(T, O))[call.base_dims]
     with torch.no_grad():
+        if call.options.dropout > 0:
+            dropout(x, zeros(dtype=torch.int64), call.options.dropout)
         forward(x, factors, base, call.options, save=call.returns_logits)
         if any(call.wanted):
             _, saved = forward(x, factors, base, call.options, save=True)

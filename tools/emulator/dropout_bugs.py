@@ -1,0 +1,103 @@
+"""Bugs in dropout: the hash and its keys, tokens and features outside, vectors at addresses that are not aligned."""
+
+from tools.emulator.bug import Bug
+
+WRONG = "numbers are wrong"
+OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
+
+DROPOUT_BUGS = (
+    Bug(
+        "a mask without its second key",
+        "cuda/dropout.cu",
+        "uint32_t mixed(",
+        " ^ second_key",
+        "",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "a mask from the low half of the seed alone",
+        "cuda/dropout.cu",
+        "Keys(int64_t seed, int64_t token)",
+        "high ^ 0x9e3779b9",
+        "0x9e3779b9",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "a mask that all blocks of tokens share",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        "keys(*p.seed, t)",
+        "keys(*p.seed, t % DROPOUT_WARPS)",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "a mask that all blocks of features share",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        "static_cast<uint32_t>(first) + i",
+        "static_cast<uint32_t>(threadIdx.x % 32 * W) + i",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "the hash at the threshold dropped",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        ">= p.threshold",
+        "> p.threshold",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "rows of a dropout without their stride",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        "t * p.rows.stride",
+        "t * p.F",
+        WRONG,
+        kind="dropout",
+    ),
+    Bug(
+        "a token behind the last read by dropout",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        "if (t >= p.T) return;",
+        "",
+        OUTSIDE,
+        kind="dropout",
+        target="address",
+    ),
+    Bug(
+        "a feature behind the last stored by dropout",
+        "cuda/dropout.cu",
+        "dropout_kernel(",
+        "if (first + i * 32 * W < p.F) store_together",
+        "store_together",
+        OUTSIDE,
+        kind="dropout",
+        target="address",
+    ),
+    Bug(
+        "vectors of rows that are not aligned",
+        "cuda/dropout.cu",
+        "void dropout(",
+        "on_16_bytes(p.rows.data, p.rows.stride, sizeof(S)) && ",
+        "",
+        "misaligned address",
+        kind="dropout",
+        target="address",
+    ),
+    Bug(
+        "vectors of a result that is not aligned",
+        "cuda/dropout.cu",
+        "void dropout(",
+        " && on_16_bytes(p.out, p.F, sizeof(S))",
+        "",
+        "misaligned address",
+        kind="dropout",
+        target="address",
+    ),
+)
