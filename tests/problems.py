@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels import lmoe, lmoe_linear, reference
+from lmoe_kernels.dropout import new_seed
 from lmoe_kernels.options import Mixing, Options
 from tools.calls import factors_of
 from tools.error_rule import ORDERS, assert_no_worse, reordered
@@ -55,24 +56,35 @@ class Case:
 
 @dataclass
 class Problem:
-    """A case with its tensors; `dy` and `dlogits` are the incoming gradients of y and of the router logits."""
+    """A case with its tensors; `dy` and `dlogits` are the incoming gradients of y and of the router logits.
+
+    With dropout, `mask` are the elements of x that lora_a sees; it is the mask of `seed`.
+    """
 
     case: Case
     tensors: dict[str, Tensor]
     dy: Tensor
     dlogits: Tensor
     options: dict = field(default_factory=dict)
+    seed: Tensor | None = None
+    mask: Tensor | None = None
 
     def call(self, backend: str | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """(y, router_logits) of the package's function; the given tensors replace those of the problem."""
         tensors = {**self.tensors, **tensors}
         case = self.case
-        kwargs: dict[str, Any] = {**case.options._asdict(), "return_router_logits": True, "backend": backend}
+        kwargs: dict[str, Any] = {
+            **case.options._asdict(), "seed": self.seed, "return_router_logits": True, "backend": backend,
+        }  # fmt: skip
         kwargs |= {name: tensors[name] for name in ("gate_weight", "gate_bias", "gate_logits") if name in tensors}
         factors = tensors["lora_a"], tensors["lora_b"]
         if case.linear:
             return lmoe_linear(tensors["x"], tensors["weight"], tensors["bias"], *factors, **kwargs)
         return lmoe(tensors["x"], *factors, **kwargs)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """What lora_a sees, in x's dtype."""
+        return x if self.mask is None else (x / (1 - self.case.dropout)).where(self.mask, 0.0)
 
     def of_experts(self, kept: list[int]) -> "Problem":
         """The same problem with these experts alone."""
@@ -80,7 +92,8 @@ class Problem:
             name: t.index_select(SHAPES[name].index("E"), torch.tensor(kept)) if "E" in SHAPES[name] else t
             for name, t in self.tensors.items()
         }
-        return Problem(replace(self.case, E=len(kept)), tensors, self.dy, self.dlogits[:, kept])
+        case = replace(self.case, E=len(kept))
+        return replace(self, case=case, tensors=tensors, dlogits=self.dlogits[:, kept])
 
 
 def good_arguments(**changes: Any) -> dict[str, Any]:
@@ -149,7 +162,12 @@ def make_problem(case: Case, dtype: torch.dtype, param_dtype: torch.dtype | None
         tensors["gate_bias"] = gate_bias
     if case.linear:
         tensors |= {"weight": draw(case.O, case.I, scale=of_features), "bias": draw(case.O)}
-    return Problem(case, tensors, draw(case.T, case.O), draw(case.T, case.E, to=torch.promote_types(dtype, torch.float32)))
+    wide = torch.promote_types(dtype, torch.float32)
+    problem = Problem(case, tensors, draw(case.T, case.O), draw(case.T, case.E, to=wide))
+    if case.dropout:
+        problem.seed = new_seed(x.device)
+        problem.mask = reference.keep_mask(problem.seed, case.T, case.I, case.dropout)
+    return problem
 
 
 def _clear_choices(logits: Tensor, top_k: int | None) -> Tensor:
@@ -163,7 +181,11 @@ def _clear_choices(logits: Tensor, top_k: int | None) -> Tensor:
 def eager(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Plain PyTorch's results: the factored form in x's dtype, differentiated by autograd."""
     case, x = problem.case, tensors["x"]
-    delta, logits = factored(x, factors_of(tensors), case.options)
+    factors = factors_of(tensors)
+    delta, logits = factored(x, factors, case.options)
+    if case.dropout:
+        outside = factors._replace(gate_weight=None, gate_bias=None, gate_logits=logits)
+        delta, _ = factored(problem.dropped(x), outside, case.options)
     return F.linear(x, tensors["weight"], tensors["bias"]) + delta if case.linear else delta, logits
 
 
@@ -192,7 +214,7 @@ def truth(problem: Problem) -> dict[str, Tensor]:
     logits = factors.gate_logits if factors.gate_weight is None else F.linear(x, factors.gate_weight, factors.gate_bias)
     outside = factors._replace(gate_weight=None, gate_bias=None, gate_logits=logits)
     base = F.linear(x, leaves["weight"], leaves["bias"]) if case.linear else None
-    y, _ = reference.forward(x, outside, base, case.options, save=False)
+    y, _ = reference.forward(problem.dropped(x), outside, base, case.options, save=False)
     return outcome(problem, (y, logits), leaves)
 
 
@@ -203,7 +225,9 @@ def plain_pytorch(problem: Problem) -> Iterator[dict[str, Tensor]]:
         order = {letter: torch.randperm(getattr(case, letter), device=problem.dy.device) for letter in "IOER"}
         tensors = {name: reordered(t, SHAPES[name], order) for name, t in problem.tensors.items()}
         dy, dlogits = reordered(problem.dy, SHAPES["dy"], order), reordered(problem.dlogits, SHAPES["dlogits"], order)
-        other, leaves = Problem(case, tensors, dy, dlogits), leaves_of(tensors)
+        mask = None if problem.mask is None else reordered(problem.mask, SHAPES["x"], order)
+        other = replace(problem, tensors=tensors, dy=dy, dlogits=dlogits, mask=mask)
+        leaves = leaves_of(tensors)
         back = {letter: permutation.argsort() for letter, permutation in order.items()}
         results = outcome(other, eager(other, leaves), leaves)
         yield {name: reordered(t, SHAPES[name], back).to(dtype) for name, t in results.items()}
