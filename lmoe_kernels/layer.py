@@ -312,6 +312,10 @@ class LMoELinear(nn.Module, LayerWithExperts):
         """The router logits of the last forward, see `LayerWithExperts`."""
         return {} if self.router_logits is None else {_ADAPTER: self.router_logits}
 
+    def loads(self) -> dict[str, Tensor]:
+        """The load of the experts if they have a choice_bias, see `LayerWithExperts`."""
+        return {} if self.load is None else {_ADAPTER: self.load}
+
     def _warn_of_frozen_parameters(self) -> None:
         """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
         frozen = not any(parameter.requires_grad for parameter in (self.lora_a, self.lora_b, self.gate_weight))
