@@ -69,6 +69,7 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
         self.lmoe_options: dict[str, LayerConfig] = {}
         self.lmoe_load = nn.Module()  # the loads of the experts are its buffers, which are not saved
         self._router_logits: dict[str, Tensor] = {}
+        self.train(base_layer.training)  # a new module is in training mode, and so would drop out in an evaluated model
 
     def update_layer(self, adapter: str, options: LayerConfig) -> None:
         """Create the experts and the gate of an adapter."""
