@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """L-MoE: fused, differentiable kernels for a frozen linear layer with a mixture of LoRA experts that is gated per token."""
 
-from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss
+from lmoe_kernels.auxiliary import auxiliary_loss
+from lmoe_kernels.auxiliary_trainer import add_auxiliary_loss
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.compilation import warmup
 from lmoe_kernels.dispatch import use_backend

@@ -1,26 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The auxiliary loss of a model, balance loss and z-loss of all its layers, for custom training loops and for Trainer."""
+"""The auxiliary loss of a model: the balance loss and the z-loss of all its layers, each on the tokens of its mask."""
 
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lmoe_kernels.checks import check_finite, fail
 from lmoe_kernels.losses import balance_loss, router_z_loss
-from lmoe_kernels.model import collect_router_logits
+from lmoe_kernels.model import KeptLogits, kept_router_logits
 from lmoe_kernels.naming import unwrapped
-from lmoe_kernels.targets import lmoe_layers
 
+Weights = tuple[float, float]  # of the balance loss and of the z-loss
 Mask = Tensor | Mapping[str, Tensor | None] | Callable[[str], Tensor | None] | None
 
 _SIDES = ("encoder", "decoder")
 # Cross-attention is part of the decoder, but computes its keys and values from the encoder's tokens.
 _CROSS_ATTENTION = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
 _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_proj|_lin)?")
-_NONE_KEPT = "none (is output_router_logits set?)"
+NONE_KEPT = "none (is output_router_logits set?)"
+
+
+class MaskOfBatch(NamedTuple):
+    """The masks of a batch of a transformers model. A layer that they do not fit, such as a pooler, gets none."""
+
+    encoder: Tensor | None
+    decoder: Tensor | None  # the same mask as for the encoder in a model that is not of both
+
+    def of_layer(self, name: str, logits: Tensor) -> Tensor | None:
+        """The mask of the tokens that a layer processes; None if all tokens count."""
+        side = _side(name)
+        masks = [self.encoder, self.decoder] if side is None else [self.encoder if side == "encoder" else self.decoder]
+        fitting = [mask for mask in masks if mask is None or _fits(logits, mask)]
+        return None if any(mask is not fitting[0] for mask in fitting) or not fitting else fitting[0]
 
 
 def auxiliary_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.0, mask: Mask = None) -> Tensor:
@@ -31,10 +45,10 @@ def auxiliary_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.0, m
 
     Semantics:
         of_layer = balance * balance_loss(logits, layer.top_k or 1, mask) + z * router_z_loss(logits, mask)
-        loss = mean of of_layer over the layers
+        loss = mean of of_layer over the layers  # with several adapters: the sum of their means
 
     Args:
-        model: a model whose L-MoE layers have `output_router_logits` set. Layers that have not run are skipped.
+        model: a model whose layers with experts have `output_router_logits` set. Layers that have not run are skipped.
         balance: weight of the balance loss.
         z: weight of the router z-loss.
         mask: which tokens count, as in `balance_loss`. One of: a tensor (B, S) for all layers; a dict {"encoder": (B, S),
@@ -52,132 +66,43 @@ def auxiliary_loss(model: nn.Module, *, balance: float = 0.01, z: float = 0.0, m
     Example:
         loss = model(ids, attention_mask=mask, labels=ids).loss + auxiliary_loss(model, mask=mask)
     """
-    _check_weights("auxiliary_loss", balance, z)
-    logits = collect_router_logits(model)
-    if not logits:
-        fail("auxiliary_loss", "model", "have kept router logits in its last forward", _NONE_KEPT)
-    return _mean_over_layers(model, logits, balance, z, mask)
+    check_weights("auxiliary_loss", balance, z)
+    kept = kept_router_logits(model)
+    if not kept:
+        fail("auxiliary_loss", "model", "have kept router logits in its last forward", NONE_KEPT)
+    return loss_of_adapters(kept, lambda adapter: (balance, z), mask)
 
 
-def add_auxiliary_loss(
-    trainer: Any,
-    *,
-    balance: float = 0.01,
-    z: float = 0.0,
-    mask: Callable[[Mapping[str, Any]], Mask] | None = None,
-) -> "AddedLoss":
-    """Add `auxiliary_loss` to the training loss of a transformers Trainer or of a subclass of it.
-
-    Each optimizer step gets the mean over its micro-batches and processes, whether the model or the Trainer scales the
-    loss. The logged `loss` includes it. Evaluation and generation do not change: `eval_loss` is the loss of the model.
-
-    Args:
-        trainer: a Trainer that was created with a model whose L-MoE layers have `output_router_logits` set.
-        balance: weight of the balance loss.
-        z: weight of the router z-loss.
-        mask: a function from the keyword arguments of the model's forward to a mask for `auxiliary_loss`. None uses
-            `attention_mask`. In an encoder-decoder model None uses `attention_mask` for the encoder, and for the decoder
-            `decoder_attention_mask` or, if that is not given, the tokens whose label is not -100.
-
-    Returns:
-        an object whose `remove()` restores the Trainer's own loss.
-
-    Raises:
-        ValueError: the Trainer already has an auxiliary loss, creates its model in `train()` (model_init), or has a model
-            that keeps no router logits; during training, as `auxiliary_loss`.
-        TypeError: `trainer` is not a Trainer; during training, as `auxiliary_loss`.
-
-    Example:
-        trainer = Trainer(model, args, train_dataset=data)
-        add_auxiliary_loss(trainer, balance=0.01)
-        trainer.train()
-    """
-    op = "add_auxiliary_loss"
-    model = getattr(trainer, "model", None)
-    if not callable(getattr(trainer, "compute_loss", None)) or not isinstance(model, nn.Module):
-        fail(op, "trainer", "be a transformers.Trainer with a model", type(trainer).__name__, TypeError)
-    _check_weights(op, balance, z)
-    if isinstance(trainer.compute_loss, AddedLoss):
-        fail(op, "trainer", "have at most one auxiliary loss (remove() the first)", "a second")
-    if getattr(trainer, "model_init", None) is not None:
-        fail(op, "trainer", "be created with its model", "model_init, which creates another one in train()")
-    if not any(layer.output_router_logits for layer in lmoe_layers(model).values()):
-        fail(op, "model", "have L-MoE layers that keep router logits", _NONE_KEPT)
-    if mask is None:
-        two_sides = getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False)
-        mask = _masks_of_both_sides if two_sides else _attention_mask
-    return AddedLoss(trainer, balance, z, mask)
+def loss_of_adapters(kept: Iterable[KeptLogits], weights_of: Callable[[str], Weights], mask: Mask | MaskOfBatch) -> Tensor:
+    """The sum over the adapters of the mean over their layers of the weighted losses, on the first layer's device."""
+    by_adapter: dict[str, list[KeptLogits]] = {}
+    for of_layer in kept:
+        by_adapter.setdefault(of_layer.adapter, []).append(of_layer)
+    losses = [_mean_over_layers(layers, weights_of(adapter), mask) for adapter, layers in by_adapter.items()]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
 
 
-class AddedLoss:
-    """The auxiliary loss of a Trainer. It replaces the Trainer's `compute_loss` until `remove` is called."""
-
-    def __init__(self, trainer: Any, balance: float, z: float, mask: Callable[[Mapping[str, Any]], Mask]) -> None:
-        self._trainer, self._compute_loss = trainer, trainer.compute_loss
-        self._losses: list[Tensor] = []  # one for each forward, on each replica, since compute_loss was called
-
-        def keep_loss(model: nn.Module, args: Any, batch: dict[str, Any], output: Any) -> None:
-            if model.training and torch.is_grad_enabled() and (logits := collect_router_logits(model)):
-                self._losses.append(_mean_over_layers(model, logits, balance, z, mask(batch)))
-
-        # The loss is computed in a forward hook because the masks are arguments of the forward, and because the replicas
-        # of DataParallel, with their router logits, exist only until the forward returns.
-        self._hook = trainer.model.register_forward_hook(keep_loss, with_kwargs=True)
-        trainer.compute_loss = self
-
-    def __call__(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        """Compute the Trainer's own loss and, in training, add the auxiliary loss."""
-        self._losses.clear()
-        result = self._compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if not model.training:
-            return result
-        if not self._losses:
-            fail("add_auxiliary_loss", "model", "have kept router logits in its last forward", _NONE_KEPT)
-        loss, *outputs = result if return_outputs else (result,)
-        auxiliary = torch.stack([of_forward.to(loss.device) for of_forward in self._losses]).mean()
-        self._losses.clear()
-        if not _trainer_divides(self._trainer, num_items_in_batch):
-            auxiliary = auxiliary / self._trainer.current_gradient_accumulation_steps
-        return (loss + auxiliary, *outputs) if return_outputs else loss + auxiliary
-
-    def remove(self) -> None:
-        """Restore the Trainer's own loss."""
-        self._hook.remove()
-        if self._trainer.__dict__.get("compute_loss") is self:
-            del self._trainer.compute_loss
-
-
-def _trainer_divides(trainer: Any, num_items_in_batch: Any) -> bool:
-    """Whether Trainer divides the result of compute_loss by the number of micro-batches; the rule of its `training_step`.
-
-    It does not if the loss is a sum over tokens that is already divided by the number of tokens in all micro-batches.
-    """
-    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-    if scaled is None:
-        by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
-        scaled = by_model or trainer.compute_loss_func is not None
-    return not scaled
-
-
-def _mean_over_layers(model: nn.Module, logits: Mapping[str, Tensor], balance: float, z: float, mask: Mask) -> Tensor:
+def _mean_over_layers(kept: list[KeptLogits], weights: Weights, mask: Mask | MaskOfBatch) -> Tensor:
     """The mean over the layers of their weighted losses, on the first layer's device."""
-    if isinstance(mask, Tensor) and set(_SIDES) <= {_side(name) for name in logits}:
+    if isinstance(mask, Tensor) and set(_SIDES) <= {_side(of_layer.layer) for of_layer in kept}:
         must = "be {'encoder': ..., 'decoder': ...} for a model that has both, or a function of a layer's name"
         fail("auxiliary_loss", "mask", must, "one tensor")
-    layers, losses = lmoe_layers(model), []
-    for name, of_layer in logits.items():
-        tokens = _mask_of_layer(name, of_layer, mask)
-        loss = of_layer.new_zeros((), dtype=torch.promote_types(of_layer.dtype, torch.float32))
+    (balance, z), losses = weights, []
+    for name, _, top_k, logits in kept:
+        tokens = _mask_of_layer(name, logits, mask)
+        loss = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         if balance:
-            loss = loss + balance * balance_loss(of_layer, layers[name].top_k or 1, tokens)
+            loss = loss + balance * balance_loss(logits, top_k or 1, tokens)
         if z:
-            loss = loss + z * router_z_loss(of_layer, tokens)
+            loss = loss + z * router_z_loss(logits, tokens)
         losses.append(loss)
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
-def _mask_of_layer(name: str, logits: Tensor, mask: Mask) -> Tensor | None:
+def _mask_of_layer(name: str, logits: Tensor, mask: Mask | MaskOfBatch) -> Tensor | None:
     """The mask of the tokens that a layer processes, in the shape of its logits."""
+    if isinstance(mask, MaskOfBatch):
+        return _reshaped_mask(name, logits, mask.of_layer(name, logits))
     if mask is None or isinstance(mask, Tensor):
         return _reshaped_mask(name, logits, mask)
     if not isinstance(mask, Mapping):
@@ -222,17 +147,17 @@ def _reshaped_mask(name: str, logits: Tensor, mask: Tensor | None) -> Tensor | N
     return mask.reshape(logits.shape[:-1])
 
 
-def _attention_mask(batch: Mapping[str, Any]) -> Mask:
-    return batch.get("attention_mask")
-
-
-def _masks_of_both_sides(batch: Mapping[str, Any]) -> Mask:
-    decoder, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+def mask_of_batch(model: nn.Module, batch: Mapping[str, Any]) -> MaskOfBatch:
+    """Find the masks among the keyword arguments of a transformers model's forward."""
+    mask, decoder, labels = batch.get("attention_mask"), batch.get("decoder_attention_mask"), batch.get("labels")
+    if not getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False):
+        return MaskOfBatch(mask, mask)
     if decoder is None and isinstance(labels, Tensor) and labels.dim() == 2:
         decoder = labels != -100
-    return {"encoder": batch.get("attention_mask"), "decoder": decoder}
+    return MaskOfBatch(mask, decoder)
 
 
-def _check_weights(op: str, balance: float, z: float) -> None:
+def check_weights(op: str, balance: float, z: float) -> None:
+    """Check the weights of the two losses."""
     for name, weight in (("balance", balance), ("z", z)):
         check_finite(op, name, weight, "be a number of at least 0", at_least=0)

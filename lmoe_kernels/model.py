@@ -4,7 +4,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
     hint_for_layers,
+    layers_with_experts,
     lmoe_layers,
     lmoe_layers_by_every_name,
     mark_saved,
@@ -250,28 +251,49 @@ def collect_router_logits(model: nn.Module) -> dict[str, Tensor]:
     gradients, so that a loss on these logits would train nothing. A warning says so.
 
     Args:
-        model: a model whose L-MoE layers have `output_router_logits` set. Layers that have not run are skipped.
+        model: a model whose layers with experts have `output_router_logits` set. Layers that have not run are skipped.
 
     Returns:
-        the router logits (..., E) by the layers' names in the plain model.
+        the router logits (..., E) by the layers' names in the plain model. If several adapters of a layer kept theirs, their
+        keys are "<name of the layer>.<name of the adapter>".
 
     Example:
         loss = model(...).loss + 0.01 * balance_loss(collect_router_logits(model).values())
     """
-    layers = {n: layer for n, layer in lmoe_layers(model).items() if layer.output_router_logits}
-    logits = {name: layer.router_logits for name, layer in layers.items() if layer.router_logits is not None}
-    if torch.is_grad_enabled() and any(_lost_its_graph(layers[name], kept) for name, kept in logits.items()):
+    kept = kept_router_logits(model)
+    layers = [of_layer.layer for of_layer in kept]
+    return {k.layer if layers.count(k.layer) == 1 else f"{k.layer}.{k.adapter}": k.logits for k in kept}
+
+
+class KeptLogits(NamedTuple):
+    """The router logits that one adapter of a layer kept in its last forward."""
+
+    layer: str  # the name in the plain model
+    adapter: str
+    top_k: int | None
+    logits: Tensor  # (..., E)
+
+
+def kept_router_logits(model: nn.Module) -> list[KeptLogits]:
+    """The router logits of a model's last forward. Warn if they lack gradients, see `collect_router_logits`."""
+    kept: list[KeptLogits] = []
+    without_graph = False
+    for name, layer in layers_with_experts(model).items():
+        if not (of_layer := layer.kept_router_logits()):
+            continue
+        mixtures = layer.mixtures()
+        for adapter, logits in of_layer.items():
+            mixture = mixtures[adapter]
+            kept.append(KeptLogits(name, adapter, mixture.config.top_k, logits))
+            is_trained = getattr(layer, "training", False) and mixture.tensors["gate_weight"].requires_grad
+            without_graph |= is_trained and not logits.requires_grad
+    if without_graph and torch.is_grad_enabled():
         warnings.warn(
             "collect_router_logits: the router logits of layers in training mode have no gradient, so a loss on them trains "
             "nothing. Reentrant activation checkpointing causes this: pass use_reentrant=False.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return logits
-
-
-def _lost_its_graph(layer: LMoELinear, logits: Tensor) -> bool:
-    """Whether a layer's gate is trained, but its router logits were computed without a graph."""
-    return layer.training and layer.gate_weight.requires_grad and not logits.requires_grad
+    return kept
 
 
 def _names(argument: str, names: Any) -> list[str]:

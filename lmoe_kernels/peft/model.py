@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from lmoe_kernels import checks
+from lmoe_kernels import auxiliary_hook, checks
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import weight_of
 from lmoe_kernels.peft.config import LMoEConfig
@@ -43,10 +43,14 @@ class LMoEModel(BaseTuner):
             config.check()  # again, because the options may have been changed since the configuration was made
             with _unchanged_on_error(model, adapter_name):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                if not _layers(model, adapter_name):  # PEFT 0.18 does not check this for a second adapter
+                    checks.fail(_OP, "target_modules", "match layers of the model", repr(config.target_modules))
                 _check_saved(model, adapter_name, config)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
+        if any(config.coefficients()):
+            auxiliary_hook.install(model, _Coefficients(self.peft_config))
         if config.top_k == 1 and config.renormalize and config.num_experts > 1 and not any(config.coefficients()):
             warnings.warn(
                 "LMoEConfig: top_k=1 with renormalize=True: the kept gate is always 1, so the language-modelling loss does "
@@ -103,6 +107,16 @@ class LMoEModel(BaseTuner):
         saved = layers_of({key: tensor.shape for key, tensor in state_dict.items()})
         check_layers("load_adapter", _shapes(model, adapter_name), saved, "the state dict")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class _Coefficients:
+    """The weights of an adapter's auxiliary losses. Unlike a function inside a method, it can be copied and pickled."""
+
+    def __init__(self, configs: dict[str, LMoEConfig]) -> None:
+        self.configs = configs
+
+    def __call__(self, adapter: str) -> tuple[float, float]:
+        return self.configs[adapter].coefficients()
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, LMoETunerLinear]:

@@ -9,13 +9,11 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer
 
 from lmoe_kernels import (
     add_auxiliary_loss,
-    apply_lmoe,
     balance_loss,
     collect_router_logits,
     disable_lmoe,
@@ -23,42 +21,9 @@ from lmoe_kernels import (
     router_z_loss,
 )
 from tests.models import llama, with_experts
+from tests.training import Recorder, WithoutLossArguments, arguments, replica, rows, summed_loss, t5
 
 WEIGHTS = {"balance": 3.0, "z": 0.5}  # large compared with the model's loss, so that counting twice shows
-
-
-def rows(count: int) -> list[dict[str, Tensor]]:
-    """Rows of 8 tokens, of which the first 3 to 8 count."""
-    result = []
-    for _ in range(count):
-        tokens = torch.arange(8) < torch.randint(3, 9, ())
-        ids = torch.randint(0, 32, (8,)).where(tokens, 0)
-        result.append({"input_ids": ids, "attention_mask": tokens.long(), "labels": ids.where(tokens, -100)})
-    return result
-
-
-def arguments(folder: Path, **options) -> TrainingArguments:
-    options = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "save_strategy": "no", **options}
-    return TrainingArguments(
-        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, per_device_train_batch_size=2,
-        per_device_eval_batch_size=2, logging_steps=1, **options,
-    )  # fmt: skip
-
-
-class Recorder(TrainerCallback):
-    """Records the gradients of the last step and its batches."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.batches: list[dict[str, Tensor]] = []
-        self.gradients: dict[str, Tensor] = {}
-        self.hook = model.register_forward_pre_hook(self._batch, with_kwargs=True)
-
-    def _batch(self, model: nn.Module, args: tuple, batch: dict) -> None:
-        if model.training:
-            self.batches.append(batch)
-
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **kwargs) -> None:
-        self.gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients_of_a_step(model: nn.Module, folder: Path, added: bool, trainer_class=Trainer, **options):
@@ -86,17 +51,6 @@ def expected_gradients(model: nn.Module, batches: list[dict]) -> dict[str, Tenso
         loss = WEIGHTS["balance"] * balance_loss(logits, mask=mask) + WEIGHTS["z"] * router_z_loss(logits, mask)
         (loss / len(batches)).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-class WithoutLossArguments(LlamaForCausalLM):
-    """Its loss is a mean over the batch, which Trainer divides by the number of micro-batches."""
-
-    accepts_loss_kwargs = False
-
-
-def summed_loss(outputs, labels: Tensor, num_items_in_batch) -> Tensor:
-    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    return F.cross_entropy(outputs.logits.flatten(0, 1), shifted.flatten(), reduction="sum") / num_items_in_batch
 
 
 class SaysItIsScaled(Trainer):
@@ -169,7 +123,7 @@ def test_replicas_of_data_parallel_keep_their_losses(tmp_path: Path) -> None:
     batches.append({name: tensor[:, :5] for name, tensor in batches[0].items()})
 
     def data_parallel(model: nn.Module, batch: list[dict], **options) -> Tensor:
-        return torch.stack([_replica(model)(**part).loss for part in batch])
+        return torch.stack([replica(model)(**part).loss for part in batch])
 
     trainer.compute_loss = data_parallel
     add_auxiliary_loss(trainer, **WEIGHTS)
@@ -182,15 +136,6 @@ def test_replicas_of_data_parallel_keep_their_losses(tmp_path: Path) -> None:
     alone = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     for name, gradient in expected_gradients(model, batches).items():
         torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def _replica(module: nn.Module) -> nn.Module:
-    replica = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(replica, name, None if parameter is None else parameter * 1)
-    replica._buffers = dict(module._buffers)
-    replica._modules = {name: child and _replica(child) for name, child in module._modules.items()}
-    return replica
 
 
 def test_evaluation_and_generation_add_no_loss(tmp_path: Path) -> None:
@@ -244,15 +189,6 @@ def test_reentrant_checkpointing_warns_once(use_reentrant: bool, tmp_path: Path)
     warned = [str(warning.message) for warning in caught if "router logits" in str(warning.message)]
     assert len(warned) == (1 if use_reentrant else 0)
     assert all("use_reentrant=False" in text for text in warned)
-
-
-def t5(**options) -> nn.Module:
-    config = T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
-    )  # fmt: skip
-    model = T5ForConditionalGeneration(config).double()
-    apply_lmoe(model, ["q", "k", "wo"], num_experts=3, rank=2, **options)
-    return model
 
 
 @pytest.mark.parametrize("decoder_length", [5, 8], ids=["shorter", "of one length"])

@@ -15,7 +15,9 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
     {"__init__", "info", "peft"},
-    {"auxiliary", "checkpoint", "compilation"},
+    {"auxiliary_trainer", "checkpoint", "compilation"},
+    {"auxiliary_hook"},
+    {"auxiliary"},
     {"model"},
     {"pretrained"},
     {"peft_interop"},
