@@ -56,13 +56,12 @@ def check_layers(op: str, expected: Shapes, saved: Shapes, where: str) -> None:
     """
     for layer, shapes in expected.items():
         for tensor, shape in shapes.items():
-            got = saved.get(layer, {}).get(tensor)
+            name, got = repr(f"{layer}.{tensor}"), saved.get(layer, {}).get(tensor)
             if got is None:
-                fail(op, where, f"hold {f'{layer}.{tensor}'!r}", "none of that name")
+                fail(op, where, f"hold {name}", "none of that name")
             if got != shape:
-                fail(op, f"{f'{layer}.{tensor}'!r} in {where}", f"have shape {shape}", got)
+                fail(op, f"{name} in {where}", f"have shape {shape}", got)
     for layer, shapes in saved.items():
         if unknown := next((tensor for tensor in shapes if tensor not in expected.get(layer, {})), None):
-            fail(
-                op, where, "hold only tensors that the model and the configuration of the adapter have", f"{layer}.{unknown}"
-            )
+            must = "hold only tensors that the model and the configuration of the adapter have"
+            fail(op, where, must, repr(f"{layer}.{unknown}"))
