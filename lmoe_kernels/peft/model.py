@@ -50,7 +50,7 @@ class LMoEModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         if any(config.coefficients()):
-            auxiliary_hook.install(model, _Coefficients(self.peft_config))
+            auxiliary_hook.install(model, _Coefficients(model))
         if config.top_k == 1 and config.renormalize and config.num_experts > 1 and not any(config.coefficients()):
             warnings.warn(
                 "LMoEConfig: top_k=1 with renormalize=True: the kept gate is always 1, so the language-modelling loss does "
@@ -110,13 +110,14 @@ class LMoEModel(BaseTuner):
 
 
 class _Coefficients:
-    """The weights of an adapter's auxiliary losses. Unlike a function inside a method, it can be copied and pickled."""
+    """The weights of the auxiliary losses of a model's adapters. Unlike a nested function, it can be copied and pickled."""
 
-    def __init__(self, configs: dict[str, LMoEConfig]) -> None:
-        self.configs = configs
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
     def __call__(self, adapter: str) -> tuple[float, float]:
-        return self.configs[adapter].coefficients()
+        config = getattr(self.model, "peft_config", {}).get(adapter)  # PEFT sets this attribute, and removes it in unload()
+        return config.coefficients() if isinstance(config, LMoEConfig) else (0.0, 0.0)
 
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, LMoETunerLinear]:
