@@ -6,14 +6,14 @@ from itertools import product
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmoe_kernels import checks, dispatch
 from lmoe_kernels.checks import fail
-from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import is_plain_linear, weight_of
+from lmoe_kernels.mixture import LayerWithExperts, Mixture
 from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
-from lmoe_kernels.targets import lmoe_layers
+from lmoe_kernels.targets import layers_with_experts
 
 _Item = TypeVar("_Item")
 _TILE = 64  # tokens
@@ -62,10 +62,10 @@ def warmup(
     checks.check_bool("warmup", "backward", backward)
     if processes is not None:
         checks.check_positive_int("warmup", "processes", processes)
-    layers = lmoe_layers(model)
-    if not layers:
+    sources = [source for name, layer in layers_with_experts(model).items() for source in _sources(name, layer)]
+    if not sources:
         fail("warmup", "model", "have L-MoE layers", "none")
-    kinds = dict.fromkeys(kind for name, layer in layers.items() for kind in _kinds(name, layer, dtype, backward))
+    kinds = dict.fromkeys(kind for source in sources for kind in _kinds(source, dtype, backward))
     found = _of_triton(kinds, numbers)
     if not found:
         return 0
@@ -111,41 +111,57 @@ def _thinned(numbers: Iterable[int]) -> list[int]:
     return [number for tile in of_tile.values() for number in sorted({min(tile), max(tile)})]
 
 
-def _kinds(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> Iterator[_Kind]:
-    """What a layer computes; with dropout that is one thing in training, and another in evaluation."""
-    of_weight = weight_of(layer.frozen_layer).dtype
+class _Source(NamedTuple):
+    """A call that a layer makes."""
+
+    layer: str
+    frozen: nn.Module
+    adds: bool  # to the output of another adapter, and not to that of the frozen layer
+    mixture: Mixture
+
+
+def _sources(name: str, layer: LayerWithExperts) -> list[_Source]:
+    """The calls of a layer. Each adapter of PEFT may be the first active one; the further active ones add to its output."""
+    mixtures, frozen = layer.mixtures(), layer.wrapped()
+    first = [_Source(name, frozen, False, mixture) for mixture in mixtures.values()]
+    return first + [_Source(name, frozen, True, mixtures[adapter]) for adapter in layer.active()[1:]]
+
+
+def _kinds(source: _Source, dtype: torch.dtype | None, backward: bool) -> Iterator[_Kind]:
+    """What a call computes; with dropout that is one thing in training, and another in evaluation."""
+    name, frozen, _, (config, given) = source
+    of_weight = weight_of(frozen).dtype
     if dtype is None and of_weight not in checks.DTYPES:
         must = "be given for layers whose weight does not have the dtype of their activations"
         fail("warmup", "dtype", must, f"None for {name!r} with a weight of {of_weight}", TypeError)
     dtype = dtype or of_weight
-    given: dict[str, Tensor] = {key: getattr(layer, key) for key in layer.shapes()}
     for key, tensor in given.items():
         if tensor.dtype not in (dtype, torch.float32):
             must = f"have dtype {dtype} like the activations, or torch.float32"
             fail("warmup", f"{name}.{key}".strip("."), must, tensor.dtype, TypeError)
-    modes = [(layer.dropout, True), (0.0, False)] if backward and layer.dropout > 0 else [(0.0, backward)]
-    requested = dispatch.requested_backend("warmup", layer.backend)
+    modes = [(config.dropout, True), (0.0, False)] if backward and config.dropout > 0 else [(0.0, backward)]
+    requested = dispatch.requested_backend("warmup", config.backend)
     for dropout, has_backward in modes:
-        yield _Kind(layer.lora_a.device, requested, _call(layer, given, dtype, dropout, has_backward))
+        yield _Kind(given["lora_a"].device, requested, _call(source, dtype, dropout, has_backward))
 
 
-def _call(
-    layer: LMoELinear, given: dict[str, Tensor], dtype: torch.dtype, dropout: float, backward: bool
-) -> tuple[Any, ...]:
+def _call(source: _Source, dtype: torch.dtype, dropout: float, backward: bool) -> tuple[Any, ...]:
     """The fields of a `Call`. Dropout, and a bias of the choice, have the router logits computed outside of the backend."""
-    experts_of_a = 1 if layer.shared_a else layer.num_experts
+    _, frozen, adds, (config, given) = source
+    lora_a, lora_b = given["lora_a"], given["lora_b"]
     dtypes = tuple(given[key].dtype if key in given else None for key in Factors._fields)
     trained = [backward and key in given and given[key].requires_grad for key in Factors._fields]
-    if dropout > 0 or layer.choice_bias is not None:
+    if dropout > 0 or config.choice_bias:
         dtypes = (*dtypes[:2], None, None, torch.promote_types(dtype, torch.float32))
         trained = [*trained[:2], False, False, any(trained)]
+    assert config.alpha is not None
     return (
-        Sizes(0, layer.in_features, layer.out_features, layer.num_experts, layer.rank, experts_of_a),
+        Sizes(0, lora_a.shape[2], lora_b.shape[2], config.num_experts, config.rank, lora_a.shape[0]),
         dtype,
         dtypes,
-        2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
-        Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize, dropout),
-        layer.output_router_logits,
+        2 if adds or not is_plain_linear(frozen) else 0 if frozen.bias is None else 1,
+        Options(config.alpha / config.rank, config.mixing, config.top_k, config.renormalize, dropout),
+        config.output_router_logits,
         Wanted(any(trained), *trained),
     )
 

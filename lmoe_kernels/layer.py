@@ -299,6 +299,14 @@ class LMoELinear(nn.Module, LayerWithExperts):
             self.router_logits = router_logits
         return y
 
+    def wrapped(self) -> nn.Module:
+        """The frozen layer, see `LayerWithExperts`."""
+        return self.frozen_layer
+
+    def active(self) -> list[str]:
+        """The only mixture of this layer, see `LayerWithExperts`."""
+        return [_ADAPTER]
+
     def mixtures(self) -> dict[str, Mixture]:
         """The only mixture of this layer, see `LayerWithExperts`."""
         return {_ADAPTER: Mixture(self._options(), {key: getattr(self, key) for key in self.shapes()})}
@@ -371,26 +379,13 @@ class LMoELinear(nn.Module, LayerWithExperts):
         return unnamed if options.expert_names == unnamed.names() else options
 
     def extra_repr(self) -> str:
-        """The sizes and options for `print(model)`."""
-        shown: dict[str, Any] = {
-            "num_experts": self.num_experts,
-            "rank": self.rank,
-            "scaling": self.scaling,
-            "mixing": self.mixing,
-        }
-        if self.top_k is not None:
-            shown["top_k"] = self.top_k
-        if not self.renormalize:
-            shown["renormalize"] = False
-        if self.shared_a:
-            shown["shared_a"] = True
-        for name in ("gate_bias", "choice_bias"):
-            if getattr(self, f"has_{name}"):
-                shown[name] = True
-        if self.dropout:
-            shown["dropout"] = self.dropout
-        sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
-        return sizes + ", ".join(f"{name}={value}" for name, value in shown.items())
+        """The sizes and options for `print(model)`, without those that have their defaults."""
+        options, default = self._options(), LayerConfig()
+        others = ("top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "dropout")
+        names = ["mixing", *(name for name in others if getattr(options, name) != getattr(default, name))]
+        sizes = ("in_features", "out_features", "num_experts", "rank", "scaling")
+        shown = {name: getattr(self, name) for name in sizes} | {name: getattr(options, name) for name in names}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""

@@ -25,6 +25,14 @@ class Mixture(NamedTuple):
 class LayerWithExperts:
     """The interface of layers with experts, for code that works on the layers of both kinds."""
 
+    def wrapped(self) -> nn.Module:
+        """The frozen layer to whose output the experts add."""
+        raise NotImplementedError
+
+    def active(self) -> list[str]:
+        """The names of the adapters that forward adds, in their order."""
+        raise NotImplementedError
+
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures of the layer by the names of their adapters."""
         raise NotImplementedError
