@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
+from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, write_adapter
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
 from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, parts_of
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import fill, gathered, how_distributed, run_on_all_processes, run_on_first_process
+from lmoe_kernels.files import safetensors
 from lmoe_kernels.layer import LMoELinear, features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrap_linears
 from lmoe_kernels.naming import plain_modules
