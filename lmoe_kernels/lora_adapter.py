@@ -134,11 +134,9 @@ def _config(adapter: LoraAdapter) -> dict[str, Any]:
 
 
 def alpha_of(scaling: float, rank: int) -> float:
-    """The alpha for which PEFT's quotient alpha / rank is this scaling to the last bit, if there is one."""
+    """The alpha for which PEFT's alpha / rank is this scaling: to the last bit, if the scaling is such a quotient."""
     alpha = scaling * rank
-    near = (alpha + ulps * math.ulp(alpha) for ulps in (0, 1, -1, 2, -2))
-    exact = next((value for value in near if value / rank == scaling), alpha)
-    return int(exact) if exact.is_integer() else exact
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:
