@@ -157,7 +157,7 @@ def _check_plain(op: str, file: Path, config: dict[str, Any]) -> None:
         fail(op, f"init_lora_weights in {file}", "be one that does not change the base weights", got)
     for name, value in config.items():
         if value and name not in _WITHOUT_EFFECT and name not in _READ:
-            fail(op, f"{name} in {file}", "be empty, as in a plain LoRA", shortened(value))
+            fail(op, f"{shortened(name)} in {file}", "be empty, as in a plain LoRA", shortened(value))
     for name in ("rank_pattern", "alpha_pattern"):
         _check_pattern(op, f"{name} in {file}", config.get(name) or {})
     if not isinstance(config.get("use_rslora", False), bool):
