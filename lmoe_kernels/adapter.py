@@ -23,7 +23,7 @@ FORMAT = "lmoe_kernels"
 FORMAT_VERSION = 2
 # Defaults of options that are newer than this format version. An option is written only if it differs from its default,
 # so that older releases of the package can read files that do not use it.
-_LATER_DEFAULTS: dict[str, Any] = {"gate_bias": False}
+_LATER_DEFAULTS: dict[str, Any] = {"gate_bias": False, "choice_bias": False, "expert_names": None}
 _CONFIG_IN_METADATA = "lmoe_config"
 _CONFIG_OF_PEFT = "adapter_config.json"
 

@@ -20,7 +20,7 @@ from lmoe_kernels import ops
 from lmoe_kernels.options import Factors, Options, Saved
 
 _Context = Any  # torch.autograd.function.FunctionCtx, whose attributes are set at run time
-# The arguments of a Function: x and the factors in the order of `Wanted`, weight, base, the backend, the options.
+# The arguments of a Function: x and the factors in the order of `Wanted`, weight, base, seed, the backend, the options.
 _NO_SECOND_DERIVATIVES = "there are no second derivatives"
 
 
@@ -29,6 +29,7 @@ def apply(
     factors: Factors,
     weight: Tensor | None,  # (O, I)
     base: Tensor | None,  # (O) or (T, O)
+    seed: Tensor | None,  # (), int64; None for no dropout
     options: Options,
     *,
     return_logits: bool,
@@ -38,29 +39,29 @@ def apply(
 
     The logits may be None if they are not to be returned, and always are if an outside router computed them.
     """
-    tensors = (x, *factors, weight, base)
+    tensors = (x, *factors, weight, base, seed)
     if torch._C._are_functorch_transforms_active():
         return _TransformableFunction.apply(*tensors, backend, options)[:2]
     backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if backward or forward_ad._current_level >= 0:  # in forward mode the Function raises; the op would drop the tangent
         function = _Function.apply if is_dynamo_compiling() else _apply
         return function(*tensors, backend, options)[:2]
-    results, _ = ops.run_forward(x, factors, weight, base, options, save=return_logits, backend=backend)
+    results, _ = ops.run_forward(x, factors, weight, base, seed, options, save=return_logits, backend=backend)
     return results[:2]
 
 
 def _forward(*args: Any) -> tuple[tuple[Tensor | None, ...], str]:
-    x, *factors, weight, base, backend, options = args
-    return ops.run_forward(x, Factors(*factors), weight, base, options, save=True, backend=backend)
+    x, *factors, weight, base, seed, backend, options = args
+    return ops.run_forward(x, Factors(*factors), weight, base, seed, options, save=True, backend=backend)
 
 
 def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor | None, ...], backend: str) -> None:
-    x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base, _, ctx.options = args
+    x, lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, base, seed, _, ctx.options = args
     ctx.backend = backend
     _, logits, u, route, cast = results
     ctx.mark_non_differentiable(*(t for t in (u, route, cast) if t is not None))
     ctx.set_materialize_grads(False)
-    *ctx.wanted, ctx.base_wanted, _, _ = wanted = ctx.needs_input_grad
+    *ctx.wanted, ctx.base_wanted, _, _, _ = wanted = ctx.needs_input_grad
     of_x, of_a, _, of_gate, _, _, of_weight, *_ = wanted
     ctx.save_for_backward(
         x if of_a or of_gate or of_weight else None,
@@ -70,6 +71,7 @@ def _save(ctx: _Context, args: tuple[Any, ...], results: tuple[Tensor | None, ..
         gate_bias,
         gate_logits,
         weight if of_x else None,
+        seed,
         logits,
         u,
         route,
@@ -82,7 +84,7 @@ def _backward(
     ctx: _Context, op: Callable[..., tuple[Tensor | None, ...]], dy: Tensor | None, dlogits: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    lora_b, u = saved[2], saved[8]
+    lora_b, u = saved[2], saved[9]
     # dy is None if the loss depends only on the router logits
     grad_y: Tensor = u.new_zeros(u.shape[0], lora_b.shape[2]) if dy is None else dy
     grads: tuple[Tensor | None, ...] = (None,) * len(ctx.wanted)
@@ -91,13 +93,13 @@ def _backward(
     dbase = None
     if ctx.base_wanted:
         dbase = grad_y if ctx.base_dim == 2 else grad_y.sum(dim=0)
-    return *grads, dbase, None, None
+    return *grads, dbase, None, None, None
 
 
 def _gradients(*args: Any) -> tuple[Tensor | None, ...]:
-    dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend, options = args
+    dy, dlogits, x, a, b, gate, bias, outside, weight, seed, logits, u, route, cast, wanted, backend, options = args
     factors, saved = Factors(a, b, gate, bias, outside), Saved(logits, u, route, cast)
-    return ops.run_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
+    return ops.run_backward(dy, dlogits, x, factors, weight, seed, saved, options, wanted=wanted, backend=backend)
 
 
 class _Function(torch.autograd.Function):

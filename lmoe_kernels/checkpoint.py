@@ -16,7 +16,8 @@ from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, 
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import fill, gathered, how_distributed, run_on_all_processes, run_on_first_process
 from lmoe_kernels.files import safetensors
-from lmoe_kernels.layer import LMoELinear, features_of, weight_of
+from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrap_linears
 from lmoe_kernels.naming import plain_modules
 from lmoe_kernels.targets import lmoe_layers_by_every_name, saved_modules, wrappable_layers
@@ -51,6 +52,7 @@ def load_lmoe(
     *,
     backend: BackendName | None = None,
     output_router_logits: bool = False,
+    dropout: float = 0.0,
 ) -> list[str]:
     """Load the L-MoE layers that `save_lmoe` wrote: create the layers that the model does not have, and fill the others.
 
@@ -64,6 +66,7 @@ def load_lmoe(
         directory: the directory that `save_lmoe` wrote to, or several of them, each with different layers.
         backend: backend of the layers that are created, see `LMoELinear`.
         output_router_logits: for the layers that are created, see `LMoELinear`.
+        dropout: for the layers that are created, see `LMoELinear`.
 
     Returns:
         the names of the layers in the plain model.
@@ -90,7 +93,7 @@ def load_lmoe(
     if to_prepare and (how := how_distributed(model)) is not None:
         _fail("model", f"be prepared for {to_prepare[0]!r} (load_lmoe, apply_lmoe) before it is distributed", f"one {how}")
     configs = {
-        name: _config(name, options)._replace(backend=backend, output_router_logits=output_router_logits)
+        name: _config(name, options)._replace(backend=backend, output_router_logits=output_router_logits, dropout=dropout)
         for name, options in adapter.layers.items()
     }
     for name, config in configs.items():

@@ -101,7 +101,7 @@ def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
 
 def check_options(op: str, num_experts: int, options: Options) -> None:
     """Check the options, which are neither tensors nor sizes."""
-    scaling, mixing, top_k, renormalize = options
+    scaling, mixing, top_k, renormalize, dropout = options
     if type(scaling) is not float or not abs(scaling) <= _LARGEST:  # a check less for the usual scaling
         check_finite(op, "scaling", scaling, "be a finite number")
     if mixing not in MIXINGS:
@@ -109,6 +109,11 @@ def check_options(op: str, num_experts: int, options: Options) -> None:
     if top_k is not None:
         check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
     check_bool(op, "renormalize", renormalize)
+    if type(dropout) is not float or not 0.0 <= dropout < 1.0:
+        must = "be a number of at least 0 and below 1"
+        check_finite(op, "dropout", dropout, must, at_least=0)
+        if dropout >= 1:
+            fail(op, "dropout", must, repr(dropout))
 
 
 def check_bool(op: str, name: str, value: bool) -> None:
@@ -153,6 +158,13 @@ def check_base(op: str, base: Tensor, x: Tensor, out_features: int) -> None:
     """Check the tensor to which `lmoe` adds its delta."""
     check_like(op, "base", base, x)
     check_shape(op, "base", base, "(..., O)", (*x.shape[:-1], out_features))
+
+
+def check_seed(op: str, seed: Tensor, x: Tensor) -> None:
+    """Check the seed of the dropout."""
+    check_dense(op, "seed", seed, (torch.int64,))
+    check_shape(op, "seed", seed, "()", ())
+    check_device(op, "seed", seed, x)
 
 
 def check_dense(op: str, name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:

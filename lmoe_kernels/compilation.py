@@ -10,7 +10,8 @@ from torch import nn
 
 from lmoe_kernels import checks, dispatch
 from lmoe_kernels.checks import fail
-from lmoe_kernels.layer import LMoELinear, is_plain_linear, weight_of
+from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.linears import is_plain_linear, weight_of
 from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
 from lmoe_kernels.targets import lmoe_layers
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of one L-MoE layer: their defaults, their checks, and the shapes of the layer's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
@@ -10,8 +10,10 @@ from lmoe_kernels.dispatch import BackendName, check_name
 from lmoe_kernels.options import Mixing, Options
 
 # The options that decide what a layer computes. A checkpoint stores these and no others.
-CONFIG_KEYS = ("num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a", "gate_bias")
-_NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha"}
+CONFIG_KEYS = (
+    "num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "expert_names",
+)  # fmt: skip
+_NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
 class LayerConfig(NamedTuple):
@@ -25,6 +27,9 @@ class LayerConfig(NamedTuple):
     renormalize: bool = True
     shared_a: bool = False
     gate_bias: bool = False
+    choice_bias: bool = False
+    expert_names: Sequence[str] | None = None
+    dropout: float = 0.0
     gate_init_std: float | None = None
     output_router_logits: bool = False
     backend: BackendName | None = None
@@ -41,11 +46,16 @@ class LayerConfig(NamedTuple):
         checks.check_positive_int(op, "rank", self.rank)
         if self.alpha is not None:
             checks.check_finite(op, "alpha", self.alpha, "be None or a finite number")
-        for name in ("shared_a", "gate_bias", "output_router_logits"):
+        for name in ("shared_a", "gate_bias", "choice_bias", "output_router_logits"):
             checks.check_bool(op, name, getattr(self, name))
         scaling = 1.0 if self.alpha is None else self.alpha / self.rank
-        options = Options(scaling, self.mixing, self.top_k, self.renormalize)
+        options = Options(scaling, self.mixing, self.top_k, self.renormalize, self.dropout)
         checks.check_options(op, self.num_experts, options)
+        if self.choice_bias and (self.top_k is None or not self.renormalize):
+            got = f"top_k={self.top_k}, renormalize={self.renormalize}"
+            checks.fail(op, "choice_bias", "be False unless top_k is given and renormalize is True", got)
+        if self.expert_names is not None:
+            check_expert_names(op, self.expert_names, self.num_experts)
         if self.gate_init_std is not None:
             must = "be None or a number of at least 0"
             checks.check_finite(op, "gate_init_std", self.gate_init_std, must, at_least=0)
@@ -71,7 +81,23 @@ class LayerConfig(NamedTuple):
         }
         if self.gate_bias:
             shapes["gate_bias"] = (self.num_experts,)
+        if self.choice_bias:
+            shapes["choice_bias"] = (self.num_experts,)
         return shapes
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the experts: their numbers if they were not named."""
+        return tuple(map(str, range(self.num_experts))) if self.expert_names is None else tuple(self.expert_names)
+
+
+def check_expert_names(op: str, names: Sequence[str], num_experts: int) -> None:
+    """Check that there is one name for each expert, and that no two are equal."""
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        checks.fail(op, "expert_names", "be None or several str that are not empty", repr(names), TypeError)
+    if len(names) != num_experts:
+        checks.fail(op, "expert_names", f"have one name for each of num_experts = {num_experts} experts", len(names))
+    if twice := [name for name in names if list(names).count(name) > 1]:
+        checks.fail(op, "expert_names", "all be different", f"two experts of the name {twice[0]!r}")
 
 
 def refuse_unknown(names: Iterable[str]) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of backends, and the choice of the backend that computes a call.
 
-Every backend is a folder with the same three modules. `availability` has two functions, which return a reason or None:
-`why_not`, why the backend cannot take a call, and `why_not_by_default`, why it is not selected automatically. `forward` and
-`backward` compute. The automatic choice is the first backend of the table for which both functions return None. The package
-imports `availability` at once, `forward` and `backward` at the first call.
+Every backend is a folder with the same four modules. `availability` has two functions, which return a reason or None:
+`why_not`, why the backend cannot take a call, and `why_not_by_default`, why it is not selected automatically. `forward`,
+`backward` and `dropout` compute. The automatic choice is the first backend of the table for which both functions return
+None. The package imports `availability` at once, the others at the first call.
 """
 
 import threading
@@ -38,10 +38,11 @@ BACKENDS = {name: _row(f"lmoe_kernels.backends.{name}") for name in get_args(Bac
 
 
 class Functions(NamedTuple):
-    """The forward and the backward of a backend, with the signatures of those in `lmoe_kernels.reference`."""
+    """The functions that a backend computes, with the signatures of those in `lmoe_kernels.reference`."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    dropout: Callable[..., Any]
 
 
 @cache
@@ -49,7 +50,7 @@ def load(name: str) -> Functions:
     """Import the functions of a backend."""
     package = BACKENDS[name].package
     modules = {part: import_module(f"{package}.{part}") for part in Functions._fields}
-    return Functions(modules["forward"].forward, modules["backward"].backward)
+    return Functions(*(getattr(module, part) for part, module in modules.items()))
 
 
 def choose(op: str, problem: Problem, backend: str) -> str:

@@ -9,6 +9,7 @@ from typing_extensions import Unpack  # typing has it from Python 3.11 on; torch
 
 from lmoe_kernels import autograd, checks, dispatch, ops
 from lmoe_kernels.dispatch import BackendName
+from lmoe_kernels.dropout import new_seed
 from lmoe_kernels.options import Factors, Mixing, Options, Problem
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
@@ -25,6 +26,8 @@ class _Keywords(TypedDict, total=False):
     mixing: Mixing
     top_k: int | None
     renormalize: bool
+    dropout: float
+    seed: Tensor | None
     backend: BackendName | None
 
 
@@ -71,6 +74,8 @@ def lmoe(
     mixing: Mixing = "factors",
     top_k: int | None = None,
     renormalize: bool = True,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     return_router_logits: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -99,6 +104,10 @@ def lmoe(
         renormalize: True computes the softmax over the kept experts, so that their gates sum to 1. False computes it over
             all experts and then sets the gates of the others to 0. With top_k=1, True makes every kept gate 1, and a loss on
             the output does not train the gate.
+        dropout: probability with which an element of x is 0 for lora_a, while the others are divided by 1 - dropout, as in a
+            LoRA of PEFT. The gate sees x itself. Pass it in training only. The mask is not stored.
+        seed: () int64 on x's device. The mask is a function of seed, token and feature, the same in every backend. None draws a
+            new seed from PyTorch's generator of that device.
         return_router_logits: also return the logits (..., E) in fp32 (fp64 for fp64). They are differentiable, so that
             balance and z-losses can use them. If gate_logits is given, that tensor is returned.
         backend: "cuda", "triton", "torch" or "reference"; None selects one automatically, see `explain`.
@@ -113,14 +122,14 @@ def lmoe(
     Source: L-MoE, arXiv 2510.17898.
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    options = Options(scaling, mixing, top_k, renormalize)
+    options = Options(scaling, mixing, top_k, renormalize, dropout)
     if ops.autocast_is_on():
         x, base = _autocast(x), _autocast(base)
     checks.check_call("lmoe", x, factors, options)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
         base = _flat(base)
-    return _call("lmoe", x, factors, None, base, options, return_router_logits, backend)
+    return _call("lmoe", x, factors, None, base, seed, options, return_router_logits, backend)
 
 
 @overload
@@ -170,6 +179,8 @@ def lmoe_linear(
     mixing: Mixing = "factors",
     top_k: int | None = None,
     renormalize: bool = True,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
     return_router_logits: bool = False,
     backend: BackendName | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -197,12 +208,12 @@ def lmoe_linear(
     Source: L-MoE, arXiv 2510.17898.
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    options = Options(scaling, mixing, top_k, renormalize)
+    options = Options(scaling, mixing, top_k, renormalize, dropout)
     if ops.autocast_is_on():
         x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
     checks.check_call("lmoe_linear", x, factors, options)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
-    return _call("lmoe_linear", x, factors, weight, bias, options, return_router_logits, backend)
+    return _call("lmoe_linear", x, factors, weight, bias, seed, options, return_router_logits, backend)
 
 
 def explain(
@@ -221,7 +232,7 @@ def explain(
 ) -> str:
     """Explain which backend `lmoe` selects for these arguments, and why it does not select the others.
 
-    Nothing is computed. The arguments are those of `lmoe`.
+    Nothing is computed. The arguments are those of `lmoe`, without dropout, which does not change the choice.
 
     Example:
         print(explain(x, lora_a, lora_b, gate_weight=gate_weight))
@@ -246,6 +257,7 @@ def _call(
     factors: Factors,
     weight: Tensor | None,  # (O, I)
     base: Tensor | None,  # (O) or (T, O)
+    seed: Tensor | None,  # ()
     options: Options,
     return_router_logits: bool,
     backend: BackendName | None,
@@ -255,9 +267,17 @@ def _call(
     name, outside = dispatch.requested_backend(op, backend), factors.gate_logits
     if outside is not None:
         factors = factors._replace(gate_logits=_flat(outside))
-    if type(options.scaling) is not float:  # the op's schema accepts no other kind of number
-        options = options._replace(scaling=float(options.scaling))
-    y, logits = autograd.apply(_flat(x), factors, weight, base, options, return_logits=return_router_logits, backend=name)
+    if type(options.scaling) is not float or type(options.dropout) is not float:  # the op's schema accepts no other numbers
+        options = options._replace(scaling=float(options.scaling), dropout=float(options.dropout))
+    if not options.dropout:
+        seed = None
+    elif seed is None:
+        seed = new_seed(x.device)
+    else:
+        checks.check_seed(op, seed, x)
+    y, logits = autograd.apply(
+        _flat(x), factors, weight, base, seed, options, return_logits=return_router_logits, backend=name
+    )
     y = _unflat(y, x)
     if not return_router_logits:
         return y

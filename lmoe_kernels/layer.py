@@ -3,8 +3,8 @@
 
 import sys
 import warnings
-from itertools import chain
-from typing import Any, NoReturn, TypeGuard
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
-from lmoe_kernels.functional import lmoe, lmoe_linear
+from lmoe_kernels.linears import features_of, weight_of
+from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts
 from lmoe_kernels.options import Mixing
 
+_ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
 
-class LMoELinear(nn.Module):
+
+class LMoELinear(nn.Module, LayerWithExperts):
     """A replacement for `nn.Linear` with a frozen weight and a trained mixture of LoRA experts.
 
     Semantics:
@@ -39,6 +42,10 @@ class LMoELinear(nn.Module):
         backend: see `lmoe`.
         shared_a: whether all experts share one A; each has its own B.
         gate_bias: whether the gate has a bias. It is initialised to zero.
+        choice_bias: whether the choice of `top_k` adds a bias to the logits, which `balance_experts` moves towards equal use
+            of the experts. The gates are computed without it. Needs top_k and renormalize=True.
+        expert_names: one name for each expert. None for their numbers, "0" and so on.
+        dropout: see `lmoe`; in training mode only.
         gate_init_std: standard deviation of the gate's initial weights. None for 1 / sqrt(in_features), which makes the
             scale of the router logits independent of in_features.
         output_router_logits: whether to keep the logits of the last forward in `router_logits`, for losses on them.
@@ -50,6 +57,8 @@ class LMoELinear(nn.Module):
         lora_b: (E, R, O), initialised to zero, so that a new layer computes what the frozen layer computes.
         gate_weight: (E, I).
         gate_bias: (E) or None.
+        choice_bias: (E) in fp32, a buffer, or None.
+        load: (E) in fp32, how many tokens chose each expert in training since `balance_experts` was last called, or None.
         weight: the frozen layer's weight, for code that reads its dtype. A product with it does not include the experts.
         bias: the frozen layer's bias.
         router_logits: (..., E) of the last forward, or None. They have no gradient after a forward under reentrant
@@ -79,6 +88,9 @@ class LMoELinear(nn.Module):
         renormalize: bool = True,
         shared_a: bool = False,
         gate_bias: bool = False,
+        choice_bias: bool = False,
+        expert_names: Sequence[str] | None = None,
+        dropout: float = 0.0,
         gate_init_std: float | None = None,
         output_router_logits: bool = False,
         backend: BackendName | None = None,
@@ -95,6 +107,9 @@ class LMoELinear(nn.Module):
             renormalize=renormalize,
             shared_a=shared_a,
             gate_bias=gate_bias,
+            choice_bias=choice_bias,
+            expert_names=expert_names,
+            dropout=dropout,
             gate_init_std=gate_init_std,
             output_router_logits=output_router_logits,
             backend=backend,
@@ -115,6 +130,9 @@ class LMoELinear(nn.Module):
         renormalize: bool = True,
         shared_a: bool = False,
         gate_bias: bool = False,
+        choice_bias: bool = False,
+        expert_names: Sequence[str] | None = None,
+        dropout: float = 0.0,
         gate_init_std: float | None = None,
         output_router_logits: bool = False,
         backend: BackendName | None = None,
@@ -147,6 +165,9 @@ class LMoELinear(nn.Module):
             renormalize=renormalize,
             shared_a=shared_a,
             gate_bias=gate_bias,
+            choice_bias=choice_bias,
+            expert_names=expert_names,
+            dropout=dropout,
             gate_init_std=gate_init_std,
             output_router_logits=output_router_logits,
             backend=backend,
@@ -188,21 +209,13 @@ class LMoELinear(nn.Module):
             checks.fail("LMoELinear", "dtype", f"be one of {', '.join(map(str, checks.DTYPES))}", dtype, TypeError)
 
         self.in_features, self.out_features = features
-        self.num_experts, self.rank = config.num_experts, config.rank
-        self.alpha, self.scaling = alpha, alpha / config.rank
-        self.mixing: Mixing = config.mixing
-        self.top_k, self.renormalize = config.top_k, config.renormalize
-        self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
-        self.output_router_logits, self.backend = config.output_router_logits, config.backend
-        self.router_logits: Tensor | None = None
         self.disabled = False
-
-        parameters = {
-            key: nn.Parameter(torch.empty(shape, device=weight.device, dtype=dtype)) for key, shape in self.shapes().items()
+        empty = {
+            key: torch.empty(shape, device=weight.device, dtype=torch.float32 if key == "choice_bias" else dtype)
+            for key, shape in config.shapes(*features).items()
         }
-        self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
-        self.gate_bias: nn.Parameter | None
-        self.register_parameter("gate_bias", parameters.get("gate_bias"))
+        self._set_options(config._replace(alpha=alpha))
+        self._set_tensors(empty)
         self.frozen_layer = linear.requires_grad_(False)  # after everything that can fail: an error leaves it unchanged
         self.reset_parameters()
         if config.top_k == 1 and config.renormalize and config.num_experts > 1:
@@ -212,9 +225,34 @@ class LMoELinear(nn.Module):
                 stacklevel=3,
             )
 
+    def _set_options(self, config: LayerConfig) -> None:
+        assert config.alpha is not None
+        self.num_experts, self.rank = config.num_experts, config.rank
+        self.alpha, self.scaling = config.alpha, config.alpha / config.rank
+        self.mixing: Mixing = config.mixing
+        self.top_k, self.renormalize = config.top_k, config.renormalize
+        self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
+        self.has_choice_bias, self.expert_names, self.dropout = config.choice_bias, config.names(), config.dropout
+        self.output_router_logits, self.backend = config.output_router_logits, config.backend
+
+    def _set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make these tensors the parameters and buffers of the layer. Those that are parameters already stay the same."""
+        of_choice = tensors.get("choice_bias")
+        parameters = {
+            key: t if isinstance(t, nn.Parameter) else nn.Parameter(t) for key, t in tensors.items() if t is not of_choice
+        }
+        self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
+        self.gate_bias: nn.Parameter | None
+        self.register_parameter("gate_bias", parameters.get("gate_bias"))
+        self.choice_bias: Tensor | None
+        self.load: Tensor | None
+        self.register_buffer("choice_bias", of_choice)
+        self.register_buffer("load", None if of_choice is None else torch.zeros_like(of_choice), persistent=False)
+        self.router_logits: Tensor | None = None
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of experts and gate, by name."""
-        return LayerConfig(**self.config()).shapes(self.in_features, self.out_features)
+        return self._options().shapes(self.in_features, self.out_features)
 
     def reset_parameters(self) -> None:
         """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, B and its bias zero."""
@@ -222,8 +260,9 @@ class LMoELinear(nn.Module):
         nn.init.uniform_(self.lora_a, -bound, bound)
         nn.init.zeros_(self.lora_b)
         nn.init.normal_(self.gate_weight, std=bound if self.gate_init_std is None else self.gate_init_std)
-        if self.gate_bias is not None:
-            nn.init.zeros_(self.gate_bias)
+        for bias in (self.gate_bias, self.choice_bias, self.load):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the frozen layer plus the delta of the experts.
@@ -241,7 +280,6 @@ class LMoELinear(nn.Module):
             return base(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_frozen_parameters()
-        factors = self.lora_a, self.lora_b
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
             "gate_bias": self.gate_bias,
@@ -249,16 +287,30 @@ class LMoELinear(nn.Module):
             "mixing": self.mixing,
             "top_k": self.top_k,
             "renormalize": self.renormalize,
+            "dropout": self.dropout if self.training else 0.0,
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
-        if is_plain_linear(base):
-            result = lmoe_linear(x, base.weight, base.bias, *factors, **options)
-        else:
-            result = lmoe(x, *factors, base=base(x), **options)
-        if isinstance(result, tuple):
-            result, self.router_logits = result
-        return result
+        choice = None
+        if self.choice_bias is not None:
+            choice = Choice(self.choice_bias, self.load if self.training else None)
+        y, router_logits = add_experts(base, x, self.lora_a, self.lora_b, options, choice)
+        if router_logits is not None:
+            self.router_logits = router_logits
+        return y
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """The only mixture of this layer, see `LayerWithExperts`."""
+        return {_ADAPTER: Mixture(self._options(), {key: getattr(self, key) for key in self.shapes()})}
+
+    def set_mixture(self, adapter: str, mixture: Mixture) -> None:
+        """Replace the experts and the gate of this layer, see `LayerWithExperts`."""
+        self._set_options(mixture.config)
+        self._set_tensors(mixture.tensors)
+
+    def kept_router_logits(self) -> dict[str, Tensor]:
+        """The router logits of the last forward, see `LayerWithExperts`."""
+        return {} if self.router_logits is None else {_ADAPTER: self.router_logits}
 
     def _warn_of_frozen_parameters(self) -> None:
         """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
@@ -304,8 +356,15 @@ class LMoELinear(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The options that decide what the layer computes, by name. A checkpoint stores these."""
-        attributes = {"gate_bias": "has_gate_bias"}  # self.gate_bias is the parameter
-        return {name: getattr(self, attributes.get(name, name)) for name in CONFIG_KEYS}
+        options = self._options()
+        stored = {name: getattr(options, name) for name in CONFIG_KEYS}
+        return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
+
+    def _options(self) -> LayerConfig:
+        attributes = {"gate_bias": "has_gate_bias", "choice_bias": "has_choice_bias"}  # these names are those of tensors
+        options = LayerConfig(**{name: getattr(self, attributes.get(name, name)) for name in LayerConfig._fields})
+        unnamed = options._replace(expert_names=None)
+        return unnamed if options.expert_names == unnamed.names() else options
 
     def extra_repr(self) -> str:
         """The sizes and options for `print(model)`."""
@@ -321,40 +380,14 @@ class LMoELinear(nn.Module):
             shown["renormalize"] = False
         if self.shared_a:
             shown["shared_a"] = True
-        if self.has_gate_bias:
-            shown["gate_bias"] = True
+        for name in ("gate_bias", "choice_bias"):
+            if getattr(self, f"has_{name}"):
+                shown[name] = True
+        if self.dropout:
+            shown["dropout"] = self.dropout
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, "
         return sizes + ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""
         return {**self.__dict__, "router_logits": None}
-
-
-def features_of(linear: nn.Module) -> tuple[int, int] | None:
-    """The in and out features of a linear layer; None for any other module."""
-    features = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
-    if isinstance(features[0], int) and isinstance(features[1], int):
-        return features[0], features[1]
-    weight, width = getattr(linear, "weight", None), getattr(linear, "nf", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and width == weight.shape[1]:  # transformers' Conv1D
-        return weight.shape[0], weight.shape[1]
-    return None
-
-
-def weight_of(linear: nn.Module) -> Tensor:
-    """A tensor with the device and the dtype of the layer."""
-    weight = getattr(linear, "weight", None)
-    if isinstance(weight, Tensor):
-        return weight
-    return next(chain(linear.parameters(), linear.buffers()), torch.empty(0))  # the layers of GPTQ have only buffers
-
-
-def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling the layer only runs `F.linear` on plain tensors, so that `lmoe_linear` can compute its product."""
-    return (
-        type(layer) is nn.Linear
-        and "forward" not in layer.__dict__  # accelerate replaces forward on the instance if it offloads weights
-        and type(layer.weight) in (Tensor, nn.Parameter)
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-    )

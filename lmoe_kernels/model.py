@@ -2,7 +2,7 @@
 """Functions on whole models: add L-MoE layers, train, disable or remove them, collect their router logits."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -49,6 +49,9 @@ def apply_lmoe(
     renormalize: bool = True,
     shared_a: bool = False,
     gate_bias: bool = False,
+    choice_bias: bool = False,
+    expert_names: Sequence[str] | None = None,
+    dropout: float = 0.0,
     gate_init_std: float | None = None,
     output_router_logits: bool = False,
     backend: BackendName | None = None,
@@ -90,6 +93,9 @@ def apply_lmoe(
         renormalize=renormalize,
         shared_a=shared_a,
         gate_bias=gate_bias,
+        choice_bias=choice_bias,
+        expert_names=expert_names,
+        dropout=dropout,
         gate_init_std=gate_init_std,
         output_router_logits=output_router_logits,
         backend=backend,
@@ -169,8 +175,8 @@ def train_lmoe(model: nn.Module) -> None:
     """
     pretrained.install(model)
     for layer in lmoe_layers(model).values():
-        for key in layer.shapes():
-            getattr(layer, key).requires_grad_(True)
+        for parameter in layer.parameters(recurse=False):
+            parameter.requires_grad_(True)
     for module in saved_modules(model).values():
         module.requires_grad_(True)
 

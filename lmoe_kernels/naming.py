@@ -34,12 +34,12 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
 
     A wrapper and the module that it wraps have the same name, which maps to the wrapped module.
     """
-    return {plain: module for plain, _, module in _walk(model, "", "")}
+    return {plain: module for plain, _, module in walk(model, "", "")}
 
 
 def actual_names(model: nn.Module) -> dict[str, str]:
     """The names for `get_submodule`, by the names in the plain model."""
-    return {plain: actual for plain, actual, _ in _walk(model, "", "")}
+    return {plain: actual for plain, actual, _ in walk(model, "", "")}
 
 
 def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -60,13 +60,13 @@ def is_of_peft(module: nn.Module) -> bool:
     return any(base.__module__.partition(".")[0] == "peft" for base in type(module).__mro__)
 
 
-def _walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str, nn.Module]]:
+def walk(module: nn.Module, plain: str, actual: str) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield (name in the plain model, actual name, module) for every module, a wrapper before the module that it wraps."""
     yield plain, actual, module
     wrapped = wrapped_child(module)
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walk(child, plain if name == wrapped else _joined(plain, name), _joined(actual, name))
+            yield from walk(child, plain if name == wrapped else _joined(plain, name), _joined(actual, name))
 
 
 def _joined(prefix: str, name: str) -> str:

@@ -32,7 +32,7 @@ from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
-from lmoe_kernels import casting, dispatch
+from lmoe_kernels import casting, dispatch, dropout
 from lmoe_kernels.options import Factors, Gradients, Options, Problem, Saved, Wanted
 
 _MaybeTensor = TypeVar("_MaybeTensor", Tensor, Tensor | None)
@@ -41,15 +41,15 @@ _library = torch.library.Library("lmoe_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _FACTORS = "Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_logits"
 _SAVED = "Tensor? logits, Tensor u, Tensor? route, Tensor? cast"
-_OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize"
+_OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize, float dropout"
 
 _library.define(
-    f"forward(Tensor x, {_FACTORS}, Tensor? weight, Tensor? base, bool save, str backend, {_OPTIONS})"
+    f"forward(Tensor x, {_FACTORS}, Tensor? weight, Tensor? base, Tensor? seed, bool save, str backend, {_OPTIONS})"
     " -> (Tensor y, Tensor logits, Tensor u, Tensor route, Tensor cast)",
     tags=_TAGS,
 )
 _library.define(
-    f"backward(Tensor dy, Tensor? dlogits, Tensor? x, {_FACTORS}, Tensor? weight, {_SAVED}, bool[] wanted,"
+    f"backward(Tensor dy, Tensor? dlogits, Tensor? x, {_FACTORS}, Tensor? weight, Tensor? seed, {_SAVED}, bool[] wanted,"
     f" str backend, {_OPTIONS})"
     " -> (Tensor dx, Tensor dlora_a, Tensor dlora_b, Tensor dgate_weight, Tensor dgate_bias, Tensor dgate_logits,"
     " Tensor dweight)",
@@ -60,16 +60,24 @@ backward = torch.ops.lmoe_kernels.backward.default
 
 
 def run_forward(
-    x: Tensor, factors: Factors, weight: Tensor | None, base: Tensor | None, options: Options, *, save: bool, backend: str
+    x: Tensor,
+    factors: Factors,
+    weight: Tensor | None,
+    base: Tensor | None,
+    seed: Tensor | None,
+    options: Options,
+    *,
+    save: bool,
+    backend: str,
 ) -> tuple[tuple[Any, ...], str]:
     """The results of the op `forward`, without the op where nothing but its results matters; and the name of the backend.
 
     It is the chosen one, so that the backward need not choose again; the requested one if the op ran, which chooses inside.
     """
-    tensors = (x, *factors, weight, base)
+    tensors = (x, *factors, weight, base, seed)
     if _something_sees_ops(x, tensors):
         return forward(*tensors, save, backend, *options), backend
-    y, saved, name = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    y, saved, name = _compute_forward(x, factors, weight, base, seed, options, save=save, backend=backend)
     return (y, *(saved or _NOTHING_SAVED)), name
 
 
@@ -79,6 +87,7 @@ def run_backward(
     x: Tensor | None,
     factors: Factors,
     weight: Tensor | None,
+    seed: Tensor | None,
     saved: Saved,
     options: Options,
     *,
@@ -86,10 +95,10 @@ def run_backward(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     """The results of the op `backward`, likewise."""
-    tensors = (dy, dlogits, x, *factors, weight, *saved)
+    tensors = (dy, dlogits, x, *factors, weight, seed, *saved)
     if _something_sees_ops(dy, tensors):
         return backward(*tensors, wanted, backend, *options)
-    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
+    return _compute_backward(dy, dlogits, x, factors, weight, seed, saved, options, wanted=wanted, backend=backend)
 
 
 def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -119,6 +128,7 @@ def _compute_forward(
     factors: Factors,
     weight: Tensor | None,  # (O, I), the frozen layer's; None for no frozen product
     base: Tensor | None,  # (O), the frozen layer's bias, or (T, O), the output of another layer
+    seed: Tensor | None,  # (), int64, of the dropout; None for no dropout
     options: Options,
     *,
     save: bool,
@@ -129,7 +139,7 @@ def _compute_forward(
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast_or_autograd(x):
-        y, saved = dispatch.load(name).forward(x, factors, _with_contiguous_rows(base), options, save=save)
+        y, saved = _functions(name, seed).forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
     return y, saved, name
@@ -141,6 +151,7 @@ def _compute_backward(
     x: Tensor | None,  # (T, I), needed only for the gradients of weights
     factors: Factors,
     weight: Tensor | None,  # (O, I)
+    seed: Tensor | None,  # (), the forward's
     saved: Saved,
     options: Options,
     *,
@@ -155,34 +166,42 @@ def _compute_backward(
     dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
-        grads: Gradients = dispatch.load(name).backward(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
+        compute = _functions(name, seed).backward
+        grads: Gradients = compute(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
         dweight = dy.t() @ x if of_weight and x is not None else None  # [O, T] @ [T, I] -> [O, I]
     return *grads, dweight
 
 
+def _functions(backend: str, seed: Tensor | None) -> dispatch.Functions:
+    """The functions of a backend, with dropout if there is a seed."""
+    functions = dispatch.load(backend)
+    return functions if seed is None else dropout.around(functions, seed)
+
+
 # The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
 def _forward(*args: Any) -> tuple[Tensor | None, ...]:
-    x, a, b, gate, bias, outside, weight, base, save, backend = args[:10]
-    factors, options = Factors(a, b, gate, bias, outside), Options(*args[10:])
-    y, saved, _ = _compute_forward(x, factors, weight, base, options, save=save, backend=backend)
+    x, a, b, gate, bias, outside, weight, base, seed, save, backend = args[:11]
+    factors, options = Factors(a, b, gate, bias, outside), Options(*args[11:])
+    y, saved, _ = _compute_forward(x, factors, weight, base, seed, options, save=save, backend=backend)
     return y, *(_NOTHING_SAVED if saved is None else _complete(saved, x, factors, options))
 
 
 def _backward(*args: Any) -> tuple[Tensor | None, ...]:
-    dy, dlogits, x, a, b, gate, bias, outside, weight, logits, u, route, cast, wanted, backend = args[:15]
+    dy, dlogits, x, a, b, gate, bias, outside, weight, seed, logits, u, route, cast, wanted, backend = args[:16]
     factors, saved, options = (
         Factors(a, b, gate, bias, outside),
         Saved(_contiguous(logits), u, route, cast),
-        Options(*args[15:]),
+        Options(*args[16:]),
     )
-    return _compute_backward(dy, dlogits, x, factors, weight, saved, options, wanted=wanted, backend=backend)
+    return _compute_backward(dy, dlogits, x, factors, weight, seed, saved, options, wanted=wanted, backend=backend)
 
 
 def _forward_fake(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None, gate_bias: Tensor | None,
-    gate_logits: Tensor | None, weight: Tensor | None, base: Tensor | None, save: bool, backend: str, *options: Any,
+    gate_logits: Tensor | None, weight: Tensor | None, base: Tensor | None, seed: Tensor | None, save: bool, backend: str,
+    *options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     tokens, experts, wide = x.shape[0], lora_b.shape[0], torch.promote_types(x.dtype, torch.float32)
     y = x.new_empty(tokens, lora_b.shape[2])
@@ -195,8 +214,8 @@ def _forward_fake(
 
 def _backward_fake(
     dy: Tensor, dlogits: Tensor | None, x: Tensor | None, lora_a: Tensor, lora_b: Tensor, gate_weight: Tensor | None,
-    gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, logits: Tensor | None, u: Tensor,
-    route: Tensor | None, cast: Tensor | None, wanted: list[bool], *rest: object,
+    gate_bias: Tensor | None, gate_logits: Tensor | None, weight: Tensor | None, seed: Tensor | None, logits: Tensor | None,
+    u: Tensor, route: Tensor | None, cast: Tensor | None, wanted: list[bool], *rest: object,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     (tokens, out_features), in_features = dy.shape, lora_a.shape[2]
     dx, dweight = dy.new_empty(tokens, in_features), dy.new_empty(out_features, in_features)
@@ -214,6 +233,8 @@ def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Sa
     """
     if saved.route is None and options.top_k is not None and options.may_group(sizes := factors.sizes(x.shape[0])):
         saved = saved._replace(route=x.new_empty(options.route_shape(sizes), dtype=torch.int32))
+    if options.dropout:
+        factors = dropout.with_outside_logits(factors, saved.logits)
     if saved.cast is None and (size := casting.cast_size(factors, x.dtype)) > 0:
         saved = saved._replace(cast=x.new_empty(size))
     return saved

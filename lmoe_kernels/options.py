@@ -36,6 +36,7 @@ class Options(NamedTuple):
     mixing: Mixing = "factors"
     top_k: int | None = None
     renormalize: bool = True
+    dropout: float = 0.0  # the ops apply it, with the backend's function `dropout`; forward and backward ignore it
 
     @property
     def averages_factors(self) -> bool:

@@ -28,6 +28,9 @@ renormalize=False the logits of dropped experts have gradients too, because they
 
     dL/dlogits[t,e] = softmax(logits[t])[e] * ([e kept] dL/dgates[t,e] - sum_{f kept} gates[t,f] dL/dgates[t,f])
 
+Dropout replaces x by `dropout(x)` for A alone; the gate and the frozen layer see x. Its mask is a hash of a seed, the token
+and the feature, so that it is the same in every backend and is never stored.
+
 Letters: T tokens, I in_features, O out_features, E experts, R rank. Source: L-MoE, arXiv 2510.17898.
 """
 
@@ -177,3 +180,51 @@ def backward(
     if wanted.gate_logits:
         dgate_logits = dlogits.to(logits.dtype)
     return Gradients(dx, dlora_a, dlora_b, dgate_weight, dgate_bias, dgate_logits)
+
+
+def dropout(
+    rows: Tensor,  # (T, F)
+    seed: Tensor,  # (), int64
+    probability: float,  # between 0 and 1, exclusive
+) -> Tensor:
+    """Set elements to 0 with this probability, and divide the others by 1 - probability.
+
+    The forward applies it to x, the backward to x and to the gradient of `dropout(x)`.
+
+    Returns:
+        a new contiguous tensor (T, F) in the dtype of rows. The product is rounded once.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    scale = torch.tensor(1.0 / (1.0 - probability), dtype=wide, device=rows.device)
+    tokens, features = rows.shape
+    kept = (rows.to(wide) * scale).where(keep_mask(seed, tokens, features, probability), 0.0)
+    return kept.to(rows.dtype).contiguous()
+
+
+def keep_mask(seed: Tensor, tokens: int, features: int, probability: float) -> Tensor:
+    """The mask of `dropout`, a bool tensor (T, F): whether a 32-bit hash is at least probability * 2^32.
+
+    Semantics:
+        key, other_key = mixed(mixed(low half of seed) ^ token), mixed(mixed(high half of seed ^ 0x9e3779b9) + token)
+        keep = mixed(feature ^ key, other_key) >= floor(probability * 2**32)          # in uint32
+    """
+    token = torch.arange(tokens, device=seed.device)[:, None]
+    feature = torch.arange(features, device=seed.device)
+    low, high = seed & _UINT32, (seed >> 32) & _UINT32
+    key = _mixed(_mixed(low) ^ token)
+    other_key = _mixed((_mixed(high ^ 0x9E3779B9) + token) & _UINT32)
+    return _mixed(feature ^ key, other_key) >= int(probability * 2**32)
+
+
+def _mixed(h: Tensor, key: Tensor | int = 0) -> Tensor:
+    """A hash of 32-bit numbers, in int64; the key joins halfway. Shifts and constants are those of Wellons' triple32."""
+    h = h ^ (h >> 17)
+    h = h * 0xED5AD4BB & _UINT32
+    h = h ^ (h >> 11) ^ key
+    h = h * 0xAC4C1B51 & _UINT32
+    h = h ^ (h >> 15)
+    h = h * 0x31848BAB & _UINT32
+    return h ^ (h >> 14)
+
+
+_UINT32 = 0xFFFFFFFF

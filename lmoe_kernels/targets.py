@@ -8,8 +8,10 @@ from difflib import get_close_matches
 from torch import nn
 
 from lmoe_kernels.checks import fail
-from lmoe_kernels.layer import LMoELinear, features_of
-from lmoe_kernels.naming import plain_modules, unwrapped
+from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.linears import features_of
+from lmoe_kernels.mixture import LayerWithExperts
+from lmoe_kernels.naming import plain_modules, unwrapped, walk
 
 ALL_LINEAR = "all-linear"
 _SAVED = "_lmoe_saved"  # an attribute of the modules in modules_to_save
@@ -36,6 +38,15 @@ def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
 def lmoe_layers_by_every_name(model: nn.Module) -> dict[str, LMoELinear]:
     """The L-MoE layers of a model by their names in the plain model; a shared layer appears under each of its names."""
     return {name: module for name, module in plain_modules(model).items() if isinstance(module, LMoELinear)}
+
+
+def layers_with_experts(model: nn.Module) -> dict[str, LayerWithExperts]:
+    """The layers of both kinds, `LMoELinear` and those of the PEFT tuner, by their first names in the plain model."""
+    found: dict[int, tuple[str, LayerWithExperts]] = {}
+    for name, _, module in walk(model, "", ""):
+        if isinstance(module, LayerWithExperts):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:

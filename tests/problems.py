@@ -37,16 +37,18 @@ class Case:
     gate_bias: bool = False
     linear: bool = False  # with a frozen weight and bias
     scaling: float = 0.75
+    dropout: float = 0.0
 
     @property
     def options(self) -> Options:
         """The options of the call."""
-        return Options(self.scaling, self.mixing, self.top_k, self.renormalize)
+        return Options(self.scaling, self.mixing, self.top_k, self.renormalize, self.dropout)
 
     def __str__(self) -> str:
         options = [self.mixing]
         options += [f"top{self.top_k}"] if self.top_k else []
         options += [] if self.renormalize else ["not_renormalized"]
+        options += ["dropout"] if self.dropout else []
         options += [name for name in ("shared_a", "outside_logits", "gate_bias", "linear") if getattr(self, name)]
         return f"T{self.T}-I{self.I}-O{self.O}-E{self.E}-R{self.R}-" + "-".join(options)
 

@@ -21,19 +21,25 @@ def _fresh_dynamo():
 
 @pytest.mark.parametrize(
     "case",
-    [Case(linear=True, gate_bias=True, top_k=2, renormalize=False), Case(outside_logits=True, shared_a=True), Case(T=0)],
+    [
+        Case(linear=True, gate_bias=True, top_k=2, renormalize=False),
+        Case(outside_logits=True, shared_a=True),
+        Case(linear=True, dropout=0.5),
+        Case(T=0),
+    ],
     ids=str,
 )
 def test_opcheck(case: Case) -> None:
     problem = make_problem(case, torch.float32)
     t = problem.tensors
     factors = factors_of(t)
-    args = (t["x"], *factors, t.get("weight"), t.get("bias"))
+    seed = torch.tensor(7) if case.dropout else None
+    args = (t["x"], *factors, t.get("weight"), t.get("bias"), seed)
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     for save in (True, False):
         torch.library.opcheck(ops.forward, (*args, save, "torch", *case.options), test_utils=utilities)
     _, *saved = ops.forward(*args, True, "torch", *case.options)
-    inputs = (t["x"], *factors, t.get("weight"), *saved)
+    inputs = (t["x"], *factors, t.get("weight"), seed, *saved)
     every, of_x = everything(factors), Wanted(True, *[False] * 5)
     for wanted in (every, every._replace(x=False, lora_b=False), of_x):
         backward = (problem.dy, None, *inputs, [*wanted, case.linear], "torch", *case.options)
@@ -103,7 +109,7 @@ class _Calls:
             self.seen.append((name, "backward", len(dy)))
             return reference.backward(dy, *args, **kwargs)
 
-        return dispatch.Functions(forward, backward)
+        return dispatch.Functions(forward, backward, reference.dropout)
 
 
 def _drop_all(guards: list) -> list[bool]:

@@ -22,13 +22,15 @@ LEVELS = [
     {"contents"},
     {"adapter", "lora_adapter", "targets"},
     {"layer"},
+    {"mixture"},
     {"config", "files", "functional", "losses"},
     {"autograd"},
     {"ops"},
+    {"dropout"},
     {"dispatch"},
     {"backends"},
     {"casting", "checks", "reference"},
-    {"distributed", "naming", "options", "quantised", "version"},
+    {"distributed", "linears", "naming", "options", "products", "quantised", "version"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
@@ -42,7 +44,7 @@ BENCHMARK_LEVELS = [
 ]
 BENCHMARK_LEVEL = {module: level for level, modules in enumerate(BENCHMARK_LEVELS) for module in modules}
 # What a backend may import in addition to its own modules.
-COMMON = ("lmoe_kernels.casting", "lmoe_kernels.options")
+COMMON = ("lmoe_kernels.casting", "lmoe_kernels.options", "lmoe_kernels.products")
 
 
 def _sources(*folders: str) -> list[Path]:
@@ -124,7 +126,7 @@ def test_every_backend_has_the_same_files_and_a_row_in_the_table() -> None:
     assert folders.keys() == dispatch.BACKENDS.keys()
     for folder in folders.values():
         files = {path.name for path in folder.iterdir()}
-        assert {"__init__.py", "availability.py", "forward.py", "backward.py"} <= files, folder.name
+        assert {"__init__.py", "availability.py", "forward.py", "backward.py", "dropout.py"} <= files, folder.name
 
 
 @pytest.mark.parametrize("path", _sources("tools"), ids=lambda p: str(p.relative_to(ROOT)))

@@ -164,13 +164,24 @@ def test_a_backward_without_the_route_is_refused() -> None:
 def test_the_route_is_saved_in_the_shape_that_is_traced(T: int) -> None:
     problem = make_problem(replace(GROUPED, T=T, outside_logits=False), torch.float32)
     factors = calls.factors_of(problem.tensors)
-    arguments = (problem.tensors["x"], *factors, None, None, True, "triton", *problem.case.options)
+    arguments = (problem.tensors["x"], *factors, None, None, None, True, "triton", *problem.case.options)
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.forward, arguments, test_utils=utilities)
     saved = ops.forward(*arguments)[1:]
     assert saved[2].shape == (1, 2 * T + 21)
     wanted = [*calls.everything(factors), False]
-    backward = (problem.dy, None, problem.tensors["x"], *factors, None, *saved, wanted, "triton", *problem.case.options)
+    backward = (
+        problem.dy,
+        None,
+        problem.tensors["x"],
+        *factors,
+        None,
+        None,
+        *saved,
+        wanted,
+        "triton",
+        *problem.case.options,
+    )
     torch.library.opcheck(ops.backward, backward, test_utils=utilities)
 
 

@@ -12,7 +12,6 @@ from lmoe_kernels.backends.torch.forward import (
     flat,
     gate_softmax,
     in_dtype,
-    linear_wide,
     mix,
     of_kept,
     row_and_column,
@@ -20,6 +19,7 @@ from lmoe_kernels.backends.torch.forward import (
 )  # fmt: skip
 from lmoe_kernels.casting import from_buffer
 from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
+from lmoe_kernels.products import weight_gradient
 
 
 def backward(
@@ -40,7 +40,7 @@ def backward(
     gates, sums = of_kept(softmax, dropped)
     row, column = row_and_column(gates, options)
     h, v = mix(row, column, u, options, sums)
-    dlora_b = wgrad(flat(v), dy, lora_b) if wanted.lora_b else None
+    dlora_b = weight_gradient(flat(v), dy, lora_b) if wanted.lora_b else None
     if not (wanted.x or wanted.lora_a or wanted.gate):
         return Gradients(None, None, dlora_b)
 
@@ -58,7 +58,7 @@ def backward(
         dx = expand(du, cast.lora_a, None)
     if wanted.lora_a:
         assert x is not None
-        dlora_a = wgrad(du, x, lora_a)
+        dlora_a = weight_gradient(du, x, lora_a)
     if gate_weight is not None and (dx is not None or wanted.gate_weight):
         rounded = in_dtype(dlogits, dy.dtype)
         if dx is not None:
@@ -66,7 +66,7 @@ def backward(
             dx.addmm_(rounded, cast.gate_weight)  # [T, E] @ [E, I] -> [T, I]
         if wanted.gate_weight:
             assert x is not None
-            dgate_weight = wgrad(rounded, x, gate_weight)
+            dgate_weight = weight_gradient(rounded, x, gate_weight)
     if wanted.gate_bias:
         assert gate_bias is not None
         dgate_bias = dlogits.sum(dim=0).to(gate_bias.dtype)
@@ -96,11 +96,3 @@ def mix_backward(
     if u.shape[1] != 1:
         return in_dtype(column * dh, u.dtype), dgates
     return in_dtype(dh if sums is None else sums * dh, u.dtype), dgates  # a shared A gathers the same from every expert
-
-
-def wgrad(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:
-    """coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
-    left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
-    same = parameter.dtype == rows.dtype
-    grad = torch.mm(left, rows) if same else linear_wide(left, rows.t()).to(parameter.dtype)
-    return grad if parameter.dim() == 2 else grad.view(parameter.shape)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the layers with experts share: the forward around a frozen layer, and access to the experts of a layer.
+
+`LMoELinear` has one mixture of experts. The layer of the PEFT tuner has one for each adapter.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmoe_kernels.config import LayerConfig
+from lmoe_kernels.functional import lmoe, lmoe_linear
+from lmoe_kernels.linears import is_plain_linear
+
+
+class Mixture(NamedTuple):
+    """The experts and the gate of one layer: their options, and their tensors by the names of `LayerConfig.shapes`."""
+
+    config: LayerConfig
+    tensors: dict[str, Tensor]  # parameters, except choice_bias, a buffer
+
+
+class LayerWithExperts:
+    """The interface of layers with experts, for code that works on the layers of both kinds."""
+
+    def mixtures(self) -> dict[str, Mixture]:
+        """The mixtures of the layer by the names of their adapters."""
+        raise NotImplementedError
+
+    def set_mixture(self, adapter: str, mixture: Mixture) -> None:
+        """Replace the options and the tensors of an adapter, whose numbers of experts may change."""
+        raise NotImplementedError
+
+    def kept_router_logits(self) -> dict[str, Tensor]:
+        """The router logits (..., E) of the last forward, by adapter, of those that keep them."""
+        raise NotImplementedError
+
+
+class Choice(NamedTuple):
+    """How the experts of `top_k` are chosen if a bias that no gradient trains takes part, and how often each was chosen."""
+
+    bias: Tensor  # (E), fp32, added to the logits for the choice alone
+    load: Tensor | None  # (E), fp32, counts the tokens of each expert; None outside training
+
+
+def add_experts(
+    base: nn.Module | Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    options: dict[str, Any],
+    choice: Choice | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Add the delta of the experts to a frozen layer, or to its output.
+
+    Args:
+        base: the frozen layer, which is called unless its product can be computed together with the delta; or a tensor
+            (..., O), to which the delta is added.
+        x: (..., I), see `lmoe`.
+        lora_a: (E, R, I), see `lmoe`.
+        lora_b: (E, R, O), see `lmoe`.
+        options: the other keywords of `lmoe`.
+        choice: see `Choice`; only with top_k, renormalize and gate_weight.
+
+    Returns:
+        y (..., O), and the router logits (..., E) if the options ask for them, else None.
+    """
+    logits = None
+    if choice is not None:
+        logits = _router_logits(x, options["gate_weight"], options["gate_bias"])
+        chosen = _of_chosen(logits, options["top_k"], choice)
+        options = {**options, "gate_weight": None, "gate_bias": None, "gate_logits": chosen}
+    if isinstance(base, nn.Module) and is_plain_linear(base):
+        result = lmoe_linear(x, base.weight, base.bias, lora_a, lora_b, **options)
+    else:
+        result = lmoe(x, lora_a, lora_b, base=base if isinstance(base, Tensor) else base(x), **options)
+    if not isinstance(result, tuple):
+        return result, None
+    y, of_result = result
+    return y, of_result if logits is None else logits
+
+
+def _router_logits(x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> Tensor:
+    """The router logits (..., E) in fp32 (fp64 for fp64), also under autocast."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), gate_weight.to(wide), None if gate_bias is None else gate_bias.to(wide))
+
+
+def _of_chosen(logits: Tensor, top_k: int, choice: Choice) -> Tensor:
+    """The router logits of the experts with the top_k largest sums of logit and bias; -inf for the others."""
+    best = (logits.detach() + choice.bias).topk(top_k, dim=-1).indices
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
+    if choice.load is not None:
+        choice.load.add_(chosen.reshape(-1, chosen.shape[-1]).sum(dim=0))
+    return logits.masked_fill(~chosen, float("-inf"))
