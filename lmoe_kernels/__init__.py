@@ -4,7 +4,9 @@
 from lmoe_kernels.auxiliary import add_auxiliary_loss, auxiliary_loss
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.compilation import warmup
+from lmoe_kernels.compose import from_lora_adapters
 from lmoe_kernels.dispatch import use_backend
+from lmoe_kernels.experts import add_expert, expert_names, export_expert, remove_expert
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
@@ -23,17 +25,22 @@ __all__ = [
     "LMoELinear",
     "__version__",
     "add_auxiliary_loss",
+    "add_expert",
     "apply_lmoe",
     "auxiliary_loss",
     "balance_loss",
     "collect_router_logits",
     "disable_lmoe",
+    "expert_names",
     "explain",
+    "export_expert",
+    "from_lora_adapters",
     "lmoe",
     "lmoe_layers",
     "lmoe_linear",
     "load_lmoe",
     "print_trainable_parameters",
+    "remove_expert",
     "remove_lmoe",
     "router_z_loss",
     "save_lmoe",

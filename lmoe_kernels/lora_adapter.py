@@ -14,10 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lmoe_kernels.checks import DTYPES, check_finite, check_positive_int, fail
 from lmoe_kernels.files import parsed_json, read_tensors, read_text, safetensors, shortened
+from lmoe_kernels.naming import plain_key
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLE = "adapter_model.bin"
@@ -221,3 +223,33 @@ def _of_layer(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value for a layer: that of the first key that matches the end of the name from a segment on, as in PEFT."""
     found = next((key for key in pattern if re.match(_ENDS_IN.format(key), name)), name)
     return pattern.get(found, default)
+
+
+def read_for(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
+    """Read a plain LoRA; its layers get their names in the plain model, without the segments of wrappers."""
+    adapter = read_lora(op, directory)
+    return adapter._replace(layers={plain_key(name): layer for name, layer in adapter.layers.items()})
+
+
+def check_fits(op: str, where: str, lora: LoraLayer, in_features: int, out_features: int) -> None:
+    """Check that a LoRA has the features of a linear layer."""
+    got = lora.a.shape[1], lora.b.shape[0]
+    if got != (in_features, out_features):
+        must = f"have the layer's in_features and out_features {(in_features, out_features)}"
+        fail(op, f"the LoRA {where}", must, got)
+
+
+def expert_of(lora: LoraLayer, rank: int, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A LoRA as the A (R, I) and the B (R, O) of an expert of at least its rank; the ranks that it does not have are zero.
+
+    The LoRA's scaling becomes a factor of B, next to the scaling of the expert's layer. B is rounded once to `dtype`.
+    """
+    missing = 0, 0, 0, rank - lora.a.shape[0]
+    b = (lora.b.double() * (lora.scaling / scaling)).T
+    return nn.functional.pad(lora.a.to(dtype), missing), nn.functional.pad(b.to(dtype), missing)
+
+
+def lora_of(a: Tensor, b: Tensor, scaling: float) -> LoraLayer | None:
+    """An expert with A (R, I) and B (R, O) as a LoRA, without the ranks that are zero; None if all are."""
+    used = (a != 0).any(dim=1) | (b != 0).any(dim=1)
+    return LoraLayer(a[used], b[used].T, scaling) if used.any() else None

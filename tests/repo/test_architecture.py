@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
     {"__init__", "info"},
-    {"auxiliary", "checkpoint", "compilation"},
+    {"auxiliary", "checkpoint", "compilation", "compose", "experts"},
     {"model"},
     {"pretrained"},
     {"peft_interop"},
