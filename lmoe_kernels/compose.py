@@ -42,9 +42,9 @@ def from_lora_adapters(
 
     The layers mix the experts' outputs (mixing="outputs"): up to rounding, a gate of 1 gives what that LoRA gives in PEFT.
     LoRAs may have different ranks, scalings and layers. Smaller ranks are padded with zeros, which no gradient changes, and
-    an expert is zero in layers that its LoRA does not have. Each scaling, alpha / r or with rsLoRA alpha / sqrt(r), becomes a
-    factor of B, which is rounded once to the dtype of the experts; factors that are powers of two are exact. Everything else
-    is frozen, as by `apply_lmoe`. An error leaves the model unchanged.
+    an expert is zero in layers that its LoRA does not have. Each scaling, alpha / r or with rsLoRA alpha / sqrt(r), becomes
+    a factor of B, which is rounded once to the dtype of the experts; factors that are powers of two are exact. Everything
+    else is frozen, as by `apply_lmoe`. An error leaves the model unchanged.
 
     Args:
         model: the model that the LoRAs were trained for, see `apply_lmoe`.

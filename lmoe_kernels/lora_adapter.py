@@ -183,7 +183,10 @@ def _pairs(op: str, file: Path, tensors: Mapping[str, Tensor]) -> dict[str, tupl
     if missing := next((key for key in known if key not in tensors), None):
         fail(op, f"{file}", f"hold {missing!r}", "none of that name")
     if unknown := next((key for key in tensors if key not in known), None):
-        fail(op, f"{file}", "hold the lora_A and lora_B of linear layers alone", f"{unknown!r}")
+        hint = (
+            "" if "lora_" in unknown else " (save_pretrained(save_embedding_layers=False) leaves embeddings and heads out)"
+        )
+        fail(op, f"{file}", "hold the lora_A and lora_B of linear layers alone", f"{unknown!r}{hint}")
     if not names:
         fail(op, f"{file}", "hold the lora_A and lora_B of at least one layer", "no tensors")
     pairs = {name: (tensors[f"{_PREFIX}{name}{_A}"], tensors[f"{_PREFIX}{name}{_B}"]) for name in names}

@@ -248,6 +248,17 @@ def test_tensors_that_are_no_plain_lora_are_refused(kind: str, tmp_path: Path) -
     assert message in error_of(tmp_path)
 
 
+def test_a_head_that_peft_saves_with_its_lora(tmp_path: Path) -> None:
+    """Its frozen weight may be another one than that of the model."""
+    lora(llama(), target_modules=["lm_head"]).save_pretrained(tmp_path)
+    assert error_of(tmp_path).endswith(
+        "got 'base_model.model.lm_head.base_layer.weight' "
+        "(save_pretrained(save_embedding_layers=False) leaves embeddings and heads out)"
+    )
+    lora(llama(), target_modules=["lm_head"]).save_pretrained(tmp_path, save_embedding_layers=False)
+    assert list(read_lora("op", tmp_path).layers) == ["lm_head"]
+
+
 def test_an_empty_file_of_tensors(tmp_path: Path) -> None:
     saved(tmp_path)
     save_file({}, tmp_path / WEIGHTS)
