@@ -6,7 +6,9 @@ from lmoe_kernels.auxiliary_trainer import add_auxiliary_loss
 from lmoe_kernels.balancing import balance_callback, balance_experts
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.compilation import warmup
+from lmoe_kernels.compose import from_lora_adapters
 from lmoe_kernels.dispatch import use_backend
+from lmoe_kernels.experts import add_expert, expert_names, export_expert, remove_expert
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
@@ -26,6 +28,7 @@ __all__ = [
     "LMoELinear",
     "__version__",
     "add_auxiliary_loss",
+    "add_expert",
     "apply_lmoe",
     "auxiliary_loss",
     "balance_callback",
@@ -33,15 +36,19 @@ __all__ = [
     "balance_loss",
     "collect_router_logits",
     "disable_lmoe",
+    "expert_names",
     "explain",
+    "export_expert",
     "freeze_expert",
     "freeze_gates",
+    "from_lora_adapters",
     "lmoe",
     "lmoe_layers",
     "lmoe_linear",
     "load_lmoe",
     "parameter_groups",
     "print_trainable_parameters",
+    "remove_expert",
     "remove_lmoe",
     "router_z_loss",
     "save_lmoe",

@@ -8,16 +8,15 @@ edited. Loading then raises an error, because tensors must never be used with th
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lmoe_kernels.checks import fail
 from lmoe_kernels.config import CONFIG_KEYS
+from lmoe_kernels.files import parsed_json, read_tensors, read_text, safetensors, shortened
 
 WEIGHTS, CONFIG = "lmoe.safetensors", "lmoe_config.json"
 FORMAT = "lmoe_kernels"
@@ -71,9 +70,9 @@ def read_adapter(op: str, directory: str | os.PathLike[str]) -> Adapter:
         fail(op, "directory", "hold what save_lmoe wrote", got)
     if not weights.is_file():
         raise FileNotFoundError(f"{op}: {weights} does not exist")
-    tensors, metadata = _read_tensors(op, weights)
+    tensors, metadata = read_tensors(op, weights)
     text = metadata.get(_CONFIG_IN_METADATA)
-    shown_text = _read_text(op, shown) if shown.is_file() else None
+    shown_text = read_text(op, shown) if shown.is_file() else None
     if text is None:  # version 1 kept the options only in the JSON file
         if shown_text is None:
             raise FileNotFoundError(f"{op}: {shown} does not exist")
@@ -91,18 +90,6 @@ def read_adapter(op: str, directory: str | os.PathLike[str]) -> Adapter:
     return Adapter(layers, tensors, config["modules_to_save"], config["base"])
 
 
-def safetensors(op: str) -> ModuleType:
-    """Import safetensors.
-
-    Raises:
-        ImportError: it is not installed; the message says how to install it.
-    """
-    try:
-        return import_module("safetensors.torch")
-    except ImportError as error:
-        raise ImportError(f"{op}: safetensors must be installed: pip install safetensors") from error
-
-
 def _without_later_defaults(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[name]}
 
@@ -114,57 +101,23 @@ def _upgraded_from_version_1(options: dict[str, Any]) -> dict[str, Any]:
     return {**upgraded, "alpha": upgraded.get("rank")} if "alpha" in upgraded and upgraded["alpha"] is None else upgraded
 
 
-def _read_text(op: str, path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except ValueError as error:
-        fail(op, f"{path}", "be JSON", _first_line(error))
-
-
 def _parsed(op: str, path: Path, text: str) -> dict[str, Any]:
     """Parse the configuration and check its top-level entries."""
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:  # no JSON, an integer that is too long, or nesting that is too deep
-        fail(op, f"{path}", "be JSON", _first_line(error))
+    config = parsed_json(op, path, text)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         got = config.get("format") if isinstance(config, dict) else config
-        fail(op, f"{path}", f"have format {FORMAT!r}", _shortened(got))
+        fail(op, f"{path}", f"have format {FORMAT!r}", shortened(got))
     version = config.get("version")
     if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
-        fail(op, f"{path}", f"have version 1 or {FORMAT_VERSION}", _shortened(version))
+        fail(op, f"{path}", f"have version 1 or {FORMAT_VERSION}", shortened(version))
     layers = config.get("layers")
     if not isinstance(layers, dict) or not layers or not all(isinstance(c, dict) for c in layers.values()):
-        fail(op, f"{path}", "map the names of layers to their options", _shortened(layers))
+        fail(op, f"{path}", "map the names of layers to their options", shortened(layers))
     if version == 1:
         return config
     saved, base = config.get("modules_to_save"), config.get("base")
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        fail(op, f"{path}", "list the names of modules_to_save", _shortened(saved))
+        fail(op, f"{path}", "list the names of modules_to_save", shortened(saved))
     if not isinstance(base, str):
-        fail(op, f"{path}", "have the digest of the base model as 'base'", _shortened(base))
+        fail(op, f"{path}", "have the digest of the base model as 'base'", shortened(base))
     return config
-
-
-def _read_tensors(op: str, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file."""
-    safe_open = safetensors(op).safe_open
-    try:
-        with safe_open(path, "pt") as file:
-            # safe_open has keys() but cannot be iterated
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # not every release of safetensors exports its SafetensorError
-        fail(op, f"{path}", "be a safetensors file", _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return _shortened(str(error).partition("\n")[0], str)
-
-
-def _shortened(value: object, show: Any = repr) -> str:
-    """The text of a value for an error message, cut after 200 characters."""
-    try:
-        text = show(value)
-    except (ValueError, RecursionError):  # an integer that is too long, or nesting that is too deep
-        return f"a {type(value).__name__} too large to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, safetensors, write_adapter
+from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, write_adapter
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
 from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, parts_of
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import fill, gathered, how_distributed, run_on_all_processes, run_on_first_process
+from lmoe_kernels.files import safetensors
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrap_linears
@@ -159,6 +160,8 @@ def _check_layer(
     where = f"layer {name!r}"
     if present is None and name not in linears:
         _fail(where, "be a linear layer of the model", "none of that name")
+    if present is not None:
+        _check_experts(where, config, present)
     if present is not None and present.config() != adapter.layers[name]:
         _fail(where, f"have the model's options {present.config()}", adapter.layers[name])
     in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
@@ -171,6 +174,14 @@ def _check_layer(
         raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
     if (weight_of(linears[name]) if present is None else present.lora_a).is_meta:
         _fail(where, "have data (see torch.nn.Module.to_empty)", "one on the meta device")
+
+
+def _check_experts(where: str, config: LayerConfig, present: LMoELinear) -> None:
+    """Check that the layer has the experts of the checkpoint, if these are named or as many."""
+    named = isinstance(config.expert_names, list)
+    if (named or config.num_experts == present.num_experts) and config.names() != present.expert_names:
+        ours, theirs = (", ".join(map(repr, names)) for names in (present.expert_names, config.names()))
+        _fail(where, f"have the model's experts {ours}", f"{theirs} (see add_expert, remove_expert)")
 
 
 def _check_tensor(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
