@@ -106,8 +106,8 @@ def lmoe(
             the output does not train the gate.
         dropout: probability with which an element of x is 0 for lora_a, while the others are divided by 1 - dropout, as in a
             LoRA of PEFT. The gate sees x itself. Pass it in training only. The mask is not stored.
-        seed: () int64 on x's device. The mask is a function of seed, token and feature, the same in every backend. None draws
-            a new seed from PyTorch's generator of that device.
+        seed: () int64 on x's device. The mask is a function of seed, token and feature, the same in every backend. None
+            draws a new seed from PyTorch's generator of that device.
         return_router_logits: also return the logits (..., E) in fp32 (fp64 for fp64). They are differentiable, so that
             balance and z-losses can use them. If gate_logits is given, that tensor is returned.
         backend: "cuda", "triton", "torch" or "reference"; None selects one automatically, see `explain`.
