@@ -13,8 +13,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels import lmoe
-from lmoe_kernels.dispatch import BACKENDS
+from lmoe_kernels import lmoe, reference
+from lmoe_kernels.dispatch import BACKENDS, load
+from lmoe_kernels.dropout import new_seed
 from lmoe_kernels.options import Problem, Sizes
 from tests.problems import CASES, Case, assert_all_no_worse, eager, gradients, leaves_of, make_problem, outcome
 from tests.problems import Problem as RandomProblem
@@ -30,6 +31,7 @@ LARGE = [
     Case(T=16, I=4096, O=4096, E=8, R=16),
     Case(T=4096, I=4096, O=4096, E=64, R=16, top_k=2),
     Case(T=4096, I=1000, O=3001, E=5, R=3, shared_a=True),
+    Case(T=8192, I=4096, O=4096, E=8, R=16, linear=True, dropout=0.1),
 ]
 
 
@@ -61,6 +63,16 @@ def test_large_shapes(case: Case, dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype, backend: str) -> None:
     _judge(make_problem(case, dtype, device="cuda"), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "features", "step"), [(8192, 4096, 4096), (16, 4096, 4104), (1000, 3001, 3001)])
+def test_dropout_has_the_bits_of_the_reference(
+    tokens: int, features: int, step: int, dtype: torch.dtype, backend: str
+) -> None:
+    rows = torch.randn(tokens, step, device="cuda").to(dtype)[:, :features]
+    seed = new_seed(rows.device)
+    assert torch.equal(load(backend).dropout(rows, seed, 0.1), reference.dropout(rows, seed, 0.1))
 
 
 @pytest.mark.parametrize("case", LARGE, ids=str)
