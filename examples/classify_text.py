@@ -30,8 +30,10 @@ TARGETS = r"encoder\.encoder\.layer\.[45]\..*"  # every linear layer of the last
 COMMENTS = {"Python": rb'""".*?"""|#[^\n]*', "C": rb"/\*.*?\*/|//[^\n]*"}  # English text in the other two domains
 TOKENS = 32  # of a window at most
 BYTES = 6 * TOKENS  # of a window: in most windows these are more than TOKENS tokens
-WINDOWS = 18  # windows of a batch
+WINDOWS = 12  # windows of a batch
+STEPS = 90
 EXPERT_RATE, HEAD_RATE = 2e-3, 1e-2  # highest learning rates
+HEAD_RATE_ALONE = 3e-2  # of the head on the frozen encoder, which learns less at HEAD_RATE
 
 
 class Classifier(nn.Module):
@@ -39,7 +41,7 @@ class Classifier(nn.Module):
 
     def __init__(self, folder: Path, classes: int) -> None:
         super().__init__()
-        self.encoder = BertModel.from_pretrained(folder, add_pooling_layer=False, use_safetensors=True)
+        self.encoder = BertModel.from_pretrained(folder, use_safetensors=True)
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -101,8 +103,9 @@ def encode(tokenizer: Tokenizer, windows: Sequence[Tensor]) -> tuple[Tensor, Ten
 def train(model: Classifier, tokenizer: Tokenizer, domains: Sequence[Domain], steps: int, seed: int) -> None:
     """AdamW with warm-up and linear decay; the same seed gives the same batches, which hold every domain in equal parts."""
     inner = [p for p in model.encoder.parameters() if p.requires_grad]
-    groups = [{"params": model.head.parameters(), "lr": HEAD_RATE}, {"params": inner, "lr": EXPERT_RATE}]
-    optimizer = torch.optim.AdamW(groups[: 2 if inner else 1], weight_decay=0.0)
+    groups = [{"params": list(model.head.parameters()), "lr": HEAD_RATE if inner else HEAD_RATE_ALONE}]
+    groups += [{"params": inner, "lr": EXPERT_RATE}] if inner else []
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 5) * (1 - i / steps))
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -148,7 +151,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="classifier", help="folder for experts, gates and head (default: classifier)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures (default: 0)")
-    parser.add_argument("--steps", type=int, default=60, help="training steps of each classifier (default: 60)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of each classifier (default: {STEPS})")
     parser.add_argument("--windows", type=int, default=128, help="held-out windows of each domain (default: 128)")
     return parser.parse_args(arguments)
 
