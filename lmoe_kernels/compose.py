@@ -94,6 +94,17 @@ def from_lora_adapters(
         output_router_logits=output_router_logits,
         backend=backend,
     )
+    return _replace_layers(model, directories, config, rank, dtype)
+
+
+def _replace_layers(
+    model: nn.Module,
+    directories: Mapping[str, _Directory],
+    config: LayerConfig,
+    rank: int | None,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Read and check everything, and then replace the layers. Return their names."""
     config.check()
     loras = {name: read_for(_OP, directory) for name, directory in directories.items()}
     _warn_of_other_bases(loras)
@@ -144,7 +155,7 @@ def _warn_of_other_bases(loras: Mapping[str, LoraAdapter]) -> None:
     bases = {adapter.base: expert for expert, adapter in loras.items() if adapter.base is not None}
     if len(bases) > 1:
         shown = ", ".join(f"{expert!r} for {base!r}" for base, expert in bases.items())
-        warnings.warn(f"{_OP}: the adapters were trained for base models of different names: {shown}", stacklevel=3)
+        warnings.warn(f"{_OP}: the adapters were trained for base models of different names: {shown}", stacklevel=4)
 
 
 def _by_layer(
