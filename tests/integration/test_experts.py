@@ -335,6 +335,9 @@ class Tuned(nn.Module, LayerWithExperts):
         self.layers = nn.ModuleDict(layers)
         self.active_adapters = ["second"]
 
+    def active(self) -> list[str]:
+        return self.active_adapters
+
     def mixtures(self) -> dict[str, Mixture]:
         return {name: layer.mixtures()["default"] for name, layer in self.layers.items()}
 
