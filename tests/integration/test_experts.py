@@ -332,7 +332,7 @@ class Tuned(nn.Module, LayerWithExperts):
 
     def __init__(self, layers: dict[str, LMoELinear]) -> None:
         super().__init__()
-        self.layers = nn.ModuleDict(layers)
+        self.layers = layers  # not as modules, which would be layers of the model
         self.active_adapters = ["second"]
 
     def active(self) -> list[str]:
