@@ -22,7 +22,7 @@ from lmoe_kernels.files import parsed_json, read_tensors, read_text, safetensors
 from lmoe_kernels.naming import plain_key
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLE = "adapter_model.bin"
+_PICKLE, _WEIGHTS_OF_LMOE = "adapter_model.bin", "lmoe.safetensors"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight")
 _ENDS_IN = r"(?:.*\.)?(?:{})$"  # how PEFT matches a key of rank_pattern and alpha_pattern with the name of a layer
@@ -72,6 +72,8 @@ def read_lora(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
         fail(op, "an adapter", "be the path of a directory", repr(directory), TypeError)
     weights, file = Path(directory, WEIGHTS), Path(directory, CONFIG)
     if not file.is_file():
+        if Path(directory, _WEIGHTS_OF_LMOE).is_file():
+            fail(op, f"{directory}", "hold a LoRA of PEFT", "what save_lmoe wrote (load_lmoe loads it)")
         raise FileNotFoundError(f"{op}: {file} does not exist")
     config = parsed_json(op, file, read_text(op, file))
     if not isinstance(config, dict):

@@ -21,6 +21,7 @@ from lmoe_kernels import (
     load_lmoe,
     save_lmoe,
 )
+from lmoe_kernels.lora_adapter import read_lora
 from tests.integration.test_lora_adapter import CONFIG, change_config, lora
 from tests.models import IDS, llama, state
 
@@ -85,6 +86,16 @@ def test_in_half_precision_within_its_rounding(tmp_path: Path) -> None:
             (logits.double() - truth).norm() for logits in (model(IDS).logits, logits_of_peft(half, directory))
         )
         assert error <= 1.5 * of_peft + 0.01 * truth.norm()
+
+
+def test_the_scaling_is_a_factor_of_b_that_is_rounded_once(tmp_path: Path) -> None:
+    plain = llama().float()
+    directories = saved(plain, tmp_path)
+    from_lora_adapters(plain, directories)
+    for index, (name, scaling) in enumerate((("english", 3 / 2), ("python", 7 / 5**0.5), ("c", 9 / 4))):
+        b = read_lora("op", directories[name]).layers[Q].b
+        mine = lmoe_layers(plain)[Q].lora_b[index, : b.shape[1]]
+        assert torch.equal(mine, (scaling * b.double()).float().T)
 
 
 def test_at_the_start_the_loras_are_averaged(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Named experts in files: exported as LoRAs of PEFT, and in checkpoints."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_a_checkpoint_of_an_expert_that_was_removed(tmp_path: Path) -> None:
     assert error_of(model, lambda: load_lmoe(model, tmp_path)) == (
         f"load_lmoe: layer '{Q}' must have the model's experts 'english', 'c', got {got} (see add_expert, remove_expert)"
     )
+
+
+@pytest.mark.parametrize("names", [5, "abc", ["a", "b"], ["a", "b", 3], ["a", "b", "a"], {"a": 1}], ids=repr)
+def test_damaged_names_in_a_checkpoint(names: object, tmp_path: Path) -> None:
+    save_lmoe(mixture(), tmp_path)
+    config = json.loads((tmp_path / "lmoe_config.json").read_text())
+    for options in config["layers"].values():
+        options["expert_names"] = names
+    (tmp_path / "lmoe_config.json").unlink()
+    tensors = load_file(tmp_path / "lmoe.safetensors")
+    save_file(tensors, tmp_path / "lmoe.safetensors", {"format": "pt", "lmoe_config": json.dumps(config)})
+    for model in (llama(), mixture()):
+        message = error_of(model, lambda model=model: load_lmoe(model, tmp_path))
+        assert message.startswith(f"load_lmoe: layer '{Q}'")
 
 
 def test_a_gate_that_is_wider_than_the_experts(tmp_path: Path) -> None:

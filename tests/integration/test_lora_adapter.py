@@ -273,6 +273,9 @@ def test_missing_files_and_pickles(tmp_path: Path) -> None:
     assert error_of(tmp_path) == f"op: {tmp_path} must hold {WEIGHTS}, got {got}"
     (tmp_path / "adapter_model.bin").unlink()
     assert error_of(tmp_path) == f"op: {tmp_path / WEIGHTS} does not exist"
+    save_file({}, tmp_path / "lmoe.safetensors")
+    (tmp_path / CONFIG).unlink()
+    assert error_of(tmp_path) == f"op: {tmp_path} must hold a LoRA of PEFT, got what save_lmoe wrote (load_lmoe loads it)"
     assert error_of(None) == "op: an adapter must be the path of a directory, got None"
 
 
