@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.distributed import how_distributed, is_sharded, lacks_fsdp1_wrapper
-from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, lora_of, read_for, write_lora
+from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, lora_of, read_lora, write_lora
 from lmoe_kernels.mixture import LayerWithExperts, Mixture
 from lmoe_kernels.naming import unwrapped
 from lmoe_kernels.targets import layers_with_experts, nearest
@@ -213,7 +213,7 @@ def _loras_for(op: str, mixtures: _Mixtures, directory: str | os.PathLike[str] |
     """Read a LoRA and check that it fits the layers."""
     if directory is None:
         return {}
-    loras = read_for(op, directory).layers
+    loras = read_lora(op, directory).layers
     for name, lora in loras.items():
         if name not in mixtures:
             got = f"the LoRA of a layer {name!r} without experts; {nearest(name, mixtures)}"

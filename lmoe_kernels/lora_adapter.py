@@ -53,7 +53,7 @@ class LoraLayer(NamedTuple):
 
 
 class LoraAdapter(NamedTuple):
-    """The LoRAs of a model by the names of their layers, and the name that the base model had, if one is recorded."""
+    """The LoRAs of a model by the names of their layers in the plain model, and the recorded name of the base model."""
 
     layers: dict[str, LoraLayer]
     base: str | None
@@ -87,7 +87,7 @@ def read_lora(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
         raise FileNotFoundError(f"{op}: {weights} does not exist")
     pairs = _pairs(op, weights, read_tensors(op, weights)[0])
     base = config.get("base_model_name_or_path")
-    layers = {name: LoraLayer(a, b, _scaling(op, file, config, name, a)) for name, (a, b) in pairs.items()}
+    layers = {plain_key(name): LoraLayer(a, b, _scaling(op, file, config, name, a)) for name, (a, b) in pairs.items()}
     return LoraAdapter(layers, base if isinstance(base, str) and base else None)
 
 
@@ -228,12 +228,6 @@ def _of_layer(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value for a layer: that of the first key that matches the end of the name from a segment on, as in PEFT."""
     found = next((key for key in pattern if re.match(_ENDS_IN.format(key), name)), name)
     return pattern.get(found, default)
-
-
-def read_for(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
-    """Read a plain LoRA; its layers get their names in the plain model, without the segments of wrappers."""
-    adapter = read_lora(op, directory)
-    return adapter._replace(layers={plain_key(name): layer for name, layer in adapter.layers.items()})
 
 
 def check_fits(op: str, where: str, lora: LoraLayer, in_features: int, out_features: int) -> None:

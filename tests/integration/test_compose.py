@@ -213,6 +213,15 @@ def test_a_layer_of_two_names_gets_one_set_of_experts(tmp_path: Path) -> None:
     assert tied["a"].num_experts == 1
 
 
+def test_two_loras_for_a_layer_of_two_names(tmp_path: Path) -> None:
+    apart = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    lora(apart, r=2, target_modules=["a", "b"]).save_pretrained(tmp_path)
+    linear = nn.Linear(4, 4)
+    assert error_of(nn.ModuleDict({"a": linear, "b": linear}), {"first": tmp_path}).endswith(
+        "must be the only one of its layer, got a second one, under another name of the layer"
+    )
+
+
 def error_of(model: nn.Module, adapters: Any, **options: Any) -> str:
     """The error, which must be one line and leave the model unchanged."""
     before = state(model)

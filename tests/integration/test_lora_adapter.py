@@ -135,6 +135,14 @@ def test_a_converted_pissa_is_a_plain_lora(tmp_path: Path) -> None:
     torch.testing.assert_close(applied(plain, converted), model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_names_without_the_segments_of_wrappers(tmp_path: Path) -> None:
+    """PEFT keeps the segments of wrappers that were there before its own, and so do the keys of patterns."""
+    model = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})})
+    lora(model, r=2, target_modules=["a", "b"], alpha_pattern={"^_orig_mod.b": 6}).save_pretrained(tmp_path)
+    adapter = read_lora("op", tmp_path)
+    assert {name: layer.scaling for name, layer in adapter.layers.items()} == {"a": 4.0, "b": 3.0}
+
+
 def test_the_recorded_base_model(tmp_path: Path) -> None:
     saved(tmp_path)
     change_config(tmp_path, base_model_name_or_path="meta/tiny")
