@@ -178,8 +178,8 @@ def _check_layer(
 
 def _check_experts(where: str, config: LayerConfig, present: LMoELinear) -> None:
     """Check that the layer has the experts of the checkpoint, if these are named or as many."""
-    named = isinstance(config.expert_names, list)
-    if (named or config.num_experts == present.num_experts) and config.names() != present.expert_names:
+    as_many = config.expert_names is None and config.num_experts == present.num_experts
+    if (as_many or isinstance(config.expert_names, list)) and config.names() != present.expert_names:
         ours, theirs = (", ".join(map(repr, names)) for names in (present.expert_names, config.names()))
         _fail(where, f"have the model's experts {ours}", f"{theirs} (see add_expert, remove_expert)")
 

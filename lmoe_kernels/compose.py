@@ -15,7 +15,7 @@ from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.linears import features_of, weight_of
-from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, read_for
+from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, read_lora
 from lmoe_kernels.model import replace_modules, wrap_linears
 from lmoe_kernels.targets import hint_for_layers, wrappable_layers
 
@@ -94,8 +94,19 @@ def from_lora_adapters(
         output_router_logits=output_router_logits,
         backend=backend,
     )
+    return _replace_layers(model, directories, config, rank, dtype)
+
+
+def _replace_layers(
+    model: nn.Module,
+    directories: Mapping[str, _Directory],
+    config: LayerConfig,
+    rank: int | None,
+    dtype: torch.dtype | None,
+) -> list[str]:
+    """Read and check everything, and then replace the layers. Return their names."""
     config.check()
-    loras = {name: read_for(_OP, directory) for name, directory in directories.items()}
+    loras = {name: read_lora(_OP, directory) for name, directory in directories.items()}
     _warn_of_other_bases(loras)
     linears = wrappable_layers(model)
     by_layer = _by_layer(model, directories, loras, linears)
@@ -144,7 +155,7 @@ def _warn_of_other_bases(loras: Mapping[str, LoraAdapter]) -> None:
     bases = {adapter.base: expert for expert, adapter in loras.items() if adapter.base is not None}
     if len(bases) > 1:
         shown = ", ".join(f"{expert!r} for {base!r}" for base, expert in bases.items())
-        warnings.warn(f"{_OP}: the adapters were trained for base models of different names: {shown}", stacklevel=3)
+        warnings.warn(f"{_OP}: the adapters were trained for base models of different names: {shown}", stacklevel=4)
 
 
 def _by_layer(
@@ -162,26 +173,18 @@ def _by_layer(
         for name, lora in adapter.layers.items():
             where = f"of layer {name!r} in {directories[expert]}"
             if name not in linears:
-                checks.fail(
-                    _OP,
-                    "model",
-                    f"have the layer {name!r} of the LoRA in {directories[expert]}",
-                    _missing(model, name, linears),
-                )
+                must = f"have the layer {name!r} of the LoRA in {directories[expert]}"
+                got = f"none that can be wrapped; {hint_for_layers(model, name, linears)}"
+                checks.fail(_OP, "model", must, got)
             check_fits(_OP, where, lora, *(features_of(linears[name]) or (0, 0)))
             if weight_of(linears[name]).is_meta:
                 checks.fail(_OP, "model", "have data (see torch.nn.Module.to_empty)", f"layer {name!r} on the meta device")
             of_layer = by_layer[first_names[id(linears[name])]]
             if expert in of_layer:
-                checks.fail(
-                    _OP, f"the LoRA {where}", "be the only one of its layer", "a second one, under another name of it"
-                )
+                got = "a second one, under another name of the layer"
+                checks.fail(_OP, f"the LoRA {where}", "be the only one of its layer", got)
             of_layer[expert] = lora
     return {name: of_layer for name, of_layer in by_layer.items() if of_layer}
-
-
-def _missing(model: nn.Module, name: str, linears: Mapping[str, nn.Module]) -> str:
-    return f"none that can be wrapped; {hint_for_layers(model, name, linears)}"
 
 
 def _of_rank(config: LayerConfig, name: str, largest: int, rank: int | None) -> LayerConfig:

@@ -92,7 +92,8 @@ class LayerConfig(NamedTuple):
 
 def check_expert_names(op: str, names: Sequence[str], num_experts: int) -> None:
     """Check that there is one name for each expert, and that no two are equal."""
-    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+    several = isinstance(names, Sequence) and not isinstance(names, str)
+    if not several or not all(isinstance(name, str) and name for name in names):
         checks.fail(op, "expert_names", "be None or several str that are not empty", repr(names), TypeError)
     if len(names) != num_experts:
         checks.fail(op, "expert_names", f"have one name for each of num_experts = {num_experts} experts", len(names))

@@ -3,7 +3,6 @@
 
 import os
 from difflib import get_close_matches
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.distributed import how_distributed, is_sharded, lacks_fsdp1_wrapper
-from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, lora_of, read_for, write_lora
+from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, lora_of, read_lora, write_lora
 from lmoe_kernels.mixture import LayerWithExperts, Mixture
 from lmoe_kernels.naming import unwrapped
 from lmoe_kernels.targets import layers_with_experts, nearest
@@ -90,7 +89,8 @@ def add_expert(
         layer_name: _with_expert(mixture, name, loras.get(layer_name) if lora is not None else None, gate_bias, lora is None)
         for layer_name, (_, mixture) in mixtures.items()
     }
-    _set(model, adapter, mixtures, extended)
+    for layer_name, mixture in extended.items():
+        mixtures[layer_name][0].set_mixture(adapter, mixture)
 
 
 def remove_expert(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
@@ -118,7 +118,9 @@ def remove_expert(model: nn.Module, name: str, *, adapter: str | None = None) ->
         if left < (needed := mixture.config.top_k or 1):
             must = "leave an expert" if needed == 1 else f"leave as many experts as top_k = {needed}"
             checks.fail(op, "name", f"{must} in every layer", f"{name!r}, after which {left} are left in {layer_name!r}")
-    _set(model, adapter, having, {key: _without_expert(mixture, name) for key, (_, mixture) in having.items()})
+    smaller = {key: _without_expert(mixture, name) for key, (_, mixture) in having.items()}
+    for layer_name, mixture in smaller.items():
+        having[layer_name][0].set_mixture(adapter, mixture)
 
 
 def export_expert(model: nn.Module, name: str, directory: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -207,24 +209,11 @@ def _having(op: str, mixtures: _Mixtures, name: str) -> _Mixtures:
     return having
 
 
-def _set(model: nn.Module, adapter: str, mixtures: _Mixtures, changed: dict[str, Mixture]) -> None:
-    """Replace the mixtures of the layers, and the number and the names of experts in the configuration of PEFT's adapter."""
-    for name, mixture in changed.items():
-        mixtures[name][0].set_mixture(adapter, mixture)
-    config = next(iter(changed.values())).config
-    for module in model.modules():
-        of_adapter: Any = (getattr(module, "peft_config", None) or {}).get(adapter)
-        if hasattr(of_adapter, "num_experts"):
-            for key in ("num_experts", "gate_bias"):
-                setattr(of_adapter, key, getattr(config, key))
-            of_adapter.expert_names = list(config.names())
-
-
 def _loras_for(op: str, mixtures: _Mixtures, directory: str | os.PathLike[str] | None) -> dict[str, LoraLayer]:
     """Read a LoRA and check that it fits the layers."""
     if directory is None:
         return {}
-    loras = read_for(op, directory).layers
+    loras = read_lora(op, directory).layers
     for name, lora in loras.items():
         if name not in mixtures:
             got = f"the LoRA of a layer {name!r} without experts; {nearest(name, mixtures)}"

@@ -22,7 +22,7 @@ from lmoe_kernels.files import parsed_json, read_tensors, read_text, safetensors
 from lmoe_kernels.naming import plain_key
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PICKLE = "adapter_model.bin"
+_PICKLE, _WEIGHTS_OF_LMOE = "adapter_model.bin", "lmoe.safetensors"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _KEY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight")
 _ENDS_IN = r"(?:.*\.)?(?:{})$"  # how PEFT matches a key of rank_pattern and alpha_pattern with the name of a layer
@@ -53,7 +53,7 @@ class LoraLayer(NamedTuple):
 
 
 class LoraAdapter(NamedTuple):
-    """The LoRAs of a model by the names of their layers, and the name that the base model had, if one is recorded."""
+    """The LoRAs of a model by the names of their layers in the plain model, and the recorded name of the base model."""
 
     layers: dict[str, LoraLayer]
     base: str | None
@@ -72,6 +72,8 @@ def read_lora(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
         fail(op, "an adapter", "be the path of a directory", repr(directory), TypeError)
     weights, file = Path(directory, WEIGHTS), Path(directory, CONFIG)
     if not file.is_file():
+        if Path(directory, _WEIGHTS_OF_LMOE).is_file():
+            fail(op, f"{directory}", "hold a LoRA of PEFT", "what save_lmoe wrote (load_lmoe loads it)")
         raise FileNotFoundError(f"{op}: {file} does not exist")
     config = parsed_json(op, file, read_text(op, file))
     if not isinstance(config, dict):
@@ -85,7 +87,7 @@ def read_lora(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
         raise FileNotFoundError(f"{op}: {weights} does not exist")
     pairs = _pairs(op, weights, read_tensors(op, weights)[0])
     base = config.get("base_model_name_or_path")
-    layers = {name: LoraLayer(a, b, _scaling(op, file, config, name, a)) for name, (a, b) in pairs.items()}
+    layers = {plain_key(name): LoraLayer(a, b, _scaling(op, file, config, name, a)) for name, (a, b) in pairs.items()}
     return LoraAdapter(layers, base if isinstance(base, str) and base else None)
 
 
@@ -226,12 +228,6 @@ def _of_layer(pattern: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value for a layer: that of the first key that matches the end of the name from a segment on, as in PEFT."""
     found = next((key for key in pattern if re.match(_ENDS_IN.format(key), name)), name)
     return pattern.get(found, default)
-
-
-def read_for(op: str, directory: str | os.PathLike[str]) -> LoraAdapter:
-    """Read a plain LoRA; its layers get their names in the plain model, without the segments of wrappers."""
-    adapter = read_lora(op, directory)
-    return adapter._replace(layers={plain_key(name): layer for name, layer in adapter.layers.items()})
 
 
 def check_fits(op: str, where: str, lora: LoraLayer, in_features: int, out_features: int) -> None:

@@ -21,6 +21,7 @@ from lmoe_kernels import (
     load_lmoe,
     save_lmoe,
 )
+from lmoe_kernels.lora_adapter import read_lora
 from tests.integration.test_lora_adapter import CONFIG, change_config, lora
 from tests.models import IDS, llama, state
 
@@ -85,6 +86,16 @@ def test_in_half_precision_within_its_rounding(tmp_path: Path) -> None:
             (logits.double() - truth).norm() for logits in (model(IDS).logits, logits_of_peft(half, directory))
         )
         assert error <= 1.5 * of_peft + 0.01 * truth.norm()
+
+
+def test_the_scaling_is_a_factor_of_b_that_is_rounded_once(tmp_path: Path) -> None:
+    plain = llama().float()
+    directories = saved(plain, tmp_path)
+    from_lora_adapters(plain, directories)
+    for index, (name, scaling) in enumerate((("english", 3 / 2), ("python", 7 / 5**0.5), ("c", 9 / 4))):
+        b = read_lora("op", directories[name]).layers[Q].b
+        mine = lmoe_layers(plain)[Q].lora_b[index, : b.shape[1]]
+        assert torch.equal(mine, (scaling * b.double()).float().T)
 
 
 def test_at_the_start_the_loras_are_averaged(tmp_path: Path) -> None:
@@ -200,6 +211,15 @@ def test_a_layer_of_two_names_gets_one_set_of_experts(tmp_path: Path) -> None:
     assert from_lora_adapters(tied, {"first": tmp_path}) == ["a"]
     assert tied["a"] is tied["b"]
     assert tied["a"].num_experts == 1
+
+
+def test_two_loras_for_a_layer_of_two_names(tmp_path: Path) -> None:
+    apart = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    lora(apart, r=2, target_modules=["a", "b"]).save_pretrained(tmp_path)
+    linear = nn.Linear(4, 4)
+    assert error_of(nn.ModuleDict({"a": linear, "b": linear}), {"first": tmp_path}).endswith(
+        "must be the only one of its layer, got a second one, under another name of the layer"
+    )
 
 
 def error_of(model: nn.Module, adapters: Any, **options: Any) -> str:

@@ -135,6 +135,14 @@ def test_a_converted_pissa_is_a_plain_lora(tmp_path: Path) -> None:
     torch.testing.assert_close(applied(plain, converted), model.eval()(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_names_without_the_segments_of_wrappers(tmp_path: Path) -> None:
+    """PEFT keeps the segments of wrappers that were there before its own, and so do the keys of patterns."""
+    model = nn.ModuleDict({"_orig_mod": nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})})
+    lora(model, r=2, target_modules=["a", "b"], alpha_pattern={"^_orig_mod.b": 6}).save_pretrained(tmp_path)
+    adapter = read_lora("op", tmp_path)
+    assert {name: layer.scaling for name, layer in adapter.layers.items()} == {"a": 4.0, "b": 3.0}
+
+
 def test_the_recorded_base_model(tmp_path: Path) -> None:
     saved(tmp_path)
     change_config(tmp_path, base_model_name_or_path="meta/tiny")
@@ -273,6 +281,9 @@ def test_missing_files_and_pickles(tmp_path: Path) -> None:
     assert error_of(tmp_path) == f"op: {tmp_path} must hold {WEIGHTS}, got {got}"
     (tmp_path / "adapter_model.bin").unlink()
     assert error_of(tmp_path) == f"op: {tmp_path / WEIGHTS} does not exist"
+    save_file({}, tmp_path / "lmoe.safetensors")
+    (tmp_path / CONFIG).unlink()
+    assert error_of(tmp_path) == f"op: {tmp_path} must hold a LoRA of PEFT, got what save_lmoe wrote (load_lmoe loads it)"
     assert error_of(None) == "op: an adapter must be the path of a directory, got None"
 
 
