@@ -29,6 +29,10 @@ class LMoEModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     peft_config: dict[str, LMoEConfig]
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. Older versions of PEFT call its `forward`, which skips the hook that adds the auxiliary losses."""
+        return self.model(*args, **kwargs)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -103,7 +107,7 @@ class LMoEModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check the tensors that will be loaded. PEFT from 0.20 on calls this, and then loads them."""
+        """Check the tensors that will be loaded. PEFT calls this from 0.21 on."""
         saved = layers_of({key: tensor.shape for key, tensor in state_dict.items()})
         check_layers("load_adapter", _shapes(model, adapter_name), saved, "the state dict")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

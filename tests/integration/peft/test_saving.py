@@ -216,7 +216,7 @@ def test_a_lora_is_not_loaded_into_this_tuner(tmp_path: Path) -> None:
 
 def test_a_state_dict_is_checked_before_it_is_loaded(tmp_path: Path) -> None:
     """A Trainer resumes in this way: the adapter exists, and its tensors are replaced."""
-    pytest.importorskip("peft", minversion="0.20")  # older ones load what fits, and raise PyTorch's error
+    pytest.importorskip("peft", minversion="0.21")  # older ones load what fits, and raise PyTorch's error
     tuned().save_pretrained(tmp_path)
     edited(tmp_path, widened)
     model = tuned()
