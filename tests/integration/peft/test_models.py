@@ -192,7 +192,7 @@ def test_a_new_head_of_a_classifier_is_trained() -> None:
 
 
 def test_encoder_decoder() -> None:
-    pytest.importorskip("peft", minversion="0.20")  # an older one needs a method that transformers 5 does not have
+    pytest.importorskip("peft", minversion="0.21")  # older ones need a method that transformers 5 lacks
     size = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     plain = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).double().eval()
     model = tuned(copy.deepcopy(plain), target_modules=["q", "wi", "wo"], task_type="SEQ_2_SEQ_LM")
