@@ -281,6 +281,17 @@ def test_an_adapter_on_an_evaluated_model_does_not_drop_out() -> None:
     assert not torch.equal(logits(model.train()), logits(model))
 
 
+def test_layers_that_are_not_called_are_refused() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    before = state(model)
+    text = (
+        r"^LMoEModel: target_modules must name layers that are called, got 'linear1', whose weight TransformerEncoderLayer"
+    )
+    with pytest.raises(ValueError, match=text):
+        get_peft_model(model, LMoEConfig(target_modules=["linear1"]))
+    assert state(model) == before
+
+
 def test_one_expert_without_competition_warns() -> None:
     with pytest.warns(UserWarning, match="^LMoEConfig: top_k=1 with renormalize=True"):
         get_peft_model(llama(), config(top_k=1, target_modules=TARGETS))
