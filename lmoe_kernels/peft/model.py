@@ -133,7 +133,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, LMoETunerLinear]:
     tuner = getattr(model, "base_model", None)
     inner = tuner.model if isinstance(tuner, LMoEModel) else model  # a PeftModel, or the model itself
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LMoETunerLinear)}
-    return {name.removeprefix("_orig_mod."): layer for name, layer in layers.items() if adapter in layer.lmoe_options}
+    return {name: layer for name, layer in layers.items() if adapter in layer.lmoe_options}
 
 
 def _shapes(model: nn.Module, adapter: str) -> LayerShapes:

@@ -2,10 +2,11 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -187,10 +188,10 @@ def test_merging_says_why_there_is_no_single_weight(method: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_a_mixture_can_be_replaced_and_its_configuration_follows() -> None:
+def test_a_mixture_can_be_replaced_and_its_configuration_follows(tmp_path: Path) -> None:
     """A second model that was made from the same configuration keeps its own."""
-    given = config(lora_alpha=6, rank_pattern={"down_proj": 4})
-    model, other = get_peft_model(llama(), given), get_peft_model(llama(), given)
+    plain, given = llama(), config(lora_alpha=6, rank_pattern={"down_proj": 4})
+    model, other = get_peft_model(copy.deepcopy(plain), given), get_peft_model(llama(), given)
     names = ["a", "b", "c", "d"]
     for layer in tuner_layers(model).values():
         options = layer.mixtures()["default"].config
@@ -206,7 +207,8 @@ def test_a_mixture_can_be_replaced_and_its_configuration_follows() -> None:
     assert other.peft_config["default"].num_experts == 3
     for name, layer in tuner_layers(model).items():
         assert changed.layer_config(name) == layer.mixtures()["default"].config
-    logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(plain, tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -227,6 +227,16 @@ def test_compiled_as_one_graph(adapters: list[str]) -> None:
     assert set(tuner_layers(model)[NAMES[0]].kept_router_logits()) == {"a"}
 
 
+def test_training_is_compiled_as_one_graph() -> None:
+    """With dropout, and with the counters of a choice_bias."""
+    model = tuned(top_k=2, choice_bias=True, lora_dropout=0.3).train()
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=IDS, labels=IDS).loss.backward()
+    for layer in tuner_layers(model).values():
+        assert layer.lmoe_load.get_buffer("default").sum() == 2 * IDS.numel()
+        assert layer.lmoe_gate["default"].grad.any()
+
+
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_adapters_by_sequence_are_refused(call: str) -> None:
     model = tuned()

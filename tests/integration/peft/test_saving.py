@@ -186,6 +186,10 @@ OTHERS = {
         with_a_narrow_block,
         r"'model.layers.1.mlp.down_proj.lmoe_A' in .* must have shape \(3, 2, 12\), got \(3, 2, 24\)",
     ),
+    "compiled": (
+        lambda: torch.compile(llama(), backend="eager"),
+        "must hold '_orig_mod.model.layers.*', got none of that name",
+    ),
     "fewer blocks": (with_one_block, "must hold only tensors that .*, got 'model.layers.1"),
 }
 
