@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from lmoe_kernels.peft import LMoEConfig
 from tests.integration.peft.tuned import config, fill, logits, state, trained, tuned, tuner_layers
@@ -71,6 +71,17 @@ with torch.no_grad():
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(model))
+
+
+def test_auto_classes_load_the_base_and_the_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft", minversion="0.20")  # transformers asks for it
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model = tuned(base, top_k=2, gate_bias=True)
+    model.save_pretrained(tmp_path / "adapter")
+    for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_several_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
