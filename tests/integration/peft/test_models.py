@@ -246,11 +246,8 @@ def test_adapters_by_sequence_are_refused(call: str) -> None:
 
 
 FAILS = {
-    "no linear layer": (
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        TypeError,
-        "name layers with in_features and out_feat",
-    ),
+    "no linear layer": ({"target_modules": ["q_proj", "embed_tokens"]}, TypeError, "name layers with in_features and"),
+    "after others": ({"target_modules": ["q_proj", "model.norm"]}, TypeError, "name layers with in_features and"),
     "no layer": ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     "an option changed": ({"num_experts": 0}, ValueError, r"^LMoEConfig: num_experts must be at least 1, got 0$"),
 }
