@@ -16,7 +16,7 @@ from lmoe_kernels.naming import plain_modules, unwrapped, walk
 ALL_LINEAR = "all-linear"
 _SAVED = "_lmoe_saved"  # an attribute of the modules in modules_to_save
 # These modules may use the weights of their linear layers without calling the layers, so experts would have no effect.
-_BYPASS_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+BYPASS_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -83,7 +83,7 @@ def wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
     Excluded are layers that already have experts, are not called, belong to modules_to_save, or are inside another layer.
     """
     modules, with_experts = plain_modules(model), _names_with_experts(model)
-    excluded = {id(layer) for m in model.modules() if isinstance(m, _BYPASS_THEIR_LAYERS) for layer in m.children()}
+    excluded = {id(layer) for m in model.modules() if isinstance(m, BYPASS_THEIR_LAYERS) for layer in m.children()}
     excluded |= {id(part) for module in saved_modules(model).values() for part in module.modules()}
     return {
         name: modules[name] for name in _outermost(modules) if name not in with_experts and id(modules[name]) not in excluded
@@ -140,7 +140,7 @@ def hint_for_layers(model: nn.Module, target: str, linears: Iterable[str]) -> st
         parent = modules[name.rpartition(".")[0]]
         if name in _names_with_experts(model) or isinstance(parent, LMoELinear):
             return f"{name!r} already has experts"
-        if isinstance(parent, _BYPASS_THEIR_LAYERS):
+        if isinstance(parent, BYPASS_THEIR_LAYERS):
             return f"{name!r} is not called: {type(parent).__name__} uses its weight directly"
         if features_of(module) is not None:
             return f"{name!r} belongs to modules_to_save or is inside another linear layer"

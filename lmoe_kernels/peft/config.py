@@ -14,7 +14,7 @@ from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.peft.registration import peft_type
-from lmoe_kernels.peft.saved import DICTIONARIES, Shapes, check_layers, read_shapes
+from lmoe_kernels.peft.saved import DICTIONARIES, Shapes, check_layers, layers_of, read_shapes
 
 _OP = "LMoEConfig"
 _NAMES_IN_PEFT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """The directory that a configuration was read from, and the shapes of the tensors in it; None if it holds none."""
 
     directory: Path
-    layers: Shapes | None
+    shapes: Shapes | None
 
 
 @dataclass
@@ -236,13 +236,13 @@ class LMoEConfig(PeftConfig):
             checks.fail(op, "directory", "hold an adapter of type 'LMOE'", f"one of {config.peft_type!r}")
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         if directory.is_dir():
-            layers = read_shapes(op, directory)
-            for name, shapes in (layers or {}).items():
-                check_layers(op, {name: config._shapes(name, shapes)}, {name: shapes}, str(directory))
-            config.saved = Saved(directory, layers)
+            shapes = read_shapes(op, directory)
+            for name, of_layer in layers_of(shapes or {}).items():
+                check_layers(op, {name: config._shapes(name, of_layer)}, {name: of_layer}, str(directory))
+            config.saved = Saved(directory, shapes)
         return config
 
-    def _shapes(self, name: str, saved: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, name: str, saved: Shapes) -> Shapes:
         """The shapes that the tensors of this layer must have, with the numbers of features that they were saved with."""
         in_features, out_features = ((saved.get(DICTIONARIES[key]) or (0,))[-1] for key in ("lora_a", "lora_b"))
         shapes = self.layer_config(name).shapes(in_features, out_features)

@@ -2,12 +2,12 @@
 """`LMoEModel`: puts the layers of the tuner into a model, for PEFT's functions on whole models."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from lmoe_kernels import auxiliary_hook, checks
@@ -15,10 +15,10 @@ from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import weight_of
 from lmoe_kernels.peft.config import LMoEConfig
 from lmoe_kernels.peft.layer import NO_SINGLE_WEIGHT, LMoETunerLinear
-from lmoe_kernels.peft.saved import DICTIONARIES, WEIGHTS, Shapes, check_layers, layers_of
+from lmoe_kernels.peft.saved import DICTIONARIES, WEIGHTS, LayerShapes, check_layers, check_shapes, layers_of
+from lmoe_kernels.targets import BYPASS_THEIR_LAYERS
 
 _OP = "LMoEModel"
-_PREFIX = "base_model.model."
 
 
 class LMoEModel(BaseTuner):
@@ -28,6 +28,10 @@ class LMoEModel(BaseTuner):
     tuner_layer_cls = LMoETunerLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     peft_config: dict[str, LMoEConfig]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. Older versions of PEFT call its `forward`, which skips the hook that adds the auxiliary losses."""
+        return self.model(*args, **kwargs)
 
     def inject_adapter(
         self,
@@ -46,6 +50,8 @@ class LMoEModel(BaseTuner):
                 if not _layers(model, adapter_name):  # PEFT 0.18 does not check this for a second adapter
                     checks.fail(_OP, "target_modules", "match layers of the model", repr(config.target_modules))
                 _check_saved(model, adapter_name, config)
+                if state_dict is not None:
+                    _check_state(_OP, model, adapter_name, state_dict)
         except BaseException:
             del self.peft_config[adapter_name]
             raise
@@ -71,6 +77,9 @@ class LMoEModel(BaseTuner):
         """Give a layer the experts of an adapter."""
         if isinstance(parent, LMoELinear):
             checks.fail(_OP, "target_modules", "name layers without experts", f"{current_key!r} with those of apply_lmoe")
+        if isinstance(parent, BYPASS_THEIR_LAYERS):
+            got = f"{current_key!r}, whose weight {type(parent).__name__} uses directly (see exclude_modules)"
+            checks.fail(_OP, "target_modules", "name layers that are called", got)
         if isinstance(target, LMoETunerLinear):
             target.update_layer(adapter_name, peft_config.layer_config(current_key))
             return
@@ -103,9 +112,8 @@ class LMoEModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check the tensors that will be loaded. PEFT from 0.20 on calls this, and then loads them."""
-        saved = layers_of({key: tensor.shape for key, tensor in state_dict.items()})
-        check_layers("load_adapter", _shapes(model, adapter_name), saved, "the state dict")
+        """Check the tensors that will be loaded. PEFT calls this from 0.21 on."""
+        _check_state("load_adapter", model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -122,17 +130,22 @@ class _Coefficients:
 
 def _layers(model: nn.Module, adapter: str) -> dict[str, LMoETunerLinear]:
     """The layers that have experts of an adapter, by their names in the model that PEFT put them into."""
-    return {
-        name.removeprefix("_orig_mod.").removeprefix(_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LMoETunerLinear) and adapter in module.lmoe_options
-    }
+    tuner = getattr(model, "base_model", None)
+    inner = tuner.model if isinstance(tuner, LMoEModel) else model  # a PeftModel, or the model itself
+    layers = {name: module for name, module in inner.named_modules() if isinstance(module, LMoETunerLinear)}
+    return {name: layer for name, layer in layers.items() if adapter in layer.lmoe_options}
 
 
-def _shapes(model: nn.Module, adapter: str) -> Shapes:
+def _shapes(model: nn.Module, adapter: str) -> LayerShapes:
     """The shapes of the tensors of an adapter, by layer."""
     layers = {name: layer.mixtures()[adapter].tensors for name, layer in _layers(model, adapter).items()}
     return {name: {DICTIONARIES[k]: tuple(t.shape) for k, t in tensors.items()} for name, tensors in layers.items()}
+
+
+def _check_state(op: str, model: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+    """Check that a state dict holds the tensors of an adapter, and no others of layers with experts."""
+    saved = layers_of({key: tensor.shape for key, tensor in state_dict.items()})
+    check_layers(op, _shapes(model, adapter), saved, "the state dict")
 
 
 def _check_saved(model: nn.Module, adapter: str, config: LMoEConfig) -> None:
@@ -142,9 +155,14 @@ def _check_saved(model: nn.Module, adapter: str, config: LMoEConfig) -> None:
     directory, saved = config.saved
     if saved is None:
         checks.fail(_OP, str(directory), f"hold {WEIGHTS}", "its configuration alone")
-    renamed: Mapping[str, str] | None = getattr(model, "_checkpoint_conversion_mapping", None)
-    if not renamed:  # else PEFT renames the layers of the saved adapter
-        check_layers(_OP, _shapes(model, adapter), saved, str(directory))
+    if getattr(model, "_checkpoint_conversion_mapping", None):
+        return  # PEFT renames the layers of the saved adapter
+    check_layers(_OP, _shapes(model, adapter), layers_of(saved), str(directory))
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            state = module.modules_to_save[adapter].state_dict()
+            expected = {f"base_model.model.{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+            check_shapes(_OP, expected, saved, str(directory))
 
 
 @contextmanager

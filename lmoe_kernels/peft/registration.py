@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adds the type "LMOE" to PEFT, which can then create and load adapters of it."""
 
+import re
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +19,7 @@ def require_peft() -> None:
         installed = version("peft")
     except PackageNotFoundError as error:
         raise ImportError(f"lmoe_kernels.peft: peft must be installed: {_INSTALL}") from error
-    if tuple(int(part) for part in installed.split(".")[:2]) < _OLDEST:
+    if tuple(map(int, re.findall(r"\d+", installed)[:2])) < _OLDEST:
         raise ImportError(f"lmoe_kernels.peft: peft must be 0.18 or newer, got {installed}: {_INSTALL}")
 
 

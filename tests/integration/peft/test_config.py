@@ -123,7 +123,7 @@ def test_a_foreign_type_of_the_same_name_is_not_replaced() -> None:
 
 
 def test_a_missing_or_old_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for installed in ("0.18.0", "0.18.1.dev0", "1.0"):
+    for installed in ("0.18.0", "0.19.0.dev0", "0.20rc1", "1.0"):
         monkeypatch.setattr(registration, "version", lambda name, installed=installed: installed)
         registration.require_peft()
     monkeypatch.setattr(registration, "version", lambda name: "0.17.1")

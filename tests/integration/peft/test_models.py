@@ -192,7 +192,7 @@ def test_a_new_head_of_a_classifier_is_trained() -> None:
 
 
 def test_encoder_decoder() -> None:
-    pytest.importorskip("peft", minversion="0.20")  # an older one needs a method that transformers 5 does not have
+    pytest.importorskip("peft", minversion="0.21")  # older ones need a method that transformers 5 lacks
     size = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     plain = T5ForConditionalGeneration(T5Config(**size, decoder_start_token_id=0)).double().eval()
     model = tuned(copy.deepcopy(plain), target_modules=["q", "wi", "wo"], task_type="SEQ_2_SEQ_LM")
@@ -227,6 +227,16 @@ def test_compiled_as_one_graph(adapters: list[str]) -> None:
     assert set(tuner_layers(model)[NAMES[0]].kept_router_logits()) == {"a"}
 
 
+def test_training_is_compiled_as_one_graph() -> None:
+    """With dropout, and with the counters of a choice_bias."""
+    model = tuned(top_k=2, choice_bias=True, lora_dropout=0.3).train()
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=IDS, labels=IDS).loss.backward()
+    for layer in tuner_layers(model).values():
+        assert layer.lmoe_load.get_buffer("default").sum() == 2 * IDS.numel()
+        assert layer.lmoe_gate["default"].grad.any()
+
+
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_adapters_by_sequence_are_refused(call: str) -> None:
     model = tuned()
@@ -236,11 +246,8 @@ def test_adapters_by_sequence_are_refused(call: str) -> None:
 
 
 FAILS = {
-    "no linear layer": (
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        TypeError,
-        "name layers with in_features and out_feat",
-    ),
+    "no linear layer": ({"target_modules": ["q_proj", "embed_tokens"]}, TypeError, "name layers with in_features and"),
+    "after others": ({"target_modules": ["q_proj", "model.norm"]}, TypeError, "name layers with in_features and"),
     "no layer": ({"target_modules": ["nothing"]}, ValueError, "nothing"),
     "an option changed": ({"num_experts": 0}, ValueError, r"^LMoEConfig: num_experts must be at least 1, got 0$"),
 }
@@ -279,6 +286,17 @@ def test_an_adapter_on_an_evaluated_model_does_not_drop_out() -> None:
     layer = next(iter(tuner_layers(model).values()))
     assert not layer.training
     assert not torch.equal(logits(model.train()), logits(model))
+
+
+def test_layers_that_are_not_called_are_refused() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 8)
+    before = state(model)
+    text = (
+        r"^LMoEModel: target_modules must name layers that are called, got 'linear1', whose weight TransformerEncoderLayer"
+    )
+    with pytest.raises(ValueError, match=text):
+        get_peft_model(model, LMoEConfig(target_modules=["linear1"]))
+    assert state(model) == before
 
 
 def test_one_expert_without_competition_warns() -> None:

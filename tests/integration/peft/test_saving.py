@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 from lmoe_kernels.peft import LMoEConfig
 from tests.integration.peft.tuned import config, fill, logits, state, trained, tuned, tuner_layers
@@ -70,6 +71,17 @@ with torch.no_grad():
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(model))
+
+
+def test_auto_classes_load_the_base_and_the_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("peft", minversion="0.20")  # transformers asks for it
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model = tuned(base, top_k=2, gate_bias=True)
+    model.save_pretrained(tmp_path / "adapter")
+    for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+        assert torch.equal(logits(loaded), logits(model))
 
 
 def test_several_adapters_are_saved_and_loaded(tmp_path: Path) -> None:
@@ -185,6 +197,10 @@ OTHERS = {
         with_a_narrow_block,
         r"'model.layers.1.mlp.down_proj.lmoe_A' in .* must have shape \(3, 2, 12\), got \(3, 2, 24\)",
     ),
+    "compiled": (
+        lambda: torch.compile(llama(), backend="eager"),
+        "must hold '_orig_mod.model.layers.*', got none of that name",
+    ),
     "fewer blocks": (with_one_block, "must hold only tensors that .*, got 'model.layers.1"),
 }
 
@@ -208,15 +224,56 @@ def refused(model: nn.Module, how: str, directory: Path, text: str) -> None:
         assert list(model.peft_config) == ["a"]
 
 
+def classifier(labels: int) -> nn.Module:
+    size = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForSequenceClassification(LlamaConfig(**size, num_labels=labels, pad_token_id=0)).double().eval()
+
+
+HEADS = {
+    "other labels": (2, lambda tensors: None, r"score.weight' in .* must have shape \(2, 16\), got \(3, 16\)"),
+    "no head": (3, lambda tensors: tensors.pop("base_model.model.score.weight"), "must hold '.*score.weight', got none of"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter"])
+def test_another_head_is_one_error_and_changes_nothing(name: str, how: str, tmp_path: Path) -> None:
+    labels, edit, text = HEADS[name]
+    tuned(classifier(3), task_type="SEQ_CLS").save_pretrained(tmp_path)
+    edited(tmp_path, edit)
+    other = classifier(labels)
+    refused(tuned(other, adapter="a", task_type="SEQ_CLS") if how == "load_adapter" else other, how, tmp_path, text)
+
+
 def test_a_lora_is_not_loaded_into_this_tuner(tmp_path: Path) -> None:
     get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
     model = tuned(adapter="a")
     refused(model, "load_adapter", tmp_path, "Cannot combine adapters with different peft types")
 
 
+def test_a_state_dict_chooses_the_layers(tmp_path: Path) -> None:
+    """PEFT's `inject_adapter_in_model` can take the layers from a state dict instead of from target_modules."""
+    tuned(target_modules=["v_proj"]).save_pretrained(tmp_path)
+    state_dict = {k.removeprefix("base_model.model."): t for k, t in load_file(tmp_path / WEIGHTS).items()}
+    with pytest.warns(RuntimeWarning, match="an inconsistency was discovered"):
+        model = inject_adapter_in_model(config(), llama(), state_dict=state_dict)
+    assert {name.rpartition(".")[2] for name in tuner_layers(model)} == {"v_proj"}
+    model = llama()
+    before = state(model)
+    widened(state_dict)
+    with (
+        pytest.warns(RuntimeWarning, match="an inconsistency was discovered"),
+        pytest.raises(
+            ValueError, match=r"^LMoEModel: '.*lmoe_gate' in the state dict must have shape \(3, 16\), got \(5, 16\)$"
+        ),
+    ):
+        inject_adapter_in_model(config(), model, state_dict=state_dict)
+    assert state(model) == before
+
+
 def test_a_state_dict_is_checked_before_it_is_loaded(tmp_path: Path) -> None:
     """A Trainer resumes in this way: the adapter exists, and its tensors are replaced."""
-    pytest.importorskip("peft", minversion="0.20")  # older ones load what fits, and raise PyTorch's error
+    pytest.importorskip("peft", minversion="0.21")  # older ones load what fits, and raise PyTorch's error
     tuned().save_pretrained(tmp_path)
     edited(tmp_path, widened)
     model = tuned()
