@@ -178,6 +178,10 @@ def test_the_gradient_norm_does_not_count_a_frozen_expert() -> None:
                 if "lora" in name:
                     expected[0] = 0
                 assert torch.equal(parameter.grad, expected), name
+    lora_b = lmoe_layers(model)["0"].lora_b
+    lora_b.grad = None
+    lora_b.sum().backward()  # its gradient is one number, expanded
+    assert torch.equal(lora_b.grad[:, 0, 0], torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
 
 
 def test_a_shared_a_stays_trained() -> None:
