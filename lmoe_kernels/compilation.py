@@ -12,8 +12,9 @@ from lmoe_kernels import checks, dispatch
 from lmoe_kernels.checks import fail
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import is_plain_linear, weight_of
+from lmoe_kernels.mixture import LayerWithExperts, Mixture
 from lmoe_kernels.options import Factors, Options, Problem, Sizes, Wanted
-from lmoe_kernels.targets import lmoe_layers
+from lmoe_kernels.targets import layers_with_experts
 
 _Item = TypeVar("_Item")
 _TILE = 64  # tokens
@@ -61,10 +62,10 @@ def warmup(
     checks.check_bool("warmup", "backward", backward)
     if processes is not None:
         checks.check_positive_int("warmup", "processes", processes)
-    layers = lmoe_layers(model)
-    if not layers:
+    calls = [(name, *call) for name, layer in layers_with_experts(model).items() for call in _calls_of(layer)]
+    if not calls:
         fail("warmup", "model", "have L-MoE layers", "none")
-    kinds = dict.fromkeys(_kind(name, layer, dtype, backward) for name, layer in layers.items())
+    kinds = dict.fromkeys(_kind(*call, dtype, backward) for call in calls)
     found = _of_triton(kinds, numbers)
     if not found:
         return 0
@@ -110,30 +111,45 @@ def _thinned(numbers: Iterable[int]) -> list[int]:
     return [number for tile in of_tile.values() for number in sorted({min(tile), max(tile)})]
 
 
-def _kind(name: str, layer: LMoELinear, dtype: torch.dtype | None, backward: bool) -> _Kind:
-    of_weight = weight_of(layer.frozen_layer).dtype
+def _calls_of(layer: LayerWithExperts) -> list[tuple[nn.Module, bool, Mixture]]:
+    """The calls of a layer: its frozen layer, whether the call computes that layer's product too, and the mixture."""
+    mixtures = layer.mixtures()
+    if isinstance(layer, LMoELinear):
+        return [(layer.frozen_layer, bool(is_plain_linear(layer.frozen_layer)), mixture) for mixture in mixtures.values()]
+    tuner: Any = layer
+    first = [(tuner.base_layer, bool(is_plain_linear(tuner.base_layer)), mixture) for mixture in mixtures.values()]
+    # Each adapter of PEFT may be the first active one. The further active ones add to its output.
+    further = [name for name in tuner.active_adapters if name in mixtures][1:]
+    return first + [(tuner.base_layer, False, mixtures[name]) for name in further]
+
+
+def _kind(
+    name: str, frozen: nn.Module, with_product: bool, mixture: Mixture, dtype: torch.dtype | None, backward: bool
+) -> _Kind:
+    of_weight = weight_of(frozen).dtype
     if dtype is None and of_weight not in checks.DTYPES:
         must = "be given for layers whose weight does not have the dtype of their activations"
         fail("warmup", "dtype", must, f"None for {name!r} with a weight of {of_weight}", TypeError)
     dtype = dtype or of_weight
-    given: dict[str, nn.Parameter] = {key: getattr(layer, key) for key in layer.shapes()}
+    config, given = mixture
     for key, parameter in given.items():
         if parameter.dtype not in (dtype, torch.float32):
             must = f"have dtype {dtype} like the activations, or torch.float32"
             fail("warmup", f"{name}.{key}".strip("."), must, parameter.dtype, TypeError)
     trained = [key in given and given[key].requires_grad for key in Factors._fields]
-    options = Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
-    experts_of_a = 1 if layer.shared_a else layer.num_experts
+    assert config.alpha is not None
+    options = Options(config.alpha / config.rank, config.mixing, config.top_k, config.renormalize)
+    lora_a, lora_b = given["lora_a"], given["lora_b"]
     return _Kind(
-        layer.lora_a.device,
-        dispatch.requested_backend("warmup", layer.backend),
+        lora_a.device,
+        dispatch.requested_backend("warmup", config.backend),
         (
-            Sizes(0, layer.in_features, layer.out_features, layer.num_experts, layer.rank, experts_of_a),
+            Sizes(0, lora_a.shape[2], lora_b.shape[2], config.num_experts, config.rank, lora_a.shape[0]),
             dtype,
             tuple(given[key].dtype if key in given else None for key in Factors._fields),
-            2 if not is_plain_linear(layer.frozen_layer) else 0 if layer.bias is None else 1,
+            2 if not with_product else 0 if getattr(frozen, "bias", None) is None else 1,
             options,
-            layer.output_router_logits,
+            config.output_router_logits,
             Wanted(any(trained), *trained) if backward else Wanted(*[False] * len(Wanted._fields)),
         ),
     )

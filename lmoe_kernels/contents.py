@@ -11,7 +11,7 @@ from lmoe_kernels.adapter import Adapter
 from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import gathered, lacks_fsdp1_wrapper
 from lmoe_kernels.naming import plain_key, plain_modules
-from lmoe_kernels.targets import linear_layers, lmoe_layers, saved_modules
+from lmoe_kernels.targets import layers_with_experts, linear_layers, lmoe_layers, saved_modules
 
 
 def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -23,7 +23,8 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
     """
     layers, saved = lmoe_layers(model), saved_modules(model)
     if not layers:
-        fail(op, "model", "have L-MoE layers (see apply_lmoe)", "none")
+        got = "only those of a PEFT adapter (its save_pretrained saves them)" if layers_with_experts(model) else "none"
+        fail(op, "model", "have L-MoE layers (see apply_lmoe)", got)
     shapes = {f"{name}.{key}": shape for name, layer in layers.items() for key, shape in layer.shapes().items()}
     prefixes = tuple(f"{name}." for name in saved)
 

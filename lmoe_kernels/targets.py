@@ -16,12 +16,12 @@ from lmoe_kernels.naming import plain_modules, unwrapped, walk
 ALL_LINEAR = "all-linear"
 _SAVED = "_lmoe_saved"  # an attribute of the modules in modules_to_save
 # These modules may use the weights of their linear layers without calling the layers, so experts would have no effect.
-_BYPASS_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+BYPASS_THEIR_LAYERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def lmoe_layers(model: nn.Module) -> dict[str, LMoELinear]:
-    """Find the L-MoE layers of a model.
+    """Find the L-MoE layers of a model. Those of an adapter of `lmoe_kernels.peft` are not among them.
 
     Args:
         model: any model, plain or wrapped.
@@ -47,6 +47,11 @@ def layers_with_experts(model: nn.Module) -> dict[str, LayerWithExperts]:
         if isinstance(module, LayerWithExperts):
             found.setdefault(id(module), (name, module))
     return dict(found.values())
+
+
+def _names_with_experts(model: nn.Module) -> set[str]:
+    """All names of the layers of both kinds in the plain model."""
+    return {name for name, _, module in walk(model, "", "") if isinstance(module, LayerWithExperts)}
 
 
 def saved_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -77,13 +82,11 @@ def wrappable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Excluded are layers that already have experts, are not called, belong to modules_to_save, or are inside another layer.
     """
-    modules = plain_modules(model)
-    excluded = {id(layer) for m in model.modules() if isinstance(m, _BYPASS_THEIR_LAYERS) for layer in m.children()}
+    modules, with_experts = plain_modules(model), _names_with_experts(model)
+    excluded = {id(layer) for m in model.modules() if isinstance(m, BYPASS_THEIR_LAYERS) for layer in m.children()}
     excluded |= {id(part) for module in saved_modules(model).values() for part in module.modules()}
     return {
-        name: modules[name]
-        for name in _outermost(modules)
-        if not isinstance(modules[name], LMoELinear) and id(modules[name]) not in excluded
+        name: modules[name] for name in _outermost(modules) if name not in with_experts and id(modules[name]) not in excluded
     }
 
 
@@ -135,9 +138,9 @@ def hint_for_layers(model: nn.Module, target: str, linears: Iterable[str]) -> st
         if not name or not target_matches(target, name):
             continue
         parent = modules[name.rpartition(".")[0]]
-        if isinstance(module, LMoELinear) or isinstance(parent, LMoELinear):
+        if name in _names_with_experts(model) or isinstance(parent, LMoELinear):
             return f"{name!r} already has experts"
-        if isinstance(parent, _BYPASS_THEIR_LAYERS):
+        if isinstance(parent, BYPASS_THEIR_LAYERS):
             return f"{name!r} is not called: {type(parent).__name__} uses its weight directly"
         if features_of(module) is not None:
             return f"{name!r} belongs to modules_to_save or is inside another linear layer"
@@ -156,10 +159,11 @@ def nearest(target: str, names: Iterable[str]) -> str:
 
 def stacked_experts(model: nn.Module) -> list[str]:
     """The names of parameters that contain the weights of several experts, as in MoE models. They cannot be wrapped."""
+    ours = {id(part) for _, _, m in walk(model, "", "") if isinstance(m, LayerWithExperts) for part in m.modules()}
     return [
         f"{name}.{key}" if name else key
         for name, module in plain_modules(model).items()
-        if not isinstance(module, (LMoELinear, *_CONVOLUTIONS))
+        if id(module) not in ours and not isinstance(module, _CONVOLUTIONS)
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and min(parameter.shape) > 1
     ]
