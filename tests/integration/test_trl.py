@@ -89,9 +89,10 @@ def test_a_loss_of_another_trainer_is_left_alone_with_a_warning() -> None:
     assert torch.equal(first, second)
 
 
-def test_add_auxiliary_loss_is_in_the_logged_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_add_auxiliary_loss_is_in_the_logged_loss(loss_type: str, tmp_path: Path) -> None:
     model = with_experts(llama(), output_router_logits=True)
-    trainer, _ = trainer_of(model, tmp_path)
+    trainer, _ = trainer_of(model, tmp_path, loss_type=loss_type)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         add_auxiliary_loss(trainer, balance=100.0)
