@@ -7,6 +7,7 @@ of earlier steps move a row even if its gradient is zero.
 """
 
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,10 +50,19 @@ class FrozenExperts:
             for key, parameter in self._parameters(adapter).items() if names else ():
                 hooked = self._hooked.get((adapter, key))
                 if parameter.requires_grad and (hooked is None or hooked() is not parameter):
-                    parameter.register_hook(_WithoutFrozenRows(self, adapter))
+                    parameter.register_hook(partial(self._without_rows, adapter))
                     self._hooked[adapter, key] = weakref.ref(parameter)
 
-    def numbers(self, adapter: str) -> list[int]:
+    def _without_rows(self, adapter: str, gradient: Tensor) -> Tensor | None:
+        numbers = self._numbers(adapter)
+        if not numbers:
+            return None
+        gradient = gradient.clone()  # another gradient may share its memory
+        for number in numbers:
+            gradient[number].zero_()
+        return gradient
+
+    def _numbers(self, adapter: str) -> list[int]:
         """The numbers of the frozen experts of an adapter."""
         mixture = self._layer.mixtures().get(adapter)
         names = () if mixture is None else mixture.config.names()
@@ -64,7 +74,7 @@ class FrozenExperts:
         rows = [
             parameter.detach()[number]
             for adapter in self._names
-            for number in self.numbers(adapter)
+            for number in self._numbers(adapter)
             for parameter in self._parameters(adapter).values()
         ]
         self._kept[id(optimizer)] = [(row, row.clone()) for row in rows]
@@ -100,23 +110,6 @@ def frozen_experts_of(layer: LayerWithExperts) -> FrozenExperts:
     if _ATTRIBUTE not in vars(layer):
         setattr(layer, _ATTRIBUTE, FrozenExperts(layer))
     return vars(layer)[_ATTRIBUTE]
-
-
-class _WithoutFrozenRows:
-    """The hook of a parameter. It does not keep the layer alive."""
-
-    def __init__(self, experts: FrozenExperts, adapter: str) -> None:
-        self._experts, self._adapter = weakref.ref(experts), adapter
-
-    def __call__(self, gradient: Tensor) -> Tensor | None:
-        experts = self._experts()
-        numbers = [] if experts is None else experts.numbers(self._adapter)
-        if not numbers:
-            return None
-        gradient = gradient.clone()  # others may use the tensor too
-        for number in numbers:
-            gradient[number].zero_()
-        return gradient
 
 
 _with_frozen: "weakref.WeakSet[FrozenExperts]" = weakref.WeakSet()

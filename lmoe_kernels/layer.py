@@ -337,7 +337,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept the frozen layer's tensors also under their names in the plain model, as in its checkpoints."""
-        known = (*self._parameters, *self._modules)
+        known = (*self._parameters, *self._buffers, *self._modules)
         for key in [key for key in state_dict if key.startswith(prefix)]:
             rest = key.removeprefix(prefix)
             if rest.partition(".")[0] not in known:
