@@ -85,11 +85,10 @@ def freeze_gates(model: nn.Module, frozen: bool = True) -> None:
     """
     for layer in _layers("freeze_gates", model).values():
         mixtures = layer.mixtures()
-        for adapter in getattr(layer, "active_adapters", mixtures):
-            if adapter in mixtures:
-                for key, tensor in mixtures[adapter].tensors.items():
-                    if key in _GATE:
-                        tensor.requires_grad_(not frozen)
+        for adapter in layer.active():
+            for key, tensor in mixtures[adapter].tensors.items():
+                if key in _GATE:
+                    tensor.requires_grad_(not frozen)
 
 
 def freeze_expert(model: nn.Module, name: str, frozen: bool = True, *, adapter: str | None = None) -> None:
