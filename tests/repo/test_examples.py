@@ -68,6 +68,27 @@ def test_hf_trainer(tmp_path: Path) -> None:
     assert before != after
 
 
+def test_compose_adapters_composes_and_exports(tmp_path: Path) -> None:
+    run = run_example("compose_adapters.py", tmp_path, "--tiny", "--out", ".")
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    bits = results["bits_per_byte"]
+    assert list(bits) == [
+        "base model",
+        *(f"LoRA of {domain}" for domain in ("English", "Python", "C")),
+        "average of the three",
+        "gates, trained",
+        "the right LoRA for each",
+    ]
+    assert all(0 < value < 9 for by_domain in bits.values() for value in by_domain.values())
+    assert bits["gates, trained"] != bits["average of the three"]
+    assert results["largest_difference_of_exported_logits"] < 1e-4
+    assert results["trained_gate_parameters"] == 4 * 3 * (6 * (128 + 1) + 352 + 1)
+    assert "average of the three" in run.stdout
+    assert (tmp_path / "mixture" / "lmoe.safetensors").is_file()
+    assert (tmp_path / "exported" / "adapter_config.json").is_file()
+
+
 def test_trl_sft(tmp_path: Path) -> None:
     run = run_example("trl_sft.py", tmp_path, "--steps", "6")
     if find_spec("trl") is None:
