@@ -72,9 +72,7 @@ def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **mor
     return Case(Shape(T, 4096, 4096, E, R, dtype), **more)
 
 
-TOP_2, OUTPUTS, DROPOUT = (
-    DEFAULT._replace(**change) for change in ({"top_k": 2}, {"mixing": "outputs"}, {"dropout": 0.1})
-)
+TOP_2, OUTPUTS, DROPOUT = (DEFAULT._replace(**change) for change in ({"top_k": 2}, {"mixing": "outputs"}, {"dropout": 0.1}))
 TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
 QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2)]
 CASES = [

@@ -42,11 +42,7 @@ def main() -> int:
     options = parser.parse_args()
     cache = options.cache.resolve()
     problems = {"plain": 300, "address": 40, "thread": 16}
-    good = [
-        clean(cache, target, kind, options.seed, count)
-        for target, count in problems.items()
-        for kind in build.PROGRAMS
-    ]
+    good = [clean(cache, target, kind, options.seed, count) for target, count in problems.items() for kind in build.PROGRAMS]
     good += [caught(cache, bug) for bug in BUGS]
     return 0 if all(good) else 1
 
