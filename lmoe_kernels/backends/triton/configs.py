@@ -253,6 +253,7 @@ def mix_tile(sizes: Sizes, chip: Chip) -> Tile:
     return Tile(T=16 if chip.arch == "interpreter" else 4, F=16, ER=64, E=block_of(sizes.E), R=block_of(sizes.R, 1, 64))
 
 
+@cached_plan
 def dropout_tile(features: int) -> Tile:
     """The tile of dropout: as many whole rows as have about 2048 elements, 16 for each thread.
 
