@@ -87,6 +87,14 @@ def test_a_file_holds_every_option(tmp_path: Path) -> None:
     assert copy.deepcopy(config) == config
 
 
+def test_sets_of_peft_are_written_in_order() -> None:
+    """For "all-linear" PEFT sets target_modules to a set of names."""
+    names = [f"{number}.linear" for number in range(20)]
+    config = LMoEConfig()
+    config.target_modules = set(names)
+    assert config.to_dict()["target_modules"] == sorted(names)
+
+
 def test_options_of_newer_versions_are_ignored_with_a_warning(tmp_path: Path) -> None:
     LMoEConfig(num_experts=3).save_pretrained(str(tmp_path))
     path = tmp_path / "adapter_config.json"

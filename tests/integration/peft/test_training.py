@@ -93,6 +93,18 @@ def test_the_losses_of_the_coefficients_are_added(how: str) -> None:
     torch.testing.assert_close(model(input_ids=IDS, labels=IDS).loss, own.float())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_first_loss_of_a_trainer_has_both_terms_once(checkpointing: bool, tmp_path: Path) -> None:
+    model = tuned(top_k=2, **COEFFICIENTS)
+    ids = torch.stack([row["input_ids"] for row in DATA])
+    own = nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    kept = list(collect_router_logits(model).values())
+    expected = own + 0.1 * balance_loss(kept, top_k=2) + 0.01 * router_z_loss(kept)
+    options = {"gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trainer = train(model, tmp_path, max_steps=1, per_device_train_batch_size=4, **options)
+    assert losses(trainer) == [pytest.approx(expected.item(), abs=1e-4)]
+
+
 def test_a_change_of_the_configuration_counts_and_copies_have_their_own() -> None:
     model = tuned(**COEFFICIENTS).train()
     other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
