@@ -77,7 +77,7 @@ def test_coefficients_count_once_a_step(options: dict, tmp_path: Path) -> None:
 
 
 def test_the_configuration_of_an_adapter_is_all_it_needs(tmp_path: Path) -> None:
-    """While B is zero, the language-modelling loss does not train the gates: all their gradients come from the coefficients."""
+    """While B is zero, the language-modelling loss gives the gates no gradient: theirs is that of the coefficients."""
     for coefficient in (0.0, 3.0):
         config = LMoEConfig(
             num_experts=3, r=2, target_modules=["q_proj"], router_aux_loss_coef=coefficient, task_type="CAUSAL_LM"
