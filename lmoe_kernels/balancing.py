@@ -28,7 +28,7 @@ def balance_experts(model: nn.Module, speed: float = 1e-3) -> None:
         speed: how far a bias moves in one call, in units of the router logits.
 
     Raises:
-        ValueError: no layer of the model has a choice_bias, or speed is negative or not finite.
+        ValueError: no layer of the model has a choice_bias, FSDP has sharded it, or speed is negative or not finite.
         TypeError: speed is not a number.
 
     Example:
@@ -96,6 +96,9 @@ def _biases_and_loads(op: str, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     ]
     if not found:
         fail(op, "model", "have layers with choice_bias=True", "none")
+    if any(hasattr(bias, "full_tensor") or hasattr(bias, "_fsdp_flattened") for bias, _ in found):
+        must = "be whole in every process, so leave it out of FSDP (ignored_params) with the adapter of PEFT"
+        fail(op, "choice_bias", must, "a sharded parameter")
     return found
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
 
 from lmoe_kernels import apply_lmoe, balance_callback, balance_experts, lmoe_layers, load_lmoe, save_lmoe
@@ -135,6 +136,9 @@ def _on_one_process(rank: int, port: int) -> None:
         assert torch.equal(model[0].choice_bias, whole[0].choice_bias)
         assert not model[0].load.any()
     assert model[0].choice_bias.any()
+    sharded = fully_shard(nn.Sequential(TwoAdapters(nn.Linear(8, 4).double(), top_k=2, choice_bias=True)))
+    with pytest.raises(ValueError, match=r"choice_bias must be whole in every process, so leave it out of FSDP"):
+        balance_experts(sharded)
     torch.distributed.destroy_process_group()
 
 

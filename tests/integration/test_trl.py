@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmoe_kernels import add_auxiliary_loss, auxiliary_loss
 from lmoe_kernels.auxiliary_hook import install
+from lmoe_kernels.peft import LMoEConfig
 from tests.models import llama, with_experts
 from tests.training import Recorder
 
@@ -27,19 +28,29 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trainer_of(model: nn.Module, folder: Path, **options) -> tuple[trl.SFTTrainer, Recorder]:
+<<<<<<< HEAD
     data = datasets.Dataset.from_dict(
         {"input_ids": [torch.randint(2, 32, (n,)).tolist() for n in (12, 3, 5, 4, 9, 3, 3, 4)]}
     )
+=======
+    lengths = (12, 3, 5, 4, 9, 3, 3, 4)
+    data = datasets.Dataset.from_dict({"input_ids": [torch.randint(2, 32, (length,)).tolist() for length in lengths]})
+>>>>>>> training
     arguments = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none",
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "bf16": False,
                  "logging_steps": 1, "disable_tqdm": True, "gradient_checkpointing": False, **options}  # fmt: skip
-    recorder = Recorder(model)
+    recorder, peft_config = Recorder(model), arguments.pop("peft_config", None)
+    config, tokens = trl.SFTConfig(str(folder), **arguments), tokenizer()
     trainer = trl.SFTTrainer(
+<<<<<<< HEAD
         model,
         trl.SFTConfig(str(folder), **arguments),
         train_dataset=data,
         processing_class=tokenizer(),
         callbacks=[recorder],
+=======
+        model, config, train_dataset=data, processing_class=tokens, callbacks=[recorder], peft_config=peft_config
+>>>>>>> training
     )
     return trainer, recorder
 
@@ -77,6 +88,21 @@ def test_coefficients_count_once_a_step(options: dict, tmp_path: Path) -> None:
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[1][name] - gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_configuration_of_an_adapter_is_all_it_needs(tmp_path: Path) -> None:
+    """While B is zero, the language-modelling loss gives the gates no gradient: theirs is that of the coefficients."""
+    for coefficient in (0.0, 3.0):
+        config = LMoEConfig(
+            num_experts=3, r=2, target_modules=["q_proj"], router_aux_loss_coef=coefficient, task_type="CAUSAL_LM"
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*router_aux_loss_coef")
+            trainer, recorder = trainer_of(llama(), tmp_path, peft_config=config)
+            trainer.train()
+        gates = [gradient for name, gradient in recorder.gradients.items() if "lmoe_gate" in name]
+        assert gates
+        assert all(bool(gradient.any()) is (coefficient > 0) for gradient in gates)
 
 
 def test_a_loss_of_another_trainer_is_left_alone_with_a_warning() -> None:
