@@ -28,29 +28,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def trainer_of(model: nn.Module, folder: Path, **options) -> tuple[trl.SFTTrainer, Recorder]:
-<<<<<<< HEAD
-    data = datasets.Dataset.from_dict(
-        {"input_ids": [torch.randint(2, 32, (n,)).tolist() for n in (12, 3, 5, 4, 9, 3, 3, 4)]}
-    )
-=======
     lengths = (12, 3, 5, 4, 9, 3, 3, 4)
     data = datasets.Dataset.from_dict({"input_ids": [torch.randint(2, 32, (length,)).tolist() for length in lengths]})
->>>>>>> training
     arguments = {"max_steps": 1, "learning_rate": 0.0, "max_grad_norm": 0.0, "save_strategy": "no", "report_to": "none",
                  "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "bf16": False,
                  "logging_steps": 1, "disable_tqdm": True, "gradient_checkpointing": False, **options}  # fmt: skip
     recorder, peft_config = Recorder(model), arguments.pop("peft_config", None)
     config, tokens = trl.SFTConfig(str(folder), **arguments), tokenizer()
     trainer = trl.SFTTrainer(
-<<<<<<< HEAD
-        model,
-        trl.SFTConfig(str(folder), **arguments),
-        train_dataset=data,
-        processing_class=tokenizer(),
-        callbacks=[recorder],
-=======
         model, config, train_dataset=data, processing_class=tokens, callbacks=[recorder], peft_config=peft_config
->>>>>>> training
     )
     return trainer, recorder
 
