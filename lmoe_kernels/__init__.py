@@ -3,6 +3,7 @@
 
 from lmoe_kernels.auxiliary import auxiliary_loss
 from lmoe_kernels.auxiliary_trainer import add_auxiliary_loss
+from lmoe_kernels.balancing import balance_callback, balance_experts
 from lmoe_kernels.checkpoint import load_lmoe, save_lmoe
 from lmoe_kernels.compilation import warmup
 from lmoe_kernels.dispatch import use_backend
@@ -18,6 +19,7 @@ from lmoe_kernels.model import (
     train_lmoe,
 )
 from lmoe_kernels.targets import lmoe_layers
+from lmoe_kernels.training import freeze_expert, freeze_gates, parameter_groups
 from lmoe_kernels.version import __version__
 
 __all__ = [
@@ -26,14 +28,19 @@ __all__ = [
     "add_auxiliary_loss",
     "apply_lmoe",
     "auxiliary_loss",
+    "balance_callback",
+    "balance_experts",
     "balance_loss",
     "collect_router_logits",
     "disable_lmoe",
     "explain",
+    "freeze_expert",
+    "freeze_gates",
     "lmoe",
     "lmoe_layers",
     "lmoe_linear",
     "load_lmoe",
+    "parameter_groups",
     "print_trainable_parameters",
     "remove_lmoe",
     "router_z_loss",

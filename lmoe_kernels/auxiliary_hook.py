@@ -78,10 +78,15 @@ class _AddLosses:
 def _has_loss(model: nn.Module, output: Any) -> bool:
     """Whether a training loop uses the loss in this output."""
     if not isinstance(output, dict):  # a tuple starts with the loss, if there is one
-        return isinstance(output, tuple) and isinstance(output[0], Tensor) and output[0].dim() == 0
-    if isinstance(output.get("log_probs"), Tensor):  # TRL: of its Trainers, SFTTrainer alone sums them up to a loss
+        return isinstance(output, tuple) and len(output) > 0 and isinstance(output[0], Tensor) and output[0].dim() == 0
+    if _is_of_trl(output):  # of the Trainers of TRL, SFTTrainer alone sums log_probs up to its loss
         return (getattr(model, "model_tags", None) or [""])[-1] == "sft"
     return isinstance(output.get("loss"), Tensor)
+
+
+def _is_of_trl(output: Mapping[str, Any]) -> bool:
+    """Whether the loss will be computed from log_probs, as by TRL, which gives models a forward that returns these."""
+    return all(isinstance(output.get(name), Tensor) for name in ("log_probs", "label_mask"))
 
 
 def _with_loss(output: Any, added: Tensor, share: Tensor | float) -> Any:
@@ -94,9 +99,10 @@ def _with_loss(output: Any, added: Tensor, share: Tensor | float) -> Any:
         return (with_added(output[0]), *output[1:])
     if isinstance(output.get("loss"), Tensor):
         output["loss"] = with_added(output["loss"])
-    if isinstance(log_probs := output.get("log_probs"), Tensor):
+    if _is_of_trl(output):
         # SFTTrainer sums these over the label tokens and divides by their number in the whole optimizer step, so the same
         # share results if the loss is added to each. Only its gradient is: other uses of log_probs keep their values.
+        log_probs = output["log_probs"]
         gradient = (added - added.detach()).to(log_probs.device, log_probs.dtype)
         output["log_probs"] = log_probs - gradient * output["label_mask"]
     return output

@@ -312,6 +312,10 @@ class LMoELinear(nn.Module, LayerWithExperts):
         """The router logits of the last forward, see `LayerWithExperts`."""
         return {} if self.router_logits is None else {_ADAPTER: self.router_logits}
 
+    def loads(self) -> dict[str, Tensor]:
+        """The load of the experts if they have a choice_bias, see `LayerWithExperts`."""
+        return {} if self.load is None else {_ADAPTER: self.load}
+
     def _warn_of_frozen_parameters(self) -> None:
         """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
         frozen = not any(parameter.requires_grad for parameter in (self.lora_a, self.lora_b, self.gate_weight))
@@ -325,7 +329,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Accept the frozen layer's tensors also under their names in the plain model, as in its checkpoints."""
-        known = (*self._parameters, *self._modules)
+        known = (*self._parameters, *self._buffers, *self._modules)
         for key in [key for key in state_dict if key.startswith(prefix)]:
             rest = key.removeprefix(prefix)
             if rest.partition(".")[0] not in known:

@@ -37,12 +37,16 @@ class LayerWithExperts:
         """The router logits (..., E) of the last forward, by adapter, of those that keep them."""
         raise NotImplementedError
 
+    def loads(self) -> dict[str, Tensor]:
+        """The buffers `Choice.load`, by adapter, of those that have a choice_bias."""
+        raise NotImplementedError
+
 
 class Choice(NamedTuple):
     """How the experts of `top_k` are chosen if a bias that no gradient trains takes part, and how often each was chosen."""
 
     bias: Tensor  # (E), fp32, added to the logits for the choice alone
-    load: Tensor | None  # (E), fp32, counts the tokens of each expert; None outside training
+    load: Tensor | None  # (E), fp32, counts the tokens that chose each expert; None outside training
 
 
 def add_experts(
@@ -90,8 +94,11 @@ def _router_logits(x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> 
 
 
 def _of_chosen(logits: Tensor, top_k: int, choice: Choice) -> Tensor:
-    """The router logits of the experts with the top_k largest sums of logit and bias; -inf for the others."""
-    best = (logits.detach() + choice.bias).topk(top_k, dim=-1).indices
+    """The router logits of the experts with the top_k largest sums of logit and bias; -inf for the others.
+
+    Of equal sums, the expert with the lower index is chosen, as in `lmoe`. `torch.topk` chooses any of them.
+    """
+    best = (logits.detach() + choice.bias).argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, best, True)
     if choice.load is not None:
         choice.load.add_(chosen.reshape(-1, chosen.shape[-1]).sum(dim=0))

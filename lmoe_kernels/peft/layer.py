@@ -183,6 +183,10 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
         """The router logits of the last forward by adapter, see `LayerWithExperts`."""
         return dict(self._router_logits)
 
+    def loads(self) -> dict[str, Tensor]:
+        """The loads of the experts of the adapters that have a choice_bias, see `LayerWithExperts`."""
+        return {adapter: load for adapter, load in self.lmoe_load._buffers.items() if load is not None}
+
     def cast(self, adapter: str, dtype: torch.dtype | None) -> None:
         """Cast the trained parameters of an adapter; None casts those in half precision to fp32."""
         for name in self.adapter_layer_names:

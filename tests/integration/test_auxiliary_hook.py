@@ -242,6 +242,8 @@ def test_an_encoder_decoder_model_shifts_no_labels(tmp_path: Path) -> None:
     options = {"gradient_accumulation_steps": 2, "data": data, "per_device_train_batch_size": 4}
     _, alone = step(model, tmp_path, (0.0, 0.0), **copy.copy(options))
     _, both = step(model, tmp_path, WEIGHTS, **options)
+    of_replica = {**both.batches[0], "num_items_in_batch": torch.tensor([9])}
+    assert model.train()(**of_replica).loss.dim() == 0
     install(model, lambda adapter: (0.0, 0.0))
     counts = [int((batch["labels"] != -100).sum()) for batch in both.batches]
     losses = []

@@ -15,14 +15,14 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
     {"__init__", "info", "peft"},
-    {"auxiliary_trainer", "checkpoint", "compilation"},
+    {"auxiliary_trainer", "balancing", "checkpoint", "compilation", "training"},
     {"auxiliary_hook"},
     {"auxiliary"},
     {"model"},
     {"pretrained"},
     {"peft_interop"},
     {"contents"},
-    {"adapter", "targets"},
+    {"adapter", "frozen_experts", "targets"},
     {"layer"},
     {"mixture"},
     {"config", "functional", "losses"},

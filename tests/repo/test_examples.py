@@ -1,10 +1,12 @@
-"""The demo with a tiny budget, and the commands and code of the README."""
+"""The examples with a tiny budget, and the commands and code of the README."""
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,34 @@ def test_demo_is_repeatable_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         trained.append(model.lm_head.weight.detach())
     assert torch.equal(trained[0], trained[1])
     assert not torch.equal(trained[0], trained[2])
+
+
+def run_example(name: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_hf_trainer(tmp_path: Path) -> None:
+    run = run_example("hf_trainer.py", tmp_path, "--tiny")
+    assert run.returncode == 0, run.stderr
+    assert "the loaded model gives the same logits" in run.stdout
+    before, after = zip(*re.findall(r"^(?:English|Python|C) +([\d.]+) +([\d.]+) ", run.stdout, re.MULTILINE), strict=True)
+    assert len(before) == 3
+    assert all(0 < float(bits) < 8.5 for bits in (*before, *after))
+    assert before != after
+
+
+def test_trl_sft(tmp_path: Path) -> None:
+    run = run_example("trl_sft.py", tmp_path, "--steps", "6")
+    if find_spec("trl") is None:
+        assert run.returncode == 1
+        assert re.fullmatch(r"trl_sft\.py: .*trl.* must be installed: pip install trl\n", run.stderr)
+        pytest.skip("TRL is not installed; without it the example says how to install it")
+    assert run.returncode == 0, run.stderr
+    assert "the loaded model gives the same logits" in run.stdout
+    first, last = re.findall(r"^loss ([\d.]+) at first, ([\d.]+) at last$", run.stdout, re.MULTILINE)[0]
+    assert float(last) < float(first)
 
 
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
