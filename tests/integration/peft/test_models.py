@@ -280,6 +280,15 @@ def test_an_error_leaves_the_model_as_it_was(name: str, how: str) -> None:
         assert isinstance(get_peft_model(model, config()).base_model, LMoEModel)
 
 
+def test_a_second_injection_that_fails_leaves_no_configuration() -> None:
+    model = inject_adapter_in_model(config(), llama(), "a")
+    before = state(model)
+    with pytest.raises(TypeError, match="name layers with in_features and out_features"):
+        inject_adapter_in_model(config(target_modules=["q_proj", "model.norm"]), model, "b")
+    assert list(model.peft_config) == ["a"]
+    assert state(model) == before
+
+
 def test_an_adapter_on_an_evaluated_model_does_not_drop_out() -> None:
     model = tuned(llama().eval(), lora_dropout=0.9)
     assert torch.equal(logits(model), logits(model))
