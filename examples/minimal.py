@@ -1,5 +1,7 @@
 """Train a small language model through L-MoE layers with Trainer, save it and load it again: seconds on a CPU."""
 
+from typing import Any
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -10,7 +12,7 @@ model = LlamaForCausalLM(config)  # or any from_pretrained(...)
 apply_lmoe(model, "all-linear", num_experts=4, rank=8, output_router_logits=True)  # freezes everything else
 print_trainable_parameters(model)
 
-data = [{"input_ids": text, "labels": text} for text in torch.tensor(list(b"to be or not to be " * 64)).view(-1, 32)]
+data: Any = [{"input_ids": text, "labels": text} for text in torch.tensor(list(b"to be or not to be " * 64)).view(-1, 32)]
 arguments = TrainingArguments("out", max_steps=20, learning_rate=3e-3, logging_steps=10, report_to="none")
 trainer = Trainer(model, arguments, train_dataset=data)
 add_auxiliary_loss(trainer, balance=0.01)  # the load-balancing loss, so that every expert is used
