@@ -20,8 +20,9 @@ from lmoe_kernels import (
     train_lmoe,
     warmup,
 )
-from lmoe_kernels.compilation import _calls_of, _kind
+from lmoe_kernels.compilation import _kinds, _sources
 from lmoe_kernels.contents import digest_of_base
+from lmoe_kernels.mixture import LayerWithExperts
 from lmoe_kernels.targets import layers_with_experts, wrappable_layers
 from tests.integration.peft.tuned import NAMES, config, fill, logits, state, steps, trained, tuned, tuner_layers
 from tests.models import IDS, llama, with_experts
@@ -134,20 +135,24 @@ def test_train_disable_and_remove_leave_the_tuner_alone() -> None:
 
 def test_warmup_looks_at_the_calls_of_all_adapters() -> None:
     """On a CPU no kernel is compiled; the calls are those of equal `LMoELinear` layers, and of further active adapters."""
+
+    def kinds_of(layer: LayerWithExperts) -> list:
+        return [kind for source in _sources(NAMES[0], layer) for kind in _kinds(source, None, True)]
+
     model = tuned(llama().float(), adapter="a", top_k=2)
     model.add_adapter("b", config(num_experts=2, target_modules=["q_proj"]))
     assert warmup(model, tokens=[1, 64]) == 0
     with pytest.raises(ValueError, match=r"^warmup: model must have L-MoE layers, got none$"):
         warmup(llama(), tokens=1)
     layer = tuner_layers(model)[NAMES[0]]
-    ours = [_kind(NAMES[0], *call, None, True) for call in _calls_of(layer)]
+    ours = kinds_of(layer)
     linear = nn.Sequential(copy.deepcopy(layer.base_layer))
     apply_lmoe(linear, "0", num_experts=3, rank=2, top_k=2)
-    (theirs,) = (_kind(NAMES[0], *call, None, True) for call in _calls_of(linear[0]))
+    (theirs,) = kinds_of(linear[0])
     assert len(ours) == 2
     assert ours[0] == theirs
     model.base_model.set_adapter(["a", "b"])
-    third = [_kind(NAMES[0], *call, None, True) for call in _calls_of(layer)][2]
+    third = kinds_of(layer)[2]
     assert (third.call[0].E, third.call[3]) == (2, 2)
 
 
