@@ -139,7 +139,8 @@ def _compute_forward(
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
     with _no_autocast_or_autograd(x):
-        y, saved = _functions(name, seed).forward(x, factors, _with_contiguous_rows(base), options, save=save)
+        functions = dispatch.load(name) if seed is None else dropout.around(dispatch.load(name), seed)
+        y, saved = functions.forward(x, factors, _with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
     return y, saved, name
@@ -166,18 +167,12 @@ def _compute_backward(
     dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
     with _no_autocast_or_autograd(dy):
-        compute = _functions(name, seed).backward
-        grads: Gradients = compute(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
+        functions = dispatch.load(name) if seed is None else dropout.around(dispatch.load(name), seed)
+        grads: Gradients = functions.backward(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
         if grads.x is not None and weight is not None:
             grads.x.addmm_(dy, weight)  # [T, O] @ [O, I] -> [T, I]
         dweight = dy.t() @ x if of_weight and x is not None else None  # [O, T] @ [T, I] -> [O, I]
     return *grads, dweight
-
-
-def _functions(backend: str, seed: Tensor | None) -> dispatch.Functions:
-    """The functions of a backend, with dropout if there is a seed."""
-    functions = dispatch.load(backend)
-    return functions if seed is None else dropout.around(functions, seed)
 
 
 # The bodies of the ops, which put the tuples together again. The arguments are named in the schemas.
