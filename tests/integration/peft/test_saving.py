@@ -162,6 +162,7 @@ BAD = {
     "missing tensor": (lambda d: edited(d, without), "must hold 'model.layers.*lmoe_A', got none of that name"),
     "unknown tensor": (lambda d: edited(d, with_more), "must hold only tensors that .*, got 'model.layers.*lmoe_later'"),
     "num_experts": (lambda d: configured(d, num_experts=4), r"must have shape \(4, 2, \d+\), got \(3, 2, \d+\)"),
+    "no JSON": (lambda d: (d / "adapter_config.json").write_text("{"), "Expecting property name"),  # PEFT's own error
     "bad option": (lambda d: configured(d, top_k=7), r"LMoEConfig: top_k must be in 1 .. E = 3, got 7"),
     "gate_bias": (lambda d: configured(d, gate_bias=True), "must hold '.*lmoe_gate_bias', got none of that name"),
     "of a LoRA": (replaced, "must hold '.*lmoe_A', got none of that name"),
