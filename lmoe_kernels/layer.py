@@ -13,7 +13,7 @@ from lmoe_kernels import checks
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.linears import features_of, weight_of
-from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts
+from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.options import Mixing
 
 _ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
@@ -255,14 +255,10 @@ class LMoELinear(nn.Module, LayerWithExperts):
         return self._options().shapes(self.in_features, self.out_features)
 
     def reset_parameters(self) -> None:
-        """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, B and its bias zero."""
-        bound = self.in_features**-0.5 if self.in_features else 0.0
-        nn.init.uniform_(self.lora_a, -bound, bound)
-        nn.init.zeros_(self.lora_b)
-        nn.init.normal_(self.gate_weight, std=bound if self.gate_init_std is None else self.gate_init_std)
-        for bias in (self.gate_bias, self.choice_bias, self.load):
-            if bias is not None:
-                nn.init.zeros_(bias)
+        """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, everything else zero."""
+        initialise(self.mixtures()[_ADAPTER])
+        if self.load is not None:
+            nn.init.zeros_(self.load)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the frozen layer plus the delta of the experts.

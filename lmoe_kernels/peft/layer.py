@@ -12,7 +12,7 @@ from lmoe_kernels import checks
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import features_of, weight_of
-from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts
+from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.peft.config import LMoEConfig
 from lmoe_kernels.peft.saved import DICTIONARIES
 
@@ -83,7 +83,7 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
             for key, shape in options.shapes(self.in_features, self.out_features).items()
         }
         self._set(adapter, options, tensors)
-        self._initialise(adapter)
+        initialise(Mixture(options, dict(tensors)))
 
     def _set(self, adapter: str, options: LayerConfig, tensors: dict[str, nn.Parameter]) -> None:
         """Make these the options and the parameters of an adapter."""
@@ -97,16 +97,6 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
         bias = tensors.get(_NOT_TRAINED)
         load = None if bias is None else torch.zeros_like(bias, requires_grad=False)
         self.lmoe_load.register_buffer(adapter, load, persistent=False)
-
-    def _initialise(self, adapter: str) -> None:
-        """Initialise like `LMoELinear.reset_parameters`."""
-        bound = self.in_features**-0.5 if self.in_features else 0.0
-        std = self.lmoe_options[adapter].gate_init_std
-        tensors = self._tensors(adapter)
-        nn.init.uniform_(tensors.pop("lora_a"), -bound, bound)
-        nn.init.normal_(tensors.pop("gate_weight"), std=bound if std is None else std)
-        for tensor in tensors.values():
-            nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the frozen layer plus the deltas of the active adapters.
