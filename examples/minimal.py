@@ -18,7 +18,6 @@ trainer = Trainer(model, arguments, train_dataset=data)
 add_auxiliary_loss(trainer, balance=0.01)  # the load-balancing loss, so that every expert is used
 trainer.train()
 trainer.save_model("out")  # the frozen model and, in lmoe.safetensors and lmoe_config.json, experts and gates
-
 again = LlamaForCausalLM.from_pretrained("out")  # reports the experts' tensors as unexpected: the next line loads them
 load_lmoe(again, "out")
 tokens = data[0]["input_ids"][None]

@@ -14,7 +14,7 @@ class TwoAdapters(nn.Module, LayerWithExperts):
 
     def __init__(self, base: nn.Linear, active: tuple[str, ...] = ("first", "second"), **options: Any) -> None:
         super().__init__()
-        self.base, self.active_adapters = base.requires_grad_(False), active
+        self.base, self._active = base.requires_grad_(False), active
         self._configs = {
             "first": LayerConfig(num_experts=3, rank=2, expert_names=["law", "code", "news"], **options),
             "second": LayerConfig(num_experts=4, rank=2, **options),
@@ -30,7 +30,7 @@ class TwoAdapters(nn.Module, LayerWithExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         self._logits, y = {}, self.base
-        for adapter in self.active_adapters:
+        for adapter in self._active:
             (config, tensors), load = self.mixtures()[adapter], self._loads.get(adapter)
             bias = tensors.pop("choice_bias", None)
             choice = None if bias is None else Choice(bias, load if self.training else None)
@@ -39,6 +39,12 @@ class TwoAdapters(nn.Module, LayerWithExperts):
             y, logits = add_experts(y, x, tensors["lora_a"], tensors["lora_b"], options, choice)
             self._logits |= {} if logits is None else {adapter: logits}
         return y
+
+    def wrapped(self) -> nn.Module:
+        return self.base
+
+    def active(self) -> list[str]:
+        return list(self._active)
 
     def mixtures(self) -> dict[str, Mixture]:
         return {name: Mixture(config, dict(self.get_submodule(name).items())) for name, config in self._configs.items()}

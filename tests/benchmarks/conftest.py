@@ -31,7 +31,7 @@ def wrong_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         grads = right.backward(*args, **kwargs)
         return grads._replace(gate_weight=grads.gate_weight / 2)
 
-    for part, function in (("forward", right.forward), ("backward", backward)):
+    for part, function in (("forward", right.forward), ("backward", backward), ("dropout", right.dropout)):
         module = ModuleType(f"wrong_backend.{part}")
         setattr(module, part, function)
         monkeypatch.setitem(sys.modules, f"wrong_backend.{part}", module)

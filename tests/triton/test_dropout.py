@@ -55,10 +55,11 @@ def test_the_last_tokens_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("features", [1, 33, 2048, 5000])
 def test_each_row_is_read_once_and_written_once(features: int) -> None:
-    rows, seed = torch.randn(70, features + 5).bfloat16()[:, :features], _seed()
+    tokens = 70 if features < 5000 else 5
+    rows, seed = torch.randn(tokens, features + 5).bfloat16()[:, :features], _seed()
     with counted() as counts:
         result = dropout(rows, seed, 0.25)
-    assert of_tensor(counts, rows).loaded == of_tensor(counts, result).stored == 70 * features * 2
+    assert of_tensor(counts, rows).loaded == of_tensor(counts, result).stored == tokens * features * 2
     with race_checked():
         assert torch.equal(dropout(rows, seed, 0.25), result)
 
