@@ -16,7 +16,6 @@ from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts,
 from lmoe_kernels.peft.config import LMoEConfig
 from lmoe_kernels.peft.saved import DICTIONARIES
 
-_OP = "LMoETunerLinear"
 _NOT_TRAINED = "choice_bias"
 NO_SINGLE_WEIGHT = "experts that each token mixes in its own way; call unload() to remove them"
 
