@@ -14,7 +14,7 @@ from lmoe_kernels.backends.cuda import configs, extension
 pytest.importorskip("triton")  # brings the model's reader of instructions
 
 from benchmarks.model import steps
-from benchmarks.model.cubins import read_cubin
+from benchmarks.model.cubins import Built, read_cubin
 from benchmarks.model.kernels import Machine
 from benchmarks.model.loops import find_step
 
@@ -131,12 +131,20 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_step_of_a_main_loop_has_few_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
+def test_main_loops_and_resident_blocks(target: str, cubins: dict[str, list[Path]]) -> None:
+    """One test, because disassembling the kernels takes most of its time."""
+    builds = [built for cubin in cubins[target] for built in read_cubin(cubin, target)]
+    products = [built for built in builds if built.kernel.name in PRODUCTS and built.kernel.dtype != "fp32"]
+    assert {built.kernel.name for built in products} == set(PRODUCTS)
+    _assert_few_instructions_in_a_step(products, target)
+    _assert_the_model_finds_a_step_of_every_product(builds, target)
+    if target in ("sm_80", "sm_90"):
+        _assert_resident_blocks(products, target)
+
+
+def _assert_few_instructions_in_a_step(products: list[Built], target: str) -> None:
     """Addresses are made before the loop: made in it, they took three quarters of its instructions."""
-    built = [one for cubin in cubins[target] for one in read_cubin(cubin, target) if one.kernel.name in PRODUCTS]
-    in_16_bits = [one for one in built if one.kernel.dtype != "fp32"]
-    assert {one.kernel.name for one in in_16_bits} == set(PRODUCTS)
-    for one in in_16_bits:
+    for one in products:
         columns = next(iter(one.kernel.sizes), 128)
         of_64, of_more, of_features = MOST_INSTRUCTIONS[target]
         loops = [(columns // 2, 4 + -(-columns // 32), of_64 if columns == 64 else of_more)]
@@ -145,38 +153,34 @@ def test_a_step_of_a_main_loop_has_few_instructions(target: str, cubins: dict[st
             loops.append(over_features)
         if one.kernel.name == "expand_walk":
             loops = [over_features]
-        for products, copies, most in loops:  # of a warp; of a thread
-            step = find_step(one.listing, products, copies)
+        for count, copies, most in loops:  # products of a warp; copies of a thread
+            step = find_step(one.listing, count, copies)
             share = len(step.indices) / step.count(r"HMMA\b")
             assert share <= most, f"{one.kernel} {target}: {share:.2f} instructions for each of the tensor cores"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_model_finds_a_step_of_every_product(target: str, cubins: dict[str, list[Path]]) -> None:
+def _assert_the_model_finds_a_step_of_every_product(builds: list[Built], target: str) -> None:
     """`python -m benchmarks.model` reads them, and would stop at a loop that has other products or copies than its tile."""
-    builds = {built.kernel: built for cubin in cubins[target] for built in read_cubin(cubin, target)}
-    found = steps.lines(Machine(target, {kernel: built for kernel, built in builds.items() if kernel.dtype == "bf16"}))
+    found = steps.lines(Machine(target, {one.kernel: one for one in builds if one.kernel.dtype == "bf16"}))
     assert {(line.kernel.partition("[")[0], line.step is not None) for line in found} == {
         (kernel, kernel in PRODUCTS) for kernel in KERNELS
     }
-    assert not [built.kernel for built in builds.values() if steps.resident(built) < 1]
+    assert not [one.kernel for one in builds if steps.resident(one) < 1]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-def test_the_blocks_that_a_processor_runs_at_once(target: str, cubins: dict[str, list[Path]]) -> None:
+def _assert_resident_blocks(products: list[Built], target: str) -> None:
     """As many as the plans rely on, with E = 8 and R = 16, by registers, threads and shared memory."""
-    builds = [one for cubin in cubins[target] for one in read_cubin(cubin, target) if one.kernel.dtype != "fp32"]
-    found = {(str(one.kernel), count): steps.resident(one, count) for one in builds for count in (128, 136)}
+    counts = (128, 136)  # coefficients of y and of dx, which lie in shared memory in expand_walk
+    found = {(str(one.kernel), count): steps.resident(one, count) for one in products for count in counts}
     expected = {
         (str(one.kernel), count): 1 if one.kernel.name == "forward" else configs.RESIDENT_BLOCKS
-        for one in builds
-        for count in (128, 136)  # coefficients of y and of dx, which lie in shared memory in expand_walk
-        if one.kernel.name in PRODUCTS
+        for one in products
+        for count in counts
     }
     if target == "sm_80":
         expected |= {(f"expand_walk_kernel<{dtype}>", 136): 1 for dtype in ("bf16", "fp16")}
     assert len(expected) == 2 * 2 * (3 * len(WIDTHS) + 2)
-    assert {kernel: found[kernel] for kernel in expected} == expected
+    assert found == expected
 
 
 def _run(tool: str, *arguments: str) -> str:
