@@ -15,8 +15,8 @@ CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder TINY=1
-	$(BIN)/python examples/three_domains.py --out $(OUT) $(if $(TINY),--tiny)
+demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
+	$(BIN)/python examples/three_domains.py --out $(OUT)
 
 test: $(TESTS) ## Run every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 # a core for each process

@@ -23,7 +23,9 @@ BY_STACK, OTHERS = [row for row in ROWS if "yes" in row], [row for row in ROWS i
 
 
 def _has(file: str, test: str) -> bool:
-    return callable(getattr(import_module(MODULES[file]), test, None))
+    """Whether the file defines the test. It is not imported, because it may be skipped where a package is missing."""
+    path = (Path(__file__).parents[2] / MODULES[file].replace(".", "/")).with_suffix(".py")
+    return f"\ndef {test}(" in path.read_text(encoding="utf-8")
 
 
 def test_every_stack_that_is_tested_has_a_row() -> None:
