@@ -2,7 +2,6 @@
 """Named experts: list, add, remove and export the experts of a model whose layers have them."""
 
 import os
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +202,7 @@ def _having(op: str, mixtures: _Mixtures, name: str) -> _Mixtures:
     """The mixtures that have an expert of this name; at least one must."""
     having = {key: pair for key, pair in mixtures.items() if name in pair[1].config.names()}
     if not having:
-        known = _names(mixtures)
-        close = get_close_matches(name, known, n=3) or known
-        checks.fail(op, "name", "be that of an expert of the model", f"{name!r}; nearest: {', '.join(map(repr, close))}")
+        checks.fail(op, "name", "be that of an expert of the model", f"{name!r}; {nearest(name, _names(mixtures))}")
     return having
 
 

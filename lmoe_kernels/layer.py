@@ -288,7 +288,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
             "return_router_logits": self.output_router_logits,
         }
         choice = None
-        if self.choice_bias is not None:
+        if self.has_choice_bias:  # no buffer is looked up in the usual layer, which has none
+            assert self.choice_bias is not None
             choice = Choice(self.choice_bias, self.load if self.training else None)
         y, router_logits = add_experts(base, x, self.lora_a, self.lora_b, options, choice)
         if router_logits is not None:

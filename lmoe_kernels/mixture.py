@@ -4,6 +4,7 @@
 `LMoELinear` has one mixture of experts. The layer of the PEFT tuner has one for each adapter.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -34,32 +35,32 @@ def initialise(mixture: Mixture) -> None:
     nn.init.normal_(gate_weight, std=bound if std is None else std)
 
 
-class LayerWithExperts:
+class LayerWithExperts(ABC):
     """The interface of layers with experts, for code that works on the layers of both kinds."""
 
+    @abstractmethod
     def wrapped(self) -> nn.Module:
         """The frozen layer to whose output the experts add."""
-        raise NotImplementedError
 
+    @abstractmethod
     def active(self) -> list[str]:
         """The names of the adapters that forward adds, in their order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures of the layer by the names of their adapters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         """Replace the options and the tensors of an adapter, whose numbers of experts may change."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits (..., E) of the last forward, by adapter, of those that keep them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loads(self) -> dict[str, Tensor]:
         """The buffers `Choice.load`, by adapter, of those that have a choice_bias."""
-        raise NotImplementedError
 
 
 class Choice(NamedTuple):

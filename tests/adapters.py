@@ -49,6 +49,10 @@ class TwoAdapters(nn.Module, LayerWithExperts):
     def mixtures(self) -> dict[str, Mixture]:
         return {name: Mixture(config, dict(self.get_submodule(name).items())) for name, config in self._configs.items()}
 
+    def set_mixture(self, adapter: str, mixture: Mixture) -> None:
+        self._configs[adapter] = mixture.config
+        self.get_submodule(adapter).update(mixture.tensors)
+
     def kept_router_logits(self) -> dict[str, Tensor]:
         return self._logits
 

@@ -2,7 +2,7 @@
 """`LMoEConfig`: the options of an adapter of L-MoE in PEFT."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,8 @@ from lmoe_kernels.peft.registration import peft_type
 from lmoe_kernels.peft.saved import DICTIONARIES, Shapes, check_layers, layers_of, read_shapes
 
 _OP = "LMoEConfig"
+# The options that a layer and the configuration have under one name, and that decide what the experts compute.
+_OF_EXPERTS = ("num_experts", "mixing", "top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "expert_names")
 _NAMES_IN_PEFT = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
 
 
@@ -189,21 +191,24 @@ class LMoEConfig(PeftConfig):
     def _layer_config(self, rank: int, alpha: float | None) -> LayerConfig:
         """The options of a layer with this rank, whose scaling is alpha / rank."""
         return LayerConfig(
-            num_experts=self.num_experts,
             rank=rank,
             alpha=alpha,
-            mixing=self.mixing,
-            top_k=self.top_k,
-            renormalize=self.renormalize,
-            shared_a=self.shared_a,
-            gate_bias=self.gate_bias,
-            choice_bias=self.choice_bias,
-            expert_names=self.expert_names,
             dropout=self.lora_dropout,
-            gate_init_std=self.gate_init_std,
             output_router_logits=self.output_router_logits or any(self.coefficients()),
-            backend=self.backend,
+            **{name: getattr(self, name) for name in (*_OF_EXPERTS, "gate_init_std", "backend")},
         )
+
+    def with_layer(self, name: str, options: LayerConfig) -> "LMoEConfig":
+        """A copy of this configuration whose layer of this name has these options of its experts, rank and alpha."""
+        changed = replace(self, **{key: getattr(options, key) for key in _OF_EXPERTS})
+        changed.expert_names = None if options.expert_names is None else list(options.expert_names)
+        same = changed.layer_config(name)
+        if options.rank != same.rank or options.alpha != same.alpha:
+            assert options.alpha is not None
+            alpha = options.alpha / options.rank**0.5 if self.use_rslora else options.alpha
+            changed.rank_pattern = {name: options.rank, **changed.rank_pattern}
+            changed.alpha_pattern = {name: alpha, **changed.alpha_pattern}
+        return changed
 
     def to_dict(self) -> dict[str, Any]:
         """The options by name, those that PEFT turned into sets as sorted lists."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`LMoETunerLinear`: a layer of PEFT around a linear layer, with one mixture of experts for each adapter."""
 
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -174,7 +173,7 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
             for key, tensor in mixture.tensors.items()
         }
         self._set(adapter, mixture.config, tensors)
-        self._configs[adapter] = _with_options(self._configs[adapter], self._name, mixture.config)
+        self._configs[adapter] = self._configs[adapter].with_layer(self._name, mixture.config)
 
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits of the last forward by adapter, see `LayerWithExperts`."""
@@ -219,25 +218,3 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""
         return {**self.__dict__, "_router_logits": {}}
-
-
-def _with_options(config: LMoEConfig, name: str, options: LayerConfig) -> LMoEConfig:
-    """The configuration of an adapter in which the layer of this name has these options."""
-    changed = replace(
-        config,
-        num_experts=options.num_experts,
-        mixing=options.mixing,
-        top_k=options.top_k,
-        renormalize=options.renormalize,
-        shared_a=options.shared_a,
-        gate_bias=options.gate_bias,
-        choice_bias=options.choice_bias,
-        expert_names=None if options.expert_names is None else list(options.expert_names),
-    )
-    same = changed.layer_config(name)
-    if options.rank != same.rank or options.alpha != same.alpha:
-        assert options.alpha is not None
-        alpha = options.alpha / options.rank**0.5 if config.use_rslora else options.alpha
-        changed.rank_pattern = {name: options.rank, **changed.rank_pattern}
-        changed.alpha_pattern = {name: alpha, **changed.alpha_pattern}
-    return changed

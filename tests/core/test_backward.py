@@ -49,7 +49,16 @@ def _compare(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
     return ours
 
 
-@pytest.mark.parametrize("case", [Case(linear=True), Case(outside_logits=True, mixing="outputs", linear=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(linear=True),
+        Case(outside_logits=True, mixing="outputs", linear=True),
+        Case(gate_bias=True, dropout=0.4),
+        Case(outside_logits=True, dropout=0.4),
+    ],
+    ids=str,
+)
 def test_every_subset_of_gradients(case: Case, backend: str, exact: torch.dtype, watch) -> None:
     problem = make_problem(case, exact)
     leaves, true, plain = leaves_of(problem.tensors), truth(problem), list(plain_pytorch(problem))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 
 import pytest
 import torch
@@ -18,10 +17,7 @@ from tests.problems import (
     leaves_of,
     make_problem,
     outcome,
-    plain_pytorch,
-    truth,
 )
-from tools.error_rule import assert_no_worse
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # No tokens, one token; a gate with a bias, outside logits; mixtures of outputs, experts that are dropped, a shared A.
@@ -54,22 +50,6 @@ def _compare(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
     ours = outcome(problem, problem.call(backend, **leaves), leaves)
     assert_all_no_worse(problem, ours)
     return ours
-
-
-@pytest.mark.parametrize("outside", [False, True], ids=["gate", "outside logits"])
-def test_every_subset_of_gradients(outside: bool, backend: str, exact: torch.dtype, watch) -> None:
-    problem = make_problem(Case(outside_logits=outside, gate_bias=not outside, dropout=0.4), exact)
-    leaves, true, plain = leaves_of(problem.tensors), truth(problem), list(plain_pytorch(problem))
-    for count in range(1, len(leaves) + 1):
-        for chosen in combinations(leaves, count):
-            some = {name: leaves[name] if name in chosen else t for name, t in problem.tensors.items()}
-            y, logits = problem.call(backend, **some)
-            loss = (y * problem.dy).sum()
-            if logits.requires_grad:
-                loss = loss + (logits * problem.dlogits).sum()
-            got = torch.autograd.grad(loss, [leaves[name] for name in chosen])
-            for name, gradient in zip(chosen, got, strict=True):
-                assert_no_worse(f"{name} of {chosen}", gradient, [results[name] for results in plain], true[name])
 
 
 def test_the_gate_sees_all_of_x(backend: str, exact: torch.dtype) -> None:

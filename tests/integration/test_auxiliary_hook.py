@@ -1,8 +1,6 @@
 """The losses of an adapter's coefficients: in the loss of the model, with the weight of the micro-batch's label tokens."""
 
 import copy
-import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from lmoe_kernels import (
 )
 from lmoe_kernels.auxiliary_hook import install
 from tests.models import llama, with_experts
+from tests.processes import on_two_processes
 from tests.training import Recorder, WithoutLossArguments, arguments, replica, rows, summed_loss, t5
 
 BALANCE, Z = WEIGHTS = (3.0, 0.5)  # large compared with the model's loss, so that counting twice shows
@@ -136,11 +135,7 @@ def test_trainer_divides_the_loss_of_models_that_get_no_number_of_items(tmp_path
     assert_added(model, both, alone, [1 / 4] * 4)
 
 
-def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
-    }  # fmt: skip
-    torch.manual_seed(port)
+def _step_of_one_process(rank: int, folder: Path) -> None:
     model = ready(llama())
     for average in (True, False):
         options = {"average_tokens_across_devices": average, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
@@ -156,15 +151,11 @@ def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
         assert abs(sum(shares) - 1) < 1e-12
         both.batches = batches[0] + batches[1]
         assert_added(model, both, alone, shares)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_the_weights_of_two_processes_sum_to_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_step_of_one_process, (tmp_path, port), nprocs=2)
+    on_two_processes(_step_of_one_process, tmp_path)
 
 
 def batch_of(data: list[dict[str, Tensor]]) -> dict[str, Tensor]:

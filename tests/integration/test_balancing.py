@@ -1,7 +1,5 @@
 """Experts are balanced without a loss: the bias of the choice moves by the load, over processes and micro-batches."""
 
-import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from transformers import Trainer
 from lmoe_kernels import apply_lmoe, balance_callback, balance_experts, lmoe_layers, load_lmoe, save_lmoe
 from tests.adapters import TwoAdapters
 from tests.models import llama
+from tests.processes import on_two_processes
 from tests.training import arguments, rows
 
 
@@ -114,12 +113,8 @@ def test_trainer_balances_once_a_step(options: dict, tmp_path: Path) -> None:
     assert not any(layer.load.any() for layer in layers)
 
 
-def _on_one_process(rank: int, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
-    }  # fmt: skip
+def _on_one_process(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
-    torch.manual_seed(port)
     model, whole = skewed(), skewed()
     whole.load_state_dict(model.state_dict())
     ddp = nn.parallel.DistributedDataParallel(model)
@@ -139,15 +134,11 @@ def _on_one_process(rank: int, port: int) -> None:
     sharded = fully_shard(nn.Sequential(TwoAdapters(nn.Linear(8, 4).double(), top_k=2, choice_bias=True)))
     with pytest.raises(ValueError, match=r"choice_bias must be whole in every process, so leave it out of FSDP"):
         balance_experts(sharded)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_two_processes_agree() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_on_one_process, (port,), nprocs=2)
+    on_two_processes(_on_one_process)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -335,6 +335,9 @@ class Tuned(nn.Module, LayerWithExperts):
         self.layers = layers  # not as modules, which would be layers of the model
         self.active_adapters = ["second"]
 
+    def wrapped(self) -> nn.Module:
+        return self.layers["first"].wrapped()
+
     def active(self) -> list[str]:
         return self.active_adapters
 
@@ -343,6 +346,12 @@ class Tuned(nn.Module, LayerWithExperts):
 
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         self.layers[adapter].set_mixture("default", mixture)
+
+    def kept_router_logits(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def loads(self) -> dict[str, torch.Tensor]:
+        return {}
 
 
 def test_a_model_of_several_adapters(tmp_path: Path) -> None:

@@ -1,8 +1,6 @@
 """The auxiliary loss under transformers' Trainer: added once a step, in training alone, on the tokens of the mask."""
 
 import copy
-import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from lmoe_kernels import (
     router_z_loss,
 )
 from tests.models import llama, with_experts
+from tests.processes import on_two_processes
 from tests.training import Recorder, WithoutLossArguments, arguments, replica, rows, summed_loss, t5
 
 WEIGHTS = {"balance": 3.0, "z": 0.5}  # large compared with the model's loss, so that counting twice shows
@@ -87,11 +86,7 @@ def test_the_loss_counts_once_a_step(case: str, accumulated: int, tmp_path: Path
         )  # the model's norms compute in fp32
 
 
-def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
-    }  # fmt: skip
-    torch.manual_seed(port)
+def _step_of_one_process(rank: int, folder: Path) -> None:
     model = with_experts(llama(), output_router_logits=True)
     for average in (True, False):
         options = {"average_tokens_across_devices": average, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
@@ -103,15 +98,11 @@ def _step_of_one_process(rank: int, folder: Path, port: int) -> None:
         assert len(mine) == 2
         for name, gradient in expected_gradients(model, batches[0] + batches[1]).items():
             torch.testing.assert_close(both[name] - alone[name], gradient, rtol=1e-4, atol=1e-7)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_the_loss_counts_once_on_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_step_of_one_process, (tmp_path, port), nprocs=2)
+    on_two_processes(_step_of_one_process, tmp_path)
 
 
 def test_replicas_of_data_parallel_keep_their_losses(tmp_path: Path) -> None:

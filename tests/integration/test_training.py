@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import os
-import socket
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from lmoe_kernels.adapter import read_adapter
 from lmoe_kernels.mixture import Mixture
 from tests.adapters import TwoAdapters
 from tests.models import IDS, llama, with_experts
+from tests.processes import on_two_processes
 from tests.training import arguments, rows
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -324,12 +323,8 @@ def test_refusals_of_names() -> None:
 # Two processes
 
 
-def _on_one_process(rank: int, port: int) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)
-    }  # fmt: skip
+def _on_one_process(rank: int) -> None:
     torch.distributed.init_process_group("gloo")
-    torch.manual_seed(port)
     before_ddp, after_ddp = small(), small()
     freeze_expert(before_ddp, "1")
     for model in (before_ddp, after_ddp):
@@ -345,7 +340,6 @@ def _on_one_process(rank: int, port: int) -> None:
         assert same(rows_of(model, 1), before)
         assert not any(map(torch.equal, rows_of(model, 2), others))
     _refuses_fsdp(before_ddp)
-    torch.distributed.destroy_process_group()
 
 
 def _refuses_fsdp(frozen: nn.Module) -> None:
@@ -368,7 +362,4 @@ def _refuses_fsdp(frozen: nn.Module) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no distributed package")
 def test_two_processes() -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_on_one_process, (port,), nprocs=2)
+    on_two_processes(_on_one_process)
