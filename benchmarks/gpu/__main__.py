@@ -70,7 +70,7 @@ def results(programme: Programme) -> report.Results:
         "environment": describe(programme.device),
         "limits": programme.lines("limits")[-1],
         "method": method,
-        "records": programme.lines("goals"),
+        "records": programme.lines("goals") + programme.lines("compiled"),
         "model": "",
         "models": [],
     }

@@ -18,6 +18,7 @@ from benchmarks.measuring.group import Group
 from benchmarks.measuring.limits import Limits, measure_limits
 from benchmarks.measuring.timing import Effort
 from benchmarks.rows.shapes import Shape, grids, make_inputs, timed_backends
+from benchmarks.rows.steps import Row
 from benchmarks.rows.table import rows
 from lmoe_kernels import lmoe
 from lmoe_kernels.dispatch import BACKENDS, BackendName
@@ -26,8 +27,8 @@ ENGINES = ("triton", "cuda")  # the backends with kernels of their own
 LARGE = "test_large_shapes and bfloat16"  # in the words of pytest's -k
 TOOLS = ("memcheck", "racecheck", "synccheck")  # of compute-sanitizer
 TUNED = tuple(Shape(tokens, 4096, 4096, dtype="bfloat16") for tokens in (8192, 1024))
-# A table of the goals takes about half a minute, and torch.compile about as long again: estimated, not measured.
-EFFORT = Effort(visits=2, seconds=1.0, min_rounds=2, max_rounds=11, sample_seconds=5e-3, cpu_products=2**33)
+EFFORT = Effort(visits=2, seconds=0.3, min_rounds=3, max_rounds=11, sample_seconds=2e-3, cpu_products=2**33)
+SLOW = ("literal", "loop", "peft-all", "xlora")  # rows that take most of the time of a table, and are far behind in all
 
 
 def limits(programme: Programme) -> Iterator[Step]:
@@ -54,12 +55,27 @@ def sanitizers(programme: Programme) -> Iterator[Step]:
 
 
 def goals(programme: Programme) -> Iterator[Step]:
-    """Every row on the shapes of the goals, layer and delta, forward, backward and both."""
+    """The rows that are not slow on the shapes of the goals, layer and delta, forward, backward and both."""
     grid = grids(torch.device("cuda"), quick=False)[0]
-    timed = [row for row in rows().values() if not row.name.startswith(tuple(programme.wrong()))]
-    for shape, scope in grid.groups():
-        make = partial(Group, shape, scope, grid.phases, timed, programme.device, effort=EFFORT)
-        yield Step(f"{shape}: {scope}", partial(visited, programme, make))
+    for scope in grid.scopes:
+        for shape in grid.shapes:
+            yield table(programme, shape, scope, grid.phases, lambda row: not row.compiled)
+
+
+def compiled(programme: Programme) -> Iterator[Step]:
+    """The rows of torch.compile, which take their time to compile, beside the frozen linear and the backends."""
+    grid = grids(torch.device("cuda"), quick=False)[0]
+    backends = {"frozen", *timed_backends()}
+    for shape in grid.shapes[:2]:
+        yield table(programme, shape, "layer", grid.phases, lambda row: row.compiled or row.name in backends)
+
+
+def table(programme: Programme, shape: Shape, scope: str, phases: tuple[str, ...], wanted: Callable[[Row], bool]) -> Step:
+    """The rows of one shape that are wanted, but those of engines whose tests failed."""
+    timed = [row for row in rows().values() if wanted(row) and row.name not in SLOW]
+    timed = [row for row in timed if not row.name.startswith(tuple(programme.wrong()))]
+    make = partial(Group, shape, scope, phases, timed, programme.device, effort=EFFORT)
+    return Step(f"{shape}: {scope}", partial(visited, programme, make))
 
 
 def tiles(programme: Programme) -> Iterator[Step]:
@@ -82,6 +98,7 @@ PARTS: dict[str, Callable[[Programme], Iterator[Step]]] = {
     "tests-large": tests_large,
     "tests": tests,
     "goals": goals,
+    "compiled": compiled,
     "tiles": tiles,
     "experts": experts,
     "sanitizers": sanitizers,
@@ -90,7 +107,7 @@ PARTS: dict[str, Callable[[Programme], Iterator[Step]]] = {
 
 def tested(programme: Programme, engine: str, choice: str) -> list[Line]:
     """Run some of the tests, in parallel with pytest-xdist: they spend most of their time in compilers, one core each."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", choice, "tests/gpu/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-k", choice, "tests/gpu"]
     if find_spec("xdist") is not None:
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     left = programme.seconds_left()

@@ -52,7 +52,8 @@ void expand(Dtype dtype, const ExpandParams& p, cudaStream_t stream) {
         using E = Expand<S>;
         const unsigned token_tiles = tiles(p.output.T, BLOCK_EXTENT);
         if (p.coefficients.columns <= HELD<S>) {
-            const int smem = STAGES * E::Q::T::BYTES + E::steps_over(p.coefficients.columns) * E::P::T::BYTES;
+            const int steps = static_cast<int>(tiles(p.coefficients.columns, BLOCK_K<S>));
+            const int smem = STAGES * E::Q::T::BYTES + steps * E::P::T::BYTES;
             LAUNCH(expand_walk_kernel<S>, dim3(token_tiles * static_cast<unsigned>(p.groups)), dim3(THREADS), smem, stream,
                    p);
             check_launch("expand_walk_kernel");

@@ -117,12 +117,13 @@ def _wgrad_bwd_kernel(
         t = start + tl.arange(0, BLOCK_T)
         rows = rows_ptr + t.to(tl.int64)[None, :] * stride_t + f[:, None]
         x = tl.load(rows, mask=(f < F)[:, None] & (t < t_to)[None, :], other=0.0)
-        # [BLOCK_F, BLOCK_T] @ [BLOCK_T, BLOCK_ER] -> [BLOCK_F, BLOCK_ER]
-        acc = tl.dot(x, load_rows(coefficients_ptr, t, er, t_to, ER), acc, input_precision=PRECISION, out_dtype=ACC)
+        c = load_rows(coefficients_ptr, t, er, t_to, ER)
         if gate_coefficients_ptr is not None:
+            gate_c = load_rows(gate_coefficients_ptr, t, e, t_to, E)
             # [BLOCK_F, BLOCK_T] @ [BLOCK_T, BLOCK_E] -> [BLOCK_F, BLOCK_E]
-            c = load_rows(gate_coefficients_ptr, t, e, t_to, E)
-            gate_acc = tl.dot(x, c, gate_acc, input_precision=PRECISION, out_dtype=ACC)
+            gate_acc = tl.dot(x, gate_c, gate_acc, input_precision=PRECISION, out_dtype=ACC)
+        # [BLOCK_F, BLOCK_T] @ [BLOCK_T, BLOCK_ER] -> [BLOCK_F, BLOCK_ER]
+        acc = tl.dot(x, c, acc, input_precision=PRECISION, out_dtype=ACC)
     let_next_kernel_start(PDL)
     first_row = split.to(tl.int64) * ER
     _store_transposed(acc * scaling, parts_ptr, first_row, er, f, ER, F)

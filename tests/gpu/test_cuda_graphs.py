@@ -49,9 +49,9 @@ def test_the_first_call_of_a_process_within_a_capture(tokens: int) -> None:
 def test_graphs_that_are_replayed_at_the_same_time(tokens: int) -> None:
     """Of the same call, on several streams: none shares a workspace or a barrier of the grid with another."""
     problem = make_problem(Case(T=tokens, I=1024, O=1024, E=8, R=16), torch.bfloat16, device="cuda")
-    leaves = leaves_of(problem.tensors)
 
     def step() -> list[torch.Tensor]:
+        leaves = leaves_of(problem.tensors)  # autograd ties a leaf to the stream of its first use
         results = problem.call("cuda", **leaves)
         return [*results, *gradients(problem, results, leaves).values()]
 
