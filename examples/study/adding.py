@@ -1,0 +1,68 @@
+"""Part (c): a fourth domain comes later, when of the first three only a few windows are left. What is forgotten?"""
+
+import time
+from collections.abc import Callable
+
+from torch import nn
+
+from study.adapters import experts_of, one_lora
+from study.composing import GATE_RATES, ROUTERS, compose, lora_on, train_routers
+from study.lab import RANK, SCALING, Lab
+from study.log import Row, Settings
+from study.method import Method
+
+PREFIX = ROUTERS["a router per block, on the prefix"]
+LORA_RATES: tuple[Settings, ...] = ({"rate": 1e-3}, {"rate": 3e-3})  # of what is trained after the first three domains
+TRAINED, RIDGE = "three experts, trained router", "three experts, ridge router"
+
+
+def methods() -> list[Method]:
+    """Before and after, for one LoRA that is trained on and for experts that stay as they are."""
+    return [
+        Method("adding", "one LoRA on three domains", _lora_before),
+        Method("adding", "then on bytecode", _lora_after(replay=False), LORA_RATES),
+        Method("adding", "then on bytecode and kept windows", _lora_after(replay=True), LORA_RATES),
+        Method("adding", TRAINED, _trained(3), GATE_RATES),
+        Method("adding", "and a fourth, trained router", _trained(4), settings_of=TRAINED),
+    ]
+
+
+def _three(lab: Lab) -> nn.Module:
+    """One LoRA that was trained on the first three domains."""
+    rank = RANK * len(lab.old)
+    trained = lab.cached("lora-three-domains", lambda: experts_of(lora_on(lab, lab.old, rate=3e-3)))
+    model = one_lora(lab.base, rank, SCALING, lab.seed)
+    model.load_state_dict(trained, strict=False)
+    return model
+
+
+def _lora_before(lab: Lab, settings: Settings) -> Row:
+    started = time.perf_counter()
+    return lab.judge(_three(lab), started)
+
+
+def _lora_after(replay: bool) -> Callable[[Lab, Settings], Row]:
+    """The LoRA is trained on bytecode: 6 windows a step, and under replay 6 of the kept windows with them."""
+
+    def run(lab: Lab, settings: Settings) -> Row:
+        model = _three(lab)
+        started = time.perf_counter()
+        new = lab.domains[3]
+        sources = [new, new, new, *map(lab.kept, lab.old)] if replay else [new]
+        lab.train(model, sources, lab.sizes.steps, rate=settings["rate"], windows=12 if replay else 6)
+        return lab.judge(model, started)
+
+    return run
+
+
+def _trained(experts: int) -> Callable[[Lab, Settings], Row]:
+    """A router is trained on kept windows alone, of as many domains as there are experts."""
+
+    def run(lab: Lab, settings: Settings) -> Row:
+        domains = lab.domains[:experts]
+        model = compose(lab, domains, **PREFIX)
+        started = time.perf_counter()
+        train_routers(lab, model, [lab.kept(domain) for domain in domains], settings["rate"])
+        return lab.judge(model, started)
+
+    return run
