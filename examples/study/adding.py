@@ -14,12 +14,14 @@ from study.method import Method
 PREFIX = ROUTERS["a router per block, on the prefix"]
 LORA_RATES: tuple[Settings, ...] = ({"rate": 1e-3}, {"rate": 3e-3})  # of what is trained after the first three domains
 TRAINED, RIDGE = "three experts, trained router", "three experts, ridge router"
+LORA = "one LoRA on three domains"
+BEFORE = (LORA, TRAINED, RIDGE)  # what the rows after each of these started from
 
 
 def methods() -> list[Method]:
     """Before and after, for one LoRA that is trained on and for experts that stay as they are."""
     return [
-        Method("adding", "one LoRA on three domains", _lora_before),
+        Method("adding", LORA, _lora_before),
         Method("adding", "then on bytecode", _lora_after(replay=False), LORA_RATES),
         Method("adding", "then on bytecode and kept windows", _lora_after(replay=True), LORA_RATES),
         Method("adding", TRAINED, _trained(3), GATE_RATES),

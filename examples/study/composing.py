@@ -24,6 +24,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "a router per block, on the prefix": {"router": "block", "router_reads": "prefix"},
     "one router, on the prefix": {"router": "model", "router_reads": "prefix"},
 }
+RIDGE = "a router per block, on the prefix, by ridge regression"
 EVERYTHING = "one LoRA trained on all domains"
 
 
