@@ -31,6 +31,8 @@ from tqdm import tqdm
 
 KEPT = Path(__file__).parents[1] / "benchmarks" / "results" / "evidence" / "results.jsonl"  # of the run in the documentation
 
+PARTS = ("joint", "composing", "adding")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the rows that have no result yet, or write the tables."""
@@ -110,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="build/evidence", help="folder of the results (default: build/evidence)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--parts", nargs="+", choices=("joint", "composing", "adding"), default=("joint", "composing", "adding"))
+    parser.add_argument(
+        "--parts", nargs="+", choices=("joint", "composing", "adding"), default=("joint", "composing", "adding")
+    )
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows alone")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--tables", action="store_true", help="train nothing: write the tables and pictures of the results")

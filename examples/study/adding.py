@@ -6,12 +6,11 @@ from collections.abc import Callable
 from torch import nn
 
 from study.adapters import experts_of, one_lora
-from study.composing import GATE_RATES, ROUTERS, compose, lora_on, train_routers
+from study.composing import GATE_RATES, PREFIX, ROUTERS, compose, lora_on, train_routers
 from study.lab import RANK, SCALING, Lab
 from study.log import Row, Settings
 from study.method import Method
 
-PREFIX = ROUTERS["a router per block, on the prefix"]
 LORA_RATES: tuple[Settings, ...] = ({"rate": 1e-3}, {"rate": 3e-3})  # of what is trained after the first three domains
 TRAINED, RIDGE = "three experts, trained router", "three experts, ridge router"
 LORA = "one LoRA on three domains"
@@ -62,7 +61,7 @@ def _trained(experts: int) -> Callable[[Lab, Settings], Row]:
 
     def run(lab: Lab, settings: Settings) -> Row:
         domains = lab.domains[:experts]
-        model = compose(lab, domains, **PREFIX)
+        model = compose(lab, domains, **ROUTERS[PREFIX])
         started = time.perf_counter()
         train_routers(lab, model, [lab.kept(domain) for domain in domains], settings["rate"])
         return lab.judge(model, started)

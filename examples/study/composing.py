@@ -17,14 +17,15 @@ GATE_WINDOWS = 16  # in a batch of the gates' training
 GATE_RATES: tuple[Settings, ...] = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2})
 LORA_RATES: tuple[Settings, ...] = ({"rate": 1.5e-3}, {"rate": 3e-3})
 DOMAINS = ("English", "Python", "C", "Bytecode")
+PREFIX = "a router per block, on the prefix"
 # The routers that are trained, by the options of `apply_lmoe`.
 ROUTERS: dict[str, dict[str, Any]] = {
     "a gate per layer, on the token": {},
     "a router per block, on the token": {"router": "block"},
-    "a router per block, on the prefix": {"router": "block", "router_reads": "prefix"},
+    PREFIX: {"router": "block", "router_reads": "prefix"},
     "one router, on the prefix": {"router": "model", "router_reads": "prefix"},
 }
-RIDGE = "a router per block, on the prefix, by ridge regression"
+RIDGE = f"{PREFIX}, by ridge regression"
 EVERYTHING = "one LoRA trained on all domains"
 
 

@@ -4,21 +4,26 @@ This is the claim of the paper on L-MoE. Learning rate and scaling of all three 
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
-
-from study.adapters import mixture, one_lora
-from study.lab import Lab
-from study.language_model import balance
-from study.log import Row, Settings
-from study.method import Method
 
 from lmoe_kernels import freeze_gates
 from lmoe_kernels.options import Mixing
+from study.adapters import mixture, one_lora
+from study.lab import Lab
+from study.language_model import balance, none
+from study.log import Row, Settings
+from study.method import Method
 
 LORA_RANK = 36  # as many parameters as 8 experts of rank 4 with their gates, within 1 %
 RATES = (1.5e-3, 3e-3, 6e-3)
 SCALINGS = {"one LoRA": (4.0, 8.0, 16.0), "factors": (16.0, 32.0, 64.0), "outputs": (32.0, 64.0, 128.0)}
 MIXINGS: tuple[Mixing, ...] = ("factors", "outputs")
+CHANGES: dict[str, dict[str, Any]] = {
+    "gate frozen at random": {"frozen": True},
+    "no balance loss": {"balanced": False},
+    "gate_init_std 0.02": {"gate_init_std": 0.02},
+}
 
 
 def methods() -> list[Method]:
@@ -27,11 +32,7 @@ def methods() -> list[Method]:
     compared += [Method("joint", mixing, _mixture(mixing), _grid(mixing)) for mixing in MIXINGS]
     changed = [
         Method("joint", f"{mixing}, {name}", _mixture(mixing, **options), settings_of=mixing)
-        for name, options in (
-            ("gate frozen at random", {"frozen": True}),
-            ("no balance loss", {"balanced": False}),
-            ("gate_init_std 0.02", {"gate_init_std": 0.02}),
-        )
+        for name, options in CHANGES.items()
         for mixing in MIXINGS
     ]
     usual = [Method("joint", "one LoRA, alpha = 2 rank", _one_lora, ({"scaling": 2.0, "rate": 3e-3},))]
@@ -50,14 +51,14 @@ def _one_lora(lab: Lab, settings: Settings) -> Row:
     return lab.judge(model, started, lab.old)
 
 
-def _mixture(mixing: Mixing, frozen: bool = False, balanced: bool = True, **options: Any):
+def _mixture(mixing: Mixing, frozen: bool = False, balanced: bool = True, **options: Any) -> Callable[[Lab, Settings], Row]:
     def run(lab: Lab, settings: Settings) -> Row:
         started = time.perf_counter()
         model = mixture(lab.base, mixing, settings["scaling"], lab.seed, **options)
         if frozen:
             freeze_gates(model)
-        losses = {"auxiliary_loss": balance} if balanced and not frozen else {}
-        lab.train(model, lab.old, lab.sizes.steps, rate=settings["rate"], **losses)
+        loss = balance if balanced and not frozen else none
+        lab.train(model, lab.old, lab.sizes.steps, rate=settings["rate"], auxiliary_loss=loss)
         return lab.judge(model, started, lab.old)
 
     return run

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from study.adapters import Experts, experts_of, one_lora
-from study.language_model import LENGTH, Source, bits_per_byte, small_llama, trainable, training
+from study.language_model import LENGTH, AuxiliaryLoss, Source, bits_per_byte, none, small_llama, trainable, training
 from study.log import Row
 
 
@@ -92,16 +92,14 @@ class Lab:
         *,
         rate: float = 3e-3,
         windows: int = 6,
-        auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
+        auxiliary_loss: AuxiliaryLoss = none,
     ) -> None:
         """Train what is not frozen, with a progress bar."""
         losses = training(model, sources, steps, self.seed, auxiliary_loss, rate, windows)
         for _ in tqdm(losses, total=steps, desc=self.label, unit="step", leave=False, mininterval=1.0, file=sys.stderr):
             pass
 
-    def judge(
-        self, model: nn.Module, started: float, domains: Sequence[Domain] = (), parameters: int | None = None
-    ) -> Row:
+    def judge(self, model: nn.Module, started: float, domains: Sequence[Domain] = (), parameters: int | None = None) -> Row:
         """The result of a trial that began at `started`.
 
         Args:

@@ -15,6 +15,7 @@ LENGTH = 128  # bytes in a window
 WINDOWS = 12  # windows in a batch
 RATE = 3e-3  # highest learning rate of every training
 BALANCE = 0.01  # weight of the balance loss
+AuxiliaryLoss = Callable[[nn.Module], Tensor | float]
 
 
 class Source(Protocol):
@@ -34,12 +35,17 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def none(model: nn.Module) -> float:
+    """No auxiliary loss."""
+    return 0.0
+
+
 def training(
     model: nn.Module,
     sources: Sequence[Source],
     steps: int,
     seed: int,
-    auxiliary_loss: Callable[[nn.Module], Tensor | float] = lambda model: 0.0,
+    auxiliary_loss: AuxiliaryLoss = none,
     rate: float = RATE,
     windows: int = WINDOWS,
 ) -> Iterator[float]:

@@ -34,9 +34,8 @@ class Log:
 
     def seeds(self, name: str, settings: Settings) -> list[Row]:
         """The rows of all seeds, by seed."""
-        return sorted(
-            (row for row in self.rows if row["name"] == name and row["settings"] == dict(settings)), key=lambda row: row["seed"]
-        )
+        rows = [row for row in self.rows if row["name"] == name and row["settings"] == dict(settings)]
+        return sorted(rows, key=lambda row: row["seed"])
 
     def best(self, name: str, candidates: tuple[Settings, ...]) -> Settings | None:
         """The candidate with the lowest loss on the windows that choose; None where one of them has not been tried."""

@@ -8,7 +8,6 @@ from statistics import mean
 from study import adding, composing, joint
 from study.lab import mean_of
 from study.log import TUNING_SEED, Log, Row, Settings
-from study.method import Method
 
 OLD = composing.DOMAINS[:3]
 Cells = list[str]
