@@ -1,4 +1,4 @@
-"""Read machine code: registers, spills, the main loop, wgmma that the compiler serialised or got wrong, what fits a processor.
+"""Read machine code: registers, spills, the main loop, what the compiler serialised or got wrong, and what fits a processor.
 
 `figures_of` reads a compiled kernel with the tools that come with Triton. `read_sass` and `read_amdgcn` read text alone.
 """

@@ -26,13 +26,18 @@ for line in LINES:
     TIMES[line["what"], tuple(line["shape"])] = {plan: mean(times) for plan, times in runs.items()}
 
 
+def sizes_of(shape: tuple[int, ...]) -> Sizes:
+    T, I, O, E, R = shape  # noqa: E741
+    return Sizes(T, I, O, E, R, E)
+
+
 def chosen(what: str, shape: tuple[int, ...]) -> ForwardPlan | BackwardPlan | WgradPlan:
     T, I, O, E, R = shape  # noqa: E741
     if what == "wgrad_plan":
         return configs.wgrad_plan(T, O, (E * R,), torch.bfloat16, H200)
     if what == "wgrad_plan.pair":
         return configs.wgrad_plan(T, I, (E * R, E), torch.bfloat16, H200)
-    return getattr(configs, what.partition(".")[0])(Sizes(T, I, O, E, R, E), torch.bfloat16, H200)
+    return getattr(configs, what.partition(".")[0])(sizes_of(shape), torch.bfloat16, H200)
 
 
 def test_where_the_times_come_from() -> None:
@@ -60,7 +65,7 @@ def test_the_choice_was_timed_and_is_among_the_fastest(what: str, shape: tuple[i
 @pytest.mark.parametrize("shape", [shape for what, shape in TIMES if what.endswith("one_pass")], ids=str)
 def test_one_pass_is_not_taken_since_it_was_nowhere_faster(shape: tuple[int, ...]) -> None:
     """By more than 1 %, where 16384 tokens were timed."""
-    assert isinstance(plan := chosen("forward_plan", shape), ForwardPlan)
+    plan = configs.forward_plan(sizes_of(shape), torch.bfloat16, H200)
     assert plan.one_pass is None
     stages = TIMES["forward_plan.shrink", shape][plan.splits, plan.shrink]
     assert stages <= 1.01 * min(TIMES["forward_plan.one_pass", shape].values())

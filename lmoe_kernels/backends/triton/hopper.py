@@ -2,7 +2,7 @@
 """The choices for Hopper's chips in half precision, which follow times and not the model of `cost.py`.
 
 Plans were timed on one H200 (torch 2.11, Triton 3.6, 2026-11-26) with 16 to 16384 tokens, 2048 to 14336 features and up to
-1024 columns of E R. benchmarks/results/nvidia-h200/plans.jsonl has all times, and `tests/triton/test_timed_plans.py` compares
+1024 columns of E R. All times are in benchmarks/results/nvidia-h200/plans.jsonl; `tests/triton/test_timed_plans.py` compares
 each choice with the fastest.
 """
 
@@ -32,9 +32,9 @@ def shrink_tiles(tile: Tile, tokens: int, chip: Chip) -> list[Tile]:
     """The tiles for a shrink, given one of 64 tokens by 64 features.
 
     Where a narrow tile has a processor for each program, steps of 128 features are faster than those of 64 (60.0 and 67.8 us
-    at 8192 tokens). Few tokens are faster in steps of 64, which allow up to 16 splits: of 512 tokens, with the inputs taken in
-    turn, 16 splits in steps of 64 took 13.6 us, 8 splits in steps of 128 took 14.8. Where there are more tiles than processors,
-    two programs with steps of 64 share a processor.
+    at 8192 tokens). Few tokens are faster in steps of 64, which allow up to 16 splits: with 512 tokens, and inputs that take
+    turns, 16 splits in steps of 64 took 13.6 us, and 8 splits in steps of 128 took 14.8. Where there are more tiles than
+    processors, two programs with steps of 64 share a processor.
     """
     if is_narrow(tile):
         in_wide_steps = chip.processors < 16 * tile.tiles_of(tokens) <= 16 * chip.processors
@@ -47,8 +47,8 @@ def shrinks(ways: list[tuple[Tile, int]], tokens: int, columns: int, chip: Chip)
     """Of tiles with their splits those to choose from: one, or all where no tile fills the chip.
 
     The fastest had as many splits as leave a processor for each program, and 64 tokens rather than 128 where both fill the
-    chip (E=16, R=64: 281 and 304 us at 8192 tokens). A wide tile was faster with 4 warps in splits (E=8, R=64: 31.5 and 33.9 us
-    at 1024 tokens), and with 8 in one kernel with the mix (E=64, R=16: 315 and 328 us at 8192 tokens).
+    chip (E=16, R=64: 281 and 304 us at 8192 tokens). A wide tile was faster with 4 warps in splits (E=8, R=64: 31.5 and 33.9
+    us at 1024 tokens), and with 8 in one kernel with the mix (E=64, R=16: 315 and 328 us at 8192 tokens).
     """
     most: dict[Tile, tuple[int, int]] = {}  # of each tile, the splits and the programs
     for tile, splits in ways:
