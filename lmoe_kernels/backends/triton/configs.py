@@ -210,7 +210,7 @@ def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> 
     if dtype.itemsize > 2:
         tiles = [replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)]
     else:
-        if hopper.covers(dtype, chip):
+        if hopper.covers(dtype, chip) and tile.E <= 64:
             return hopper.shrink_tiles(tile, sizes.T, chip)
         tiles = [replace(tile, warps=8 if tile.ER + tile.E > 160 or uses_mma_sync(chip) else 4)]
         spills = tile.ER == 64 and chip.arch.startswith("sm_10")  # two registers, in splits

@@ -29,7 +29,7 @@ def is_narrow(tile: Tile) -> bool:
 
 
 def shrink_tiles(tile: Tile, tokens: int, chip: Chip) -> list[Tile]:
-    """The tiles for a shrink, given one of 64 tokens by 64 features.
+    """The tiles for a shrink of up to 64 experts, given one of 64 tokens by 64 features.
 
     Where a narrow tile has a processor for each program, steps of 128 features are faster than those of 64 (60.0 and 67.8 us
     at 8192 tokens). Few tokens are faster in steps of 64, which allow up to 16 splits: with 512 tokens, and inputs that take
@@ -40,7 +40,7 @@ def shrink_tiles(tile: Tile, tokens: int, chip: Chip) -> list[Tile]:
         in_wide_steps = chip.processors < 16 * tile.tiles_of(tokens) <= 16 * chip.processors
         return [replace(tile, F=128 if in_wide_steps else 64, stages=4)]
     tile = replace(tile, warps=8 if tile.ER + tile.E > 160 else 4, stages=4)
-    return [tile, replace(tile, T=128, warps=8, stages=3)] if tile.E <= 64 and tokens > 64 else [tile]
+    return [tile, replace(tile, T=128, warps=8, stages=3)] if tokens > 64 else [tile]
 
 
 def shrinks(ways: list[tuple[Tile, int]], tokens: int, columns: int, chip: Chip) -> list[tuple[Tile, int]]:
