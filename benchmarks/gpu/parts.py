@@ -62,7 +62,7 @@ def goals(programme: Programme) -> Iterator[Step]:
 
 
 def compiled(programme: Programme) -> Iterator[Step]:
-    """The rows of torch.compile on two shapes, next to the frozen linear and the backends: a part of its own, as it is slow."""
+    """The rows of torch.compile on two shapes, next to the frozen linear and the backends; they wait for its compiler."""
     grid = grids(torch.device("cuda"), quick=False)[0]
     backends = {"frozen", *timed_backends()}
     for shape in grid.shapes[:2]:
