@@ -106,11 +106,11 @@ class Demo:
     def apart(self) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, nn.Module]]:
         """Train a LoRA on each domain and compose them: bits per byte, trained parameters, and the models with gates."""
         bits, parameters, routed = {"frozen model": self.bits(self.base)}, dict[str, int](), dict[str, nn.Module]()
-        loras, own = [], {}
+        loras, own = {}, {}
         for domain in self.domains:
             lora = one_lora(self.base, RANK, SCALING, self.seed)
             self.train(f"LoRA on {domain.name}", lora, [domain], self.budget.lora_steps)
-            loras.append(experts_of(lora))
+            loras[domain.name] = experts_of(lora)
             own[domain.name] = self.bits(lora)[domain.name]
         bits["average of the LoRAs"] = self.bits(composed(self.base, loras, SCALING))
         for name, routing in ROUTERS.items():

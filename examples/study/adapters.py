@@ -1,7 +1,7 @@
 """One LoRA, a mixture that is trained at once, and a mixture of LoRAs that were trained apart, on copies of a model."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,23 +40,24 @@ def experts_of(model: nn.Module) -> Experts:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def composed(base: nn.Module, loras: Sequence[Experts], scaling: float, **routing: Any) -> nn.Module:
+def composed(base: nn.Module, loras: Mapping[str, Experts], scaling: float, **routing: Any) -> nn.Module:
     """A copy of the model whose experts are these LoRAs of equal rank, frozen. All gates are equal: the LoRAs are averaged.
 
     Args:
         base: the model that the LoRAs were trained for.
-        loras: what `experts_of` returned for each of them.
+        loras: what `experts_of` returned for each of them, by the names of the experts.
         scaling: the one that they were trained with.
         routing: the options of `apply_lmoe` on routers.
     """
     model = copy.deepcopy(base)
-    rank = next(tensor.shape[1] for name, tensor in loras[0].items() if name.endswith("lora_a"))
+    first, *_ = loras.values()
+    rank = next(tensor.shape[1] for name, tensor in first.items() if name.endswith("lora_a"))
     lk.apply_lmoe(
         model, "all-linear", num_experts=len(loras), rank=rank, alpha=scaling * rank, mixing="outputs",
-        gate_init_std=0.0, output_router_logits=True, **routing,
+        expert_names=list(loras), gate_init_std=0.0, output_router_logits=True, **routing,
     )  # fmt: skip
     for name, parameter in model.named_parameters():
-        if name in loras[0]:
-            parameter.data.copy_(torch.cat([lora[name] for lora in loras]))
+        if name in first:
+            parameter.data.copy_(torch.cat([lora[name] for lora in loras.values()]))
             parameter.requires_grad_(False)
     return model

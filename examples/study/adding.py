@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from study.adapters import experts_of, one_lora
-from study.composing import GATE_RATES, PREFIX, ROUTERS, compose, lora_on, train_routers
+from study.composing import GATE_RATES, PREFIX, ROUTERS, compose, fit_routers, lora_on, train_routers
 from study.lab import RANK, SCALING, Lab
 from study.log import Row, Settings
 from study.method import Method
@@ -25,6 +25,8 @@ def methods() -> list[Method]:
         Method("adding", "then on bytecode and kept windows", _lora_after(replay=True), LORA_RATES),
         Method("adding", TRAINED, _trained(3), GATE_RATES),
         Method("adding", "and a fourth, trained router", _trained(4), settings_of=TRAINED),
+        Method("adding", RIDGE, _fitted(3)),
+        Method("adding", "and a fourth, ridge router", _fitted(4)),
     ]
 
 
@@ -64,6 +66,18 @@ def _trained(experts: int) -> Callable[[Lab, Settings], Row]:
         model = compose(lab, domains, **ROUTERS[PREFIX])
         started = time.perf_counter()
         train_routers(lab, model, [lab.kept(domain) for domain in domains], settings["rate"])
+        return lab.judge(model, started)
+
+    return run
+
+
+def _fitted(experts: int) -> Callable[[Lab, Settings], Row]:
+    """A router is fitted to kept windows by ridge regression."""
+
+    def run(lab: Lab, settings: Settings) -> Row:
+        model = compose(lab, lab.domains[:experts], **ROUTERS[PREFIX])
+        started = time.perf_counter()
+        fit_routers(lab, model, lab.domains[:experts])
         return lab.judge(model, started)
 
     return run

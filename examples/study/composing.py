@@ -7,6 +7,7 @@ from typing import Any
 from corpus import Domain
 from torch import nn
 
+from lmoe_kernels import fit_router
 from study.adapters import composed, one_lora
 from study.lab import RANK, SCALING, Lab
 from study.language_model import Source
@@ -15,7 +16,7 @@ from study.method import Method
 
 GATE_WINDOWS = 16  # in a batch of the gates' training
 GATE_RATES: tuple[Settings, ...] = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2})
-LORA_RATES: tuple[Settings, ...] = ({"rate": 1.5e-3}, {"rate": 3e-3})
+LORA_RATES: tuple[Settings, ...] = ({"rate": 7.5e-4}, {"rate": 1.5e-3}, {"rate": 3e-3})
 DOMAINS = ("English", "Python", "C", "Bytecode")
 PREFIX = "a router per block, on the prefix"
 # The routers that are trained, by the options of `apply_lmoe`.
@@ -25,7 +26,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     PREFIX: {"router": "block", "router_reads": "prefix"},
     "one router, on the prefix": {"router": "model", "router_reads": "prefix"},
 }
-RIDGE = f"{PREFIX}, by ridge regression"
+RIDGE = "by ridge regression"  # after the name of a router: it is not trained, but fitted to kept windows
 EVERYTHING = "one LoRA trained on all domains"
 
 
@@ -37,17 +38,23 @@ def methods() -> list[Method]:
         Method("composing", "uniform average", _average),
         Method("composing", EVERYTHING, _everything, LORA_RATES),
         *(Method("composing", name, _trained(routing), GATE_RATES) for name, routing in ROUTERS.items()),
+        *(Method("composing", f"{name}, {RIDGE}", _fitted(routing)) for name, routing in ROUTERS.items()),
     ]
 
 
 def compose(lab: Lab, domains: Sequence[Domain], **routing: Any) -> nn.Module:
     """The LoRAs of these domains as the experts of one model."""
-    return composed(lab.base, [lab.lora(domain) for domain in domains], SCALING, **routing)
+    return composed(lab.base, {domain.name: lab.lora(domain) for domain in domains}, SCALING, **routing)
 
 
 def train_routers(lab: Lab, model: nn.Module, sources: Sequence[Source], rate: float) -> None:
     """Train what the experts' freezing has left: gates or routers."""
     lab.train(model, sources, lab.sizes.gate_steps, rate=rate, windows=GATE_WINDOWS // len(sources) * len(sources))
+
+
+def fit_routers(lab: Lab, model: nn.Module, domains: Sequence[Domain]) -> None:
+    """Fit gates or routers by ridge regression to the kept windows of the domains, without a gradient step."""
+    fit_router(model, {domain.name: [lab.kept(domain).windows[:, :-1]] for domain in domains})
 
 
 def lora_on(lab: Lab, domains: Sequence[Domain], rate: float) -> nn.Module:
@@ -89,6 +96,16 @@ def _trained(routing: dict[str, Any]) -> Callable[[Lab, Settings], Row]:
         model = compose(lab, lab.domains, **routing)
         started = time.perf_counter()
         train_routers(lab, model, lab.domains, settings["rate"])
+        return lab.judge(model, started)
+
+    return run
+
+
+def _fitted(routing: dict[str, Any]) -> Callable[[Lab, Settings], Row]:
+    def run(lab: Lab, settings: Settings) -> Row:
+        model = compose(lab, lab.domains, **routing)
+        started = time.perf_counter()
+        fit_routers(lab, model, lab.domains)
         return lab.judge(model, started)
 
     return run

@@ -84,20 +84,19 @@ def composing_table(results: Results) -> list[Cells]:
     """Part (b): trained parameters, every seed, and how far from the average to the oracle."""
     average, oracle = results.bits("uniform average"), results.oracle()
     rows = {
-        "frozen base": ("", results.bits("base")),
-        "best single LoRA": ("", results.best_alone()),
-        "uniform average": ("0", average),
+        "frozen base": results.bits("base"),
+        "best single LoRA": results.best_alone(),
+        "uniform average": average,
+        **{name: results.bits(name) for router in composing.ROUTERS for name in (router, f"{router}, {composing.RIDGE}")},
+        "oracle: each domain its own LoRA": oracle,
+        composing.EVERYTHING: results.bits(composing.EVERYTHING),
     }
-    for name in (*composing.ROUTERS, composing.RIDGE, composing.EVERYTHING):
-        found = results.rows(name)
-        parameters = f"{next(iter(found.values()))['parameters']:,}" if found else ""
-        rows[name] = (parameters, results.bits(name))
-        if name == composing.RIDGE:
-            rows["oracle: each domain its own LoRA"] = ("", oracle)
-    table = [["", "trained parameters", "seed 0", "seed 1", "seed 2", "mean", "from average to oracle"]]
-    for name, (parameters, bits) in rows.items():
+    table = [["", "parameters", "seed 0", "seed 1", "seed 2", "mean", "from average to oracle"]]
+    for name, bits in rows.items():
         if not bits:
             continue
+        found = list(results.rows(name).values()) if name in results.methods else []
+        parameters = f"{found[0]['parameters']:,}" if found and found[0]["parameters"] else ""
         way = [(average[s] - bits[s]) / (average[s] - oracle[s]) for s in bits if s in average and s in oracle]
         table.append([
             name, parameters, *(f"{bits[seed]:.3f}" if seed in bits else "" for seed in range(3)),
