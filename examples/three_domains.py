@@ -48,17 +48,13 @@ from tqdm import tqdm
 import lmoe_kernels as lk
 
 RANK, SCALING = 16, 8.0  # of each LoRA that is trained apart
-JOINT_RANK = {"one LoRA": 36, "factors": 4, "outputs": 4}  # one LoRA has as many parameters as 8 experts and their gates
-JOINT_SCALING = {
-    "one LoRA": 8.0,
-    "factors": 64.0,
-    "outputs": 64.0,
-}  # the best of each, docs/evidence.md
+# What is trained together: rank, scaling and learning rate, the best of docs/evidence.md. One LoRA of rank 36 has as many
+# parameters as 8 experts of rank 4 and their gates.
+TOGETHER = {"one LoRA": (36, 16.0, 1.5e-3), "factors": (4, 32.0, 3e-3), "outputs": (4, 128.0, 1.5e-3)}
 GATE_RATE = 1e-2
-ROUTERS: dict[str, dict[str, Any]] = {
-    "gate per layer, on the token": {},
-    "router per block, on the prefix": {"router": "block", "router_reads": "prefix"},
-}
+TOKEN, PREFIX = "gate per layer, on the token", "router per block, on the prefix"
+ROUTERS: dict[str, dict[str, Any]] = {TOKEN: {}, PREFIX: {"router": "block", "router_reads": "prefix"}}
+AVERAGE, ORACLE = "average of the LoRAs", "oracle: each domain's own LoRA"
 EVERYTHING = "one LoRA trained on everything"
 
 
@@ -68,7 +64,7 @@ class Budget:
 
     base_steps: int = 200  # of 12 windows
     lora_steps: int = 100  # of 6 windows, each LoRA that is trained apart
-    gate_steps: int = 40  # of 12 windows
+    gate_steps: int = 50  # of 12 windows
     joint_steps: int = 150  # of 6 windows
     validation_windows: int = 48  # of each domain
     timed_steps: int = 5
@@ -112,12 +108,12 @@ class Demo:
             self.train(f"LoRA on {domain.name}", lora, [domain], self.budget.lora_steps)
             loras[domain.name] = experts_of(lora)
             own[domain.name] = self.bits(lora)[domain.name]
-        bits["average of the LoRAs"] = self.bits(composed(self.base, loras, SCALING))
+        bits[AVERAGE] = self.bits(composed(self.base, loras, SCALING))
         for name, routing in ROUTERS.items():
             model = composed(self.base, loras, SCALING, **routing)
             self.train(name, model, self.domains, self.budget.gate_steps, rate=GATE_RATE, windows=WINDOWS)
             bits[name], parameters[name], routed[name] = self.bits(model), trainable(model), model
-        bits["oracle: each domain's own LoRA"] = own
+        bits[ORACLE] = own
         everything = one_lora(self.base, RANK * len(loras), SCALING, self.seed)
         self.train(EVERYTHING, everything, self.domains, self.budget.lora_steps * len(loras))
         bits[EVERYTHING], parameters[EVERYTHING] = self.bits(everything), trainable(everything)
@@ -125,18 +121,17 @@ class Demo:
 
     def together(self) -> tuple[dict[str, dict[str, float]], dict[str, int], dict[str, nn.Module]]:
         """Train gate and experts at once, and one LoRA: bits per byte, trained parameters, and the models."""
-        models = {name: self._adapted(name) for name in JOINT_RANK}
-        for name, model in models.items():
+        models: dict[str, nn.Module] = {}
+        for name, (rank, scaling, rate) in TOGETHER.items():
+            if name == "one LoRA":
+                models[name] = one_lora(self.base, rank, scaling, self.seed)
+            else:
+                mixing: Any = name
+                models[name] = mixture(self.base, mixing, scaling, self.seed, rank=rank)
             loss = none if name == "one LoRA" else balance
-            self.train(f"together: {name}", model, self.domains, self.budget.joint_steps, loss)
+            self.train(f"together: {name}", models[name], self.domains, self.budget.joint_steps, loss, rate)
         bits = {name: self.bits(model) for name, model in models.items()}
         return bits, {name: trainable(model) for name, model in models.items()}, models
-
-    def _adapted(self, name: str) -> nn.Module:
-        rank, scaling = JOINT_RANK[name], JOINT_SCALING[name]
-        if name == "one LoRA":
-            return one_lora(self.base, rank, scaling, self.seed)
-        return mixture(self.base, name, scaling, self.seed, rank=rank)  # type: ignore[arg-type]
 
     def bits(self, model: nn.Module) -> dict[str, Any]:
         """Validation loss of every domain, in bits per byte."""
@@ -144,12 +139,14 @@ class Demo:
 
     @torch.no_grad()
     def gates(self, model: nn.Module) -> dict[str, Tensor]:
-        """How much of each expert every layer takes for each domain: layer or block to (domains, E)."""
+        """How much of each expert every layer takes for each domain: layer to (domains, E). Layers of a router are one."""
         use: dict[str, list[Tensor]] = {}
+        shared = any(layer.router is not None for layer in lk.lmoe_layers(model).values())
         for windows in self.windows.values():
             model(input_ids=windows[:, :-1].to(self.device))
-            for name, logits in lk.collect_router_logits(model).items():
-                use.setdefault(name, []).append(logits.softmax(dim=-1).flatten(0, -2).mean(dim=0).cpu())
+            logits = lk.collect_router_logits(model)
+            for shown, name in {"block " + name.split(".")[2] if shared else name: name for name in logits}.items():
+                use.setdefault(shown, []).append(logits[name].softmax(dim=-1).flatten(0, -2).mean(dim=0).cpu())
         return {name.removeprefix("model.layers."): torch.stack(rows) for name, rows in use.items()}
 
 
@@ -163,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo = Demo(Budget(2, 2, 2, 2, 2, 1) if args.tiny else Budget(), args.seed, device)
     apart, parameters, routed = demo.apart()
     together, joint_parameters, joint = demo.together()
-    lk.save_lmoe(routed["router per block, on the prefix"], out / "adapter")
+    lk.save_lmoe(routed[PREFIX], out / "adapter")
 
     gates = {name: demo.gates(model) for name, model in {"trained together, outputs": joint["outputs"], **routed}.items()}
     batch = mixed_batch(demo.domains, torch.Generator().manual_seed(args.seed)).to(device)
@@ -196,11 +193,11 @@ def report(results: dict[str, Any], gates: dict[str, dict[str, Tensor]], domains
         print(f"  {sentence_apart(apart) if bits is apart else sentence_together(together)}")
 
     print()
-    _line("What the choice of expert tells of the domain, bits", "best layer", "mean of layers", width=10)
+    _line("Bits that the expert tells about the domain", "best layer", "mean of layers", width=10)
     for name, of_layer in gates.items():
-        told = [domain_bits(use) for use in of_layer.values()]
-        _line(f"  {name}", f"{max(told):.3f}", f"{sum(told) / len(told):.3f}", width=10)
-    print(f"  at most {math.log2(len(domains)):.3f}, if the expert names the domain")
+        bits = [domain_bits(use) for use in of_layer.values()]
+        _line(f"  {name}", f"{max(bits):.3f}", f"{sum(bits) / len(bits):.3f}", width=10)
+    print(f"  {math.log2(len(domains)):.3f} if each domain had its own expert, 0 if all used the same")
 
     print()
     _line("One training step", "ms", "peak MiB", "saved bytes a token", width=12)
@@ -210,7 +207,7 @@ def report(results: dict[str, Any], gates: dict[str, dict[str, Tensor]], domains
 
 def sentence_apart(bits: dict[str, dict[str, float]]) -> str:
     """How far the gates go from the average to the oracle, and who wins over all."""
-    average, oracle = mean_of(bits["average of the LoRAs"]), mean_of(bits["oracle: each domain's own LoRA"])
+    average, oracle = mean_of(bits[AVERAGE]), mean_of(bits[ORACLE])
     token, prefix = ((average - mean_of(bits[name])) / (average - oracle) for name in ROUTERS)
     best = min(bits, key=lambda name: mean_of(bits[name]))
     return (
@@ -223,10 +220,7 @@ def sentence_together(bits: dict[str, dict[str, float]]) -> str:
     """Who wins, and by how much."""
     first, second = sorted(bits, key=lambda name: mean_of(bits[name]))[:2]
     lead = mean_of(bits[second]) - mean_of(bits[first])
-    return (
-        f"Lower is better: {first} wins, {lead:.3f} ahead of {second}. "
-        "Seeds differ by about 0.02; docs/evidence.md has three of them."
-    )
+    return f"Lower is better: {first} wins, {lead:.3f} ahead of {second}. That is one seed; docs/evidence.md has three."
 
 
 def mean_of(bits: dict[str, float]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from torch import nn
 
 from study.adapters import experts_of, one_lora
-from study.composing import GATE_RATES, PREFIX, ROUTERS, compose, fit_routers, lora_on, train_routers
+from study.composing import PREFIX, ROUTERS, compose, fit_routers, lora_on, train_routers
 from study.lab import RANK, SCALING, Lab
 from study.log import Row, Settings
 from study.method import Method
@@ -23,8 +23,8 @@ def methods() -> list[Method]:
         Method("adding", LORA, _lora_before),
         Method("adding", "then on bytecode", _lora_after(replay=False), LORA_RATES),
         Method("adding", "then on bytecode and kept windows", _lora_after(replay=True), LORA_RATES),
-        Method("adding", TRAINED, _trained(3), GATE_RATES),
-        Method("adding", "and a fourth, trained router", _trained(4), settings_of=TRAINED),
+        Method("adding", TRAINED, _trained(3), settings_of=PREFIX),
+        Method("adding", "and a fourth, trained router", _trained(4), settings_of=PREFIX),
         Method("adding", RIDGE, _fitted(3)),
         Method("adding", "and a fourth, ridge router", _fitted(4)),
     ]
@@ -33,7 +33,7 @@ def methods() -> list[Method]:
 def _three(lab: Lab) -> nn.Module:
     """One LoRA that was trained on the first three domains."""
     rank = RANK * len(lab.old)
-    trained = lab.cached("lora-three-domains", lambda: experts_of(lora_on(lab, lab.old, rate=3e-3)))
+    trained = lab.cached("lora-three-domains", lambda: experts_of(lora_on(lab, lab.old, rate=1.5e-3)))
     model = one_lora(lab.base, rank, SCALING, lab.seed)
     model.load_state_dict(trained, strict=False)
     return model

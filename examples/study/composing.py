@@ -18,13 +18,14 @@ GATE_WINDOWS = 16  # in a batch of the gates' training
 GATE_RATES: tuple[Settings, ...] = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2})
 LORA_RATES: tuple[Settings, ...] = ({"rate": 7.5e-4}, {"rate": 1.5e-3}, {"rate": 3e-3})
 DOMAINS = ("English", "Python", "C", "Bytecode")
-PREFIX = "a router per block, on the prefix"
-# The routers that are trained, by the options of `apply_lmoe`.
+TOKEN, PREFIX = "a gate per layer, on the token", "a router per block, on the prefix"
+BLOCK_TOKEN, MODEL_PREFIX = "a router per block, on the token", "one router, on the prefix"
+# The routers, by the options of `apply_lmoe`.
 ROUTERS: dict[str, dict[str, Any]] = {
-    "a gate per layer, on the token": {},
-    "a router per block, on the token": {"router": "block"},
+    TOKEN: {},
+    BLOCK_TOKEN: {"router": "block"},
     PREFIX: {"router": "block", "router_reads": "prefix"},
-    "one router, on the prefix": {"router": "model", "router_reads": "prefix"},
+    MODEL_PREFIX: {"router": "model", "router_reads": "prefix"},
 }
 RIDGE = "by ridge regression"  # after the name of a router: it is not trained, but fitted to kept windows
 EVERYTHING = "one LoRA trained on all domains"
@@ -37,7 +38,8 @@ def methods() -> list[Method]:
         *(Method("composing", f"LoRA of {name}", _alone(name)) for name in DOMAINS),
         Method("composing", "uniform average", _average),
         Method("composing", EVERYTHING, _everything, LORA_RATES),
-        *(Method("composing", name, _trained(routing), GATE_RATES) for name, routing in ROUTERS.items()),
+        *(Method("composing", name, _trained(ROUTERS[name]), GATE_RATES) for name in (TOKEN, PREFIX)),
+        *(Method("composing", name, _trained(ROUTERS[name]), settings_of=PREFIX) for name in (BLOCK_TOKEN, MODEL_PREFIX)),
         *(Method("composing", f"{name}, {RIDGE}", _fitted(routing)) for name, routing in ROUTERS.items()),
     ]
 
