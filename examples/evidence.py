@@ -27,6 +27,8 @@ from study import adding, composing, joint
 from study.lab import TINY, Lab, Sizes, mean_of
 from study.log import TUNING_SEED, Log, Row, Settings
 from study.method import Method
+from study.pictures import draw
+from study.tables import Results, fill, markdown
 from tqdm import tqdm
 
 KEPT = Path(__file__).parents[1] / "benchmarks" / "results" / "evidence" / "results.jsonl"  # of the run in the documentation
@@ -54,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         study = Study(log, methods, Log(KEPT), TINY if args.tiny else Sizes(), out / "models", device)
         for seed in args.seeds:
             study.run(wanted, seed)
+    write(log, out, args.page)
+
+
+def write(log: Log, out: Path, page: Path | None) -> None:
+    """Print the tables; write tables.md and the pictures; and fill the tables into a page that has their markers."""
+    tables = markdown(log)
+    text = "\n".join(["# Is a mixture of LoRA experts worth it?\n", *(tables[name] for name in tables)])
+    (out / "tables.md").write_text(text, encoding="utf-8")
+    draw(Results(log), out)
+    if page is not None:
+        fill(page, tables)
+    print(text)
 
 
 class Study:
@@ -118,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these rows alone")
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--tables", action="store_true", help="train nothing: write the tables and pictures of the results")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="also fill the tables into this page")
     parser.add_argument("--tiny", action="store_true", help="a few steps only, to see that everything runs")
     return parser
 

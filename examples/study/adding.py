@@ -11,9 +11,10 @@ from study.lab import RANK, SCALING, Lab
 from study.log import Row, Settings
 from study.method import Method
 
-LORA_RATES: tuple[Settings, ...] = ({"rate": 1e-3}, {"rate": 3e-3})  # of what is trained after the first three domains
+LATER_RATE = 1e-3  # of a LoRA that is trained on, when the first three domains have been learned
 TRAINED, RIDGE = "three experts, trained router", "three experts, ridge router"
-LORA = "one LoRA on three domains"
+LORA, LATER, REPLAY = "one LoRA on three domains", "then on bytecode", "then on bytecode and kept windows"
+OF_LORA = (LORA, LATER, REPLAY)
 BEFORE = (LORA, TRAINED, RIDGE)  # what the rows after each of these started from
 
 
@@ -21,8 +22,8 @@ def methods() -> list[Method]:
     """Before and after, for one LoRA that is trained on and for experts that stay as they are."""
     return [
         Method("adding", LORA, _lora_before),
-        Method("adding", "then on bytecode", _lora_after(replay=False), LORA_RATES),
-        Method("adding", "then on bytecode and kept windows", _lora_after(replay=True), LORA_RATES),
+        Method("adding", LATER, _lora_after(replay=False)),
+        Method("adding", REPLAY, _lora_after(replay=True)),
         Method("adding", TRAINED, _trained(3), settings_of=PREFIX),
         Method("adding", "and a fourth, trained router", _trained(4), settings_of=PREFIX),
         Method("adding", RIDGE, _fitted(3)),
@@ -52,7 +53,7 @@ def _lora_after(replay: bool) -> Callable[[Lab, Settings], Row]:
         started = time.perf_counter()
         new = lab.domains[3]
         sources = [new, new, new, *map(lab.kept, lab.old)] if replay else [new]
-        lab.train(model, sources, lab.sizes.steps, rate=settings["rate"], windows=12 if replay else 6)
+        lab.train(model, sources, lab.sizes.steps, rate=LATER_RATE, windows=12 if replay else 6)
         return lab.judge(model, started)
 
     return run

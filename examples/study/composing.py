@@ -16,7 +16,9 @@ from study.method import Method
 
 GATE_WINDOWS = 16  # in a batch of the gates' training
 GATE_RATES: tuple[Settings, ...] = ({"rate": 3e-3}, {"rate": 1e-2}, {"rate": 3e-2})
-LORA_RATES: tuple[Settings, ...] = ({"rate": 7.5e-4}, {"rate": 1.5e-3}, {"rate": 3e-3})
+LORA_RATES: tuple[Settings, ...] = ({"rate": 1.5e-3}, {"rate": 3e-3})
+AVERAGE, ORACLE, ALONE = "uniform average", "oracle: each domain its own LoRA", "best single LoRA"
+REFERENCES = ("frozen base", ALONE, AVERAGE, ORACLE)  # rows without a gate
 DOMAINS = ("English", "Python", "C", "Bytecode")
 TOKEN, PREFIX = "a gate per layer, on the token", "a router per block, on the prefix"
 BLOCK_TOKEN, MODEL_PREFIX = "a router per block, on the token", "one router, on the prefix"
@@ -36,7 +38,7 @@ def methods() -> list[Method]:
     return [
         Method("composing", "base", _base),
         *(Method("composing", f"LoRA of {name}", _alone(name)) for name in DOMAINS),
-        Method("composing", "uniform average", _average),
+        Method("composing", AVERAGE, _average),
         Method("composing", EVERYTHING, _everything, LORA_RATES),
         *(Method("composing", name, _trained(ROUTERS[name]), GATE_RATES) for name in (TOKEN, PREFIX)),
         *(Method("composing", name, _trained(ROUTERS[name]), settings_of=PREFIX) for name in (BLOCK_TOKEN, MODEL_PREFIX)),

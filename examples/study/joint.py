@@ -16,10 +16,10 @@ from study.log import Row, Settings
 from study.method import Method
 
 LORA_RANK = 36  # as many parameters as 8 experts of rank 4 with their gates, within 1 %
-# A grid of three rates and three scalings, and three points more beyond the corner where the best were at first: a higher
-# scaling, a lower rate, and both.
+# A grid of three rates and three scalings. Where the best was in its corner, three points beyond were tried: a higher scaling,
+# a lower rate, and both.
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
-SCALINGS = {"one LoRA": (4.0, 8.0, 16.0, 32.0), "factors": (16.0, 32.0, 64.0, 128.0), "outputs": (32.0, 64.0, 128.0, 256.0)}
+SCALINGS = {"one LoRA": (4.0, 8.0, 16.0, 32.0), "factors": (16.0, 32.0, 64.0), "outputs": (32.0, 64.0, 128.0, 256.0)}
 MIXINGS: tuple[Mixing, ...] = ("factors", "outputs")
 CHANGES: dict[str, dict[str, Any]] = {
     "gate frozen at random": {"frozen": True},
@@ -45,7 +45,7 @@ def methods() -> list[Method]:
 def _grid(name: str) -> tuple[Settings, ...]:
     scalings = SCALINGS[name]
     of_grid = [(scaling, rate) for scaling in scalings[:3] for rate in RATES[1:]]
-    beyond = [(scalings[3], RATES[1]), (scalings[2], RATES[0]), (scalings[3], RATES[0])]
+    beyond = [(scalings[3], RATES[1]), (scalings[2], RATES[0]), (scalings[3], RATES[0])] if len(scalings) > 3 else []
     return tuple({"scaling": scaling, "rate": rate} for scaling, rate in of_grid + beyond)
 
 

@@ -1,7 +1,7 @@
 """The tables of the study, as Markdown, from the finished rows."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -80,27 +80,42 @@ def grid_table(results: Results) -> list[Cells]:
     return table
 
 
-def composing_table(results: Results) -> list[Cells]:
-    """Part (b): trained parameters, every seed, and how far from the average to the oracle."""
-    average, oracle = results.bits("uniform average"), results.oracle()
-    rows = {
+def composing_rows(results: Results) -> dict[str, dict[int, float]]:
+    """The rows of part (b), from the frozen base to the LoRA that has seen everything: the loss by seed."""
+    routers = [name for router in composing.ROUTERS for name in (router, f"{router}, {composing.RIDGE}")]
+    return {
         "frozen base": results.bits("base"),
-        "best single LoRA": results.best_alone(),
-        "uniform average": average,
-        **{name: results.bits(name) for router in composing.ROUTERS for name in (router, f"{router}, {composing.RIDGE}")},
-        "oracle: each domain its own LoRA": oracle,
+        composing.ALONE: results.best_alone(),
+        composing.AVERAGE: results.bits(composing.AVERAGE),
+        **{name: results.bits(name) for name in routers},
+        composing.ORACLE: results.oracle(),
         composing.EVERYTHING: results.bits(composing.EVERYTHING),
     }
+
+
+def way_to_oracle(results: Results) -> dict[str, dict[int, float]]:
+    """How far each row of part (b) is from the average, 0, to the oracle, 1, by seed."""
+    rows = composing_rows(results)
+    average, oracle = rows[composing.AVERAGE], rows[composing.ORACLE]
+    return {
+        name: {s: (average[s] - bits[s]) / (average[s] - oracle[s]) for s in bits if s in average and s in oracle}
+        for name, bits in rows.items()
+    }
+
+
+def composing_table(results: Results) -> list[Cells]:
+    """Part (b): trained parameters, every seed, and how far from the average to the oracle."""
     table = [["", "parameters", "seed 0", "seed 1", "seed 2", "mean", "from average to oracle"]]
-    for name, bits in rows.items():
+    ways = way_to_oracle(results)
+    for name, bits in composing_rows(results).items():
         if not bits:
             continue
         found = list(results.rows(name).values()) if name in results.methods else []
         parameters = f"{found[0]['parameters']:,}" if found and found[0]["parameters"] else ""
-        way = [(average[s] - bits[s]) / (average[s] - oracle[s]) for s in bits if s in average and s in oracle]
+        bounds = {composing.AVERAGE: "0 %", composing.ORACLE: "100 %"}
         table.append([
             name, parameters, *(f"{bits[seed]:.3f}" if seed in bits else "" for seed in range(3)),
-            f"{mean(bits.values()):.3f}", _spread(way, percent=True),
+            f"{mean(bits.values()):.3f}", bounds.get(name, _spread(ways[name].values(), percent=True)),
         ])  # fmt: skip
     return table
 
@@ -156,7 +171,7 @@ def _lines(cells: list[Cells]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (cells[0], rule, *cells[1:]))
 
 
-def _spread(values, percent: bool = False) -> str:
+def _spread(values: Iterable[float], percent: bool = False) -> str:
     """The mean, and the least and greatest of several values."""
     values = list(values)
     form = (lambda v: f"{100 * v:.0f} %") if percent else (lambda v: f"{v:.3f}")
