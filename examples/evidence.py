@@ -23,6 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from corpus import Domain, load_bytecode, load_domains
 from study import adding, composing, joint
 from study.lab import TINY, Lab, Sizes, mean_of
 from study.log import TUNING_SEED, Log, Row, Settings
@@ -76,6 +77,7 @@ class Study:
     def __init__(self, log: Log, methods: Sequence[Method], kept: Log, sizes: Sizes, models: Path, device: str) -> None:
         self.log, self.kept, self.sizes, self.models, self.device = log, kept, sizes, models, device
         self.methods = {method.name: method for method in methods}
+        self._domains: list[Domain] = []
 
     def run(self, methods: Sequence[Method], seed: int) -> None:
         """The rows of one seed. With the tuning seed all candidates are tried, with the others the best of them."""
@@ -84,11 +86,16 @@ class Study:
         for method in progress:
             for settings in self._settings(method, seed):
                 if self.log.find(method.name, seed, settings) is None:
-                    lab = lab or Lab(self.sizes, self.models, seed, self.device)
+                    lab = lab or Lab(self.sizes, self.domains(), self.models, seed, self.device)
                     lab.label = f"  {method.name}" + "".join(f", {key} {value:g}" for key, value in settings.items())
                     row = self._row(method, lab, settings)
                     self.log.append(row)
                     progress.write(f"{lab.label.strip()}, seed {seed}: {mean_of(row['bits'])} bits per byte")
+
+    def domains(self) -> list[Domain]:
+        """The four domains, read once."""
+        self._domains = self._domains or [*load_domains(), load_bytecode()]
+        return self._domains
 
     def _settings(self, method: Method, seed: int) -> tuple[Settings, ...]:
         """Those to run with a seed: the candidates, or the chosen ones, from the kept results where this log has none."""

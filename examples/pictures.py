@@ -37,7 +37,10 @@ def plot_bits(apart: Bits, together: Bits, path: Path) -> None:
     figure, panels = plt.subplots(
         2, 1, figsize=(8.5, 4.8), sharex=True, layout="constrained", height_ratios=[len(part) for part in names]
     )
-    titles = ("LoRAs trained apart, one on each domain, then composed", "Trained together, with as many parameters each")
+    titles = (
+        "LoRAs trained apart, one on each domain, then composed",
+        "Trained together on all domains, parameters of equal number",
+    )
     for axes, part, title in zip(panels, names, titles, strict=True):
         saved = [frozen - means[name] for name in part]
         bars = axes.barh(part, saved, 0.7, color=[COLOURS[_kind(name)] for name in part])
@@ -81,7 +84,9 @@ def plot_gates(gates: dict[str, dict[str, Tensor]], domains: list[str], path: Pa
                 ink = "black" if share > 0.6 else "white"
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9)
     panels[0].set_ylabel("text")
-    title = "Mean gate in per cent, in the layer whose choice of expert tells most about the domain (in bits)"
+    title = (
+        "Mean gate in per cent, in the layer that tells most about the domain; bits: its mutual information with the domain"
+    )
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -16,8 +16,8 @@ from study.log import Row, Settings
 from study.method import Method
 
 LORA_RANK = 36  # as many parameters as 8 experts of rank 4 with their gates, within 1 %
-# A grid of three rates and three scalings. Where the best was in its corner, three points beyond were tried: a higher scaling,
-# a lower rate, and both.
+# A grid of three rates and three scalings. Where the best was in its corner, three points beyond were tried: a higher
+# scaling, a lower rate, and both.
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 SCALINGS = {"one LoRA": (4.0, 8.0, 16.0, 32.0), "factors": (16.0, 32.0, 64.0), "outputs": (32.0, 64.0, 128.0, 256.0)}
 MIXINGS: tuple[Mixing, ...] = ("factors", "outputs")

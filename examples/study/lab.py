@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from corpus import Domain, load_bytecode, load_domains
+from corpus import Domain
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -49,10 +49,9 @@ class Kept:
 class Lab:
     """The trials' text, and the models of one seed: the base, which is trained on English and frozen, and what adapts it."""
 
-    def __init__(self, sizes: Sizes, models: Path, seed: int, device: str) -> None:
+    def __init__(self, sizes: Sizes, domains: list[Domain], models: Path, seed: int, device: str) -> None:
         self.sizes, self.models, self.seed, self.device = sizes, models, seed, device
-        self.domains: list[Domain] = [*load_domains(), load_bytecode()]
-        self.old = self.domains[:3]
+        self.domains, self.old = domains, domains[:3]
         count = sizes.chosen_by + sizes.judged
         windows = {d.name: d.windows(count, LENGTH) for d in self.domains}
         choosing = torch.arange(count) % (count // sizes.chosen_by) == 0
