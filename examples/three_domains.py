@@ -64,10 +64,11 @@ class Budget:
 
     base_steps: int = 200  # of 12 windows
     lora_steps: int = 100  # of 6 windows, each LoRA that is trained apart
-    gate_steps: int = 50  # of 12 windows
-    joint_steps: int = 150  # of 6 windows
+    gate_steps: int = 40  # of 12 windows
+    joint_steps: int = 100  # of 6 windows
     validation_windows: int = 48  # of each domain
     timed_steps: int = 5
+    timed_windows: int = WINDOWS  # in the batch of a timed step
 
 
 class Demo:
@@ -157,13 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.perf_counter()
-    demo = Demo(Budget(2, 2, 2, 2, 2, 1) if args.tiny else Budget(), args.seed, device)
+    demo = Demo(Budget(2, 2, 2, 2, 2, 1, 3) if args.tiny else Budget(), args.seed, device)
     apart, parameters, routed = demo.apart()
     together, joint_parameters, joint = demo.together()
     lk.save_lmoe(routed[PREFIX], out / "adapter")
 
     gates = {name: demo.gates(model) for name, model in {"trained together, outputs": joint["outputs"], **routed}.items()}
-    batch = mixed_batch(demo.domains, torch.Generator().manual_seed(args.seed)).to(device)
+    batch = mixed_batch(demo.domains, torch.Generator().manual_seed(args.seed), demo.budget.timed_windows).to(device)
     costs = measure_costs(demo.base, joint["factors"], batch, demo.budget.timed_steps)
     results = {
         "bits_per_byte": {"apart": apart, "together": together},
