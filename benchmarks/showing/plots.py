@@ -37,13 +37,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
         "axes.titlelocation": "left", "axes.edgecolor": "#666666", "figure.dpi": 130, "savefig.bbox": "tight",
     }  # fmt: skip
-    timed = [
-        record for record in results["records"] if record["seconds"] is not None and record["launch"] == _launch(results)
-    ]
+    timed: dict[tuple, Record] = {}
+    for record in results["records"]:
+        if record["seconds"] is not None and record["launch"] == _launch(results):
+            timed.setdefault((record["row"], *_fixed(record)), record)  # a row of two tables is drawn as the first has it
     drawn = []
     with matplotlib.rc_context(style):
         for name, picture in (("tokens", _tokens), ("peers", _peers), ("experts", _experts), ("memory", _memory)):
-            figure = picture(timed, results["environment"]["device"])
+            figure = picture([*timed.values()], results["environment"]["device"])
             if figure is not None:
                 drawn.append(folder / f"{name}.png")
                 figure.savefig(drawn[-1])
