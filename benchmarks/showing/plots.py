@@ -123,6 +123,7 @@ def _peers(records: list[Record], device: str) -> Any:
                 panels.append((f"{phase.replace('+', ' and ')}, T={group[0]['shape']['tokens']}, {dtype}", group))
     if not panels:
         return None
+    sizes = {_sizes(group[0], "tokens", "dtype") for _, group in panels}
     tallest, across = max(len(group) for _, group in panels), min(2, len(panels))
     down = -(-len(panels) // across)
     figure, axes = _axes(len(panels), (6.2 * across, (0.3 * tallest + 0.9) * down), across)
@@ -130,11 +131,9 @@ def _peers(records: list[Record], device: str) -> Any:
         bars = sorted((r for r in group if r["row"] != "frozen"), key=lambda r: -r["over_frozen"]["median"])
         _bars(axis, bars, lambda r: r["over_frozen"], "{:.2f}")
         axis.axvline(1, color=OTHERS["frozen"][1], linewidth=1)
-        axis.set_title(title)
-    figure.suptitle(
-        f"Times the frozen linear's time (the line at 1), {_sizes(panels[0][1][0], 'tokens', 'dtype')} · {device}",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
+        axis.set_title(title if len(sizes) == 1 else f"{title}, {_sizes(group[0], 'tokens', 'dtype')}")
+    shared = f", {sizes.pop()}" if len(sizes) == 1 else ""
+    figure.suptitle(f"Times the frozen linear's time (the line at 1){shared} · {device}", x=0.01, ha="left", fontsize=11)
     return figure
 
 
