@@ -39,4 +39,5 @@ def test_bars_of_different_layers_name_their_sizes() -> None:
     assert [("24 → 40" in title, "32 → 40" in title) for title in titles] == [(True, False), (False, True)]
     assert "→" not in figure.get_suptitle()
     same = plots._peers(pictured[2:], "a device")
-    assert same is not None and "24 → 40" in same.get_suptitle()
+    assert same is not None
+    assert "24 → 40" in same.get_suptitle()
