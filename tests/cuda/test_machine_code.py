@@ -107,10 +107,10 @@ def test_host_code_calls_nothing_that_exists_on_the_device_alone(compiled: list[
     """
     undefined = set()
     for path in compiled:
-        option = "--dynamic" if path.suffix == ".so" else "--debug-syms"
-        listed = subprocess.run(["nm", "--undefined-only", option, str(path)], check=True, capture_output=True, text=True)
+        command = ["nm", "--undefined-only", *["--dynamic"] * (path.suffix == ".so"), str(path)]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True)
         undefined |= {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
-    assert "__cudaRegisterFatBinary" in undefined or "__cxa_throw" in undefined, "no symbols were read"
+    assert "__cxa_throw" in undefined, "the names of functions that are not the library's own were not read"
     assert "exit" not in undefined
 
 
