@@ -20,8 +20,9 @@ def why_not_by_default(problem: Problem) -> str | None:
     """It is taken where its forward is one launch, up to 16 tokens. That costs the host the least.
 
     With 16 tokens an eager forward of a layer takes 50 us, with `triton` 97. In a CUDA graph, where the host is idle, these
-    are 32.1 and 25.3, and with experts in fp32 32.6 and 41.1. For more tokens `triton` is faster: 39.4 us instead of 49.0 with
-    512, and 176 instead of 305 for a delta and its backward with 8192 (4096 x 4096, E=8, R=16, bf16; H200, 2026-11-26).
+    are 32.1 and 25.3, and with experts in fp32 32.6 and 41.1. For more tokens `triton` is faster: with 512 it takes 39.4 us
+    instead of 49.0, and with 8192 a delta and its backward take 176 instead of 305 (4096 x 4096, E=8, R=16, bf16; H200,
+    torch 2.11, Triton 3.6, 2026-11-26).
     """
     if problem.on_cpu:  # before `why_not` looks for the extension: on a CPU the choice itself takes time
         return "on a CPU only if selected by name"
