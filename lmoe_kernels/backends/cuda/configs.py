@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans and workspace sizes of the launchers: pure functions of the problem.
 
-They follow a model, `python -m benchmarks.model`, and no other plan was timed. On an H200 they take 1.2 to 1.6 times as
-long in a CUDA graph as that model says (nvcc 13.0, 2026-11-26): docs/performance.md.
+They follow a model, `python -m benchmarks.model`, and no other plan was timed. In a CUDA graph on an H200 the kernels take
+1.2 to 1.6 times as long as that model says (nvcc 13.0, 2026-11-26): docs/performance.md.
 """
 
 from functools import cache, lru_cache
