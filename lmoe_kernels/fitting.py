@@ -62,7 +62,7 @@ def fit_router(
         W, b = the minimum of mean((W x + b - onehot(expert of x's domain))^2) + ridge * mean(x^2) * sum(W^2)
         gate_weight = sharpness * W;  gate_bias = sharpness * b
 
-    A gate without a bias is fitted without b. In PEFT, the gates of the active adapters are fitted.
+    A gate without a bias is fitted without b. In PEFT, the gates of the active adapter are fitted.
 
     Args:
         model: a model with L-MoE layers, plain or wrapped.
@@ -77,7 +77,7 @@ def fit_router(
         how well each gate finds the domains, by the name of the layer that has it.
 
     Raises:
-        ValueError: the model has no gates, or is distributed (DDP, FSDP) or on the meta device; a domain is no expert, an
+        ValueError: the model has no gates or several active adapters, or is distributed (DDP, FSDP) or on the meta device; a domain is no expert, an
             expert has no domain, or a gate reads no tokens of a domain; a number does not fit.
         TypeError: an argument has the wrong type.
 
@@ -115,6 +115,8 @@ def _gates(model: nn.Module) -> list[_Gate]:
     module: Any  # a layer of one of the two kinds
     for name, module in layers_with_experts(model).items():
         mixtures = module.mixtures()
+        if len(module.active()) > 1:
+            fail(_OP, "model", "have one active adapter", f"{', '.join(map(repr, module.active()))} in {name!r}")
         for adapter in module.active():
             config, tensors = mixtures[adapter]
             if (weight := tensors.get("gate_weight")) is not None:
