@@ -1,7 +1,7 @@
 """`fit_router`: gates and routers by ridge regression, compared with least squares on what they read."""
 
 import copy
-from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ GATES = [("layer", "token"), ("layer", "prefix"), ("group", "token"), ("group", 
          ("block", "token"), ("block", "prefix"), ("model", "token"), ("model", "prefix")]  # fmt: skip
 
 
-def with_experts(model: nn.Module, **options: Any) -> nn.Module:
+def mixture(model: nn.Module, **options: Any) -> nn.Module:
     apply_lmoe(model, ["q_proj", "k_proj", "v_proj", "down_proj"], num_experts=3, rank=2, expert_names=NAMES, **options)
     for layer in lmoe_layers(model).values():
         nn.init.normal_(layer.lora_b)
@@ -42,14 +42,14 @@ def same_fits(fits: dict[str, RouterFit], others: dict[str, RouterFit], within: 
         assert fit == pytest.approx(others[name], rel=within)
 
 
-def inputs(model: nn.Module, module: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> Tensor:
-    """The first input of a module of a model whose experts are disabled."""
+def inputs(model: nn.Module, module: nn.Module, batch: Tensor, with_experts: bool) -> Tensor:
+    """The first input of a module of a model."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    with disable_lmoe(model), torch.no_grad():
-        model(**batch) if isinstance(batch, dict) else model(batch)
+    with nullcontext() if with_experts else disable_lmoe(model), torch.no_grad():
+        model(batch)
     handle.remove()
     return seen[0]
 
@@ -75,24 +75,26 @@ def same_gates(weight: Tensor, bias: Tensor | None, truth: tuple[Tensor, Tensor]
         torch.testing.assert_close(bias - bias.mean(), truth[1] - truth[1].mean(), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("gate_bias", [False, True])
+@pytest.mark.parametrize(("gate_bias", "with_experts"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(("router", "reads"), GATES)
-def test_equals_least_squares_on_what_the_gates_read(router: Any, reads: Any, gate_bias: bool) -> None:
-    model = with_experts(llama(), router=router, router_reads=reads, gate_bias=gate_bias)
+def test_equals_least_squares_on_what_the_gates_read(router: Any, reads: Any, gate_bias: bool, with_experts: bool) -> None:
+    model = mixture(llama(), router=router, router_reads=reads, gate_bias=gate_bias)
+    before = copy.deepcopy(model)
     texts, ridge = domains(), float(torch.rand(())) + 0.01
-    fits = fit_router(model, texts, ridge=ridge, sharpness=1.0)
+    fits = fit_router(model, texts, ridge=ridge, sharpness=1.0, with_experts=with_experts)
     checked = 0
     for name, layer in lmoe_layers(model).items():
         gate = layer if layer.gate_weight is not None else layer.router
         if gate is None:
             continue
-        place = {"block": model.model.layers[int(name.split(".")[2])], "model": model.model.layers[0]}.get(router, layer)
+        blocks = before.model.layers
+        place = {"block": blocks[int(name.split(".")[2])], "model": blocks[0]}.get(router, before.get_submodule(name))
         of_domains = []
         for batches in texts.values():
-            read = [inputs(model, place, batch) for batch in batches]
+            read = [inputs(before, place, batch, with_experts) for batch in batches]
             if reads == "prefix":
                 read = [x.cumsum(dim=1) / torch.arange(1, x.shape[1] + 1)[:, None] for x in read]
-            if reads == "prefix" or place is not layer:
+            if reads == "prefix" or router in ("block", "model"):
                 read = [x / (x.square().mean(dim=-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt() for x in read]
             of_domains.append(torch.cat([x.flatten(0, 1) for x in read]))
         weight, bias = least_squares(of_domains, ridge, gate_bias)
@@ -109,7 +111,7 @@ def test_equals_least_squares_on_what_the_gates_read(router: Any, reads: Any, ga
 
 @pytest.mark.parametrize(("router", "reads"), GATES)
 def test_finds_the_experts_of_separable_domains(router: Any, reads: Any) -> None:
-    model = with_experts(llama(), router=router, router_reads=reads, gate_bias=True, output_router_logits=True)
+    model = mixture(llama(), router=router, router_reads=reads, gate_bias=True, output_router_logits=True)
     texts = {name: [ids % 10 % 3 + 10 * i for ids in batches] for i, (name, batches) in enumerate(domains().items())}
     fits = fit_router(model, texts, ridge=1e-4)
     assert fits["model.layers.0.self_attn.q_proj"].accuracy > 0.95
@@ -120,11 +122,11 @@ def test_finds_the_experts_of_separable_domains(router: Any, reads: Any) -> None
 
 
 def test_the_sharpness_is_the_best_of_those_that_are_tried() -> None:
-    model, texts = with_experts(llama(), gate_bias=True), domains()
+    model, texts = mixture(llama(), gate_bias=True), domains()
     tried = [2 ** (i / 2) for i in range(17)]
-    chosen = fit_router(model, texts)
+    chosen = fit_router(model, texts, with_experts=False)
     weight = lmoe_layers(model)["model.layers.0.mlp.down_proj"].gate_weight.detach().clone()
-    fixed = {factor: fit_router(model, texts, sharpness=factor) for factor in tried}
+    fixed = {factor: fit_router(model, texts, sharpness=factor, with_experts=False) for factor in tried}
     for name, fit in chosen.items():
         assert fit.loss == pytest.approx(min(of_factor[name].loss for of_factor in fixed.values()))
         assert fixed[fit.sharpness][name] == fit
@@ -134,18 +136,18 @@ def test_the_sharpness_is_the_best_of_those_that_are_tried() -> None:
 
 
 def test_domains_count_the_same_however_many_tokens_they_have() -> None:
-    model, texts = with_experts(llama(), router="block", router_reads="prefix"), domains()
-    once = fit_router(model, texts)
+    model, texts = mixture(llama(), router="block", router_reads="prefix"), domains()
+    once = fit_router(model, texts, with_experts=False)
     weight = lmoe_layers(model)["model.layers.1.self_attn.q_proj"].router.gate_weight.detach().clone()
-    same_fits(fit_router(model, {**texts, "prose": texts["prose"] * 5}), once)
+    same_fits(fit_router(model, {**texts, "prose": texts["prose"] * 5}, with_experts=False), once)
     torch.testing.assert_close(weight, lmoe_layers(model)["model.layers.1.self_attn.q_proj"].router.gate_weight)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("router", "reads"), [("layer", "token"), ("block", "prefix"), ("group", "prefix")])
 def test_padding_does_not_count(router: Any, reads: Any, side: str) -> None:
-    model, texts = with_experts(llama(), router=router, router_reads=reads), domains()
-    alone = fit_router(model, texts)
+    model, texts = mixture(llama(), router=router, router_reads=reads), domains()
+    alone = fit_router(model, texts, with_experts=False)
     gates = {name: p.detach().clone() for name, p in model.named_parameters() if "gate" in name}
 
     def padded(ids: Tensor) -> dict[str, Tensor]:
@@ -154,14 +156,16 @@ def test_padding_does_not_count(router: Any, reads: Any, side: str) -> None:
         ids, mask = (torch.cat(one, dim=1) for one in zip(*(parts if side == "left" else parts[::-1]), strict=True))
         return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
 
-    again = fit_router(model, {name: [padded(ids) for ids in batches] for name, batches in texts.items()})
+    again = fit_router(
+        model, {name: [padded(ids) for ids in batches] for name, batches in texts.items()}, with_experts=False
+    )
     same_fits(again, alone)
     for name, gate in gates.items():
         torch.testing.assert_close(model.get_parameter(name), gate)
 
 
 def test_gates_of_the_peft_tuner() -> None:
-    plain = with_experts(llama(), gate_bias=True)
+    plain = mixture(llama(), gate_bias=True)
     config = LMoEConfig(
         num_experts=3, r=2, expert_names=NAMES, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"], gate_bias=True
     )
@@ -171,8 +175,8 @@ def test_gates_of_the_peft_tuner() -> None:
     for layer in layers_with_experts(model).values():
         nn.init.normal_(layer.mixtures()["default"].tensors["lora_b"])
     texts, trained = domains(), [p.requires_grad for p in model.parameters()]
-    of_plain = fit_router(plain, texts)
-    for name, fit in fit_router(model, texts).items():
+    of_plain = fit_router(plain, texts, with_experts=False)
+    for name, fit in fit_router(model, texts, with_experts=False).items():
         tensors = layers_with_experts(model)[name].mixtures()["default"].tensors
         assert fit == pytest.approx(of_plain[name])
         torch.testing.assert_close(tensors["gate_weight"], lmoe_layers(plain)[name].gate_weight)
@@ -182,30 +186,30 @@ def test_gates_of_the_peft_tuner() -> None:
 
 
 def test_several_readings_give_the_same_with_less_memory() -> None:
-    model, calls = with_experts(llama()), []
+    model, calls = mixture(llama()), []
     handle = model.register_forward_pre_hook(lambda module, args: calls.append(0))
     texts = domains()
-    at_once = fit_router(model, texts)
+    at_once = fit_router(model, texts, with_experts=False)
     few = len(calls)
-    same_fits(fit_router(model, texts, memory=3 * 16 * 16**2), at_once)
+    same_fits(fit_router(model, texts, memory=3 * 16 * 16**2, with_experts=False), at_once)
     handle.remove()
     assert len(calls) - few == (4 + 1) * few / 2
 
 
 def test_generators_half_precision_and_compiled_code() -> None:
-    model = with_experts(llama().bfloat16(), router="block", router_reads="prefix")
+    model = mixture(llama().bfloat16(), router="block", router_reads="prefix")
     texts = domains()
-    first = fit_router(model, {name: iter(batches) for name, batches in texts.items()})
+    first = fit_router(model, {name: iter(batches) for name, batches in texts.items()}, with_experts=False)
     model.model.layers[0].compile(backend="eager")
     model.model.layers[1].compile(backend="eager")
     model(IDS, use_cache=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        same_fits(fit_router(model, texts), first)
+        same_fits(fit_router(model, texts, with_experts=False), first)
     model(IDS, use_cache=False)
 
 
 def test_leaves_nothing_behind() -> None:
-    model = with_experts(llama(), router="block", router_reads="prefix", dropout=0.5)
+    model = mixture(llama(), router="block", router_reads="prefix", dropout=0.5)
     model.train()
     model.model.layers[1].eval()
     lmoe_layers(model)["model.layers.1.self_attn.k_proj"].disabled = True
@@ -227,7 +231,7 @@ def test_leaves_nothing_behind() -> None:
 
 
 def test_wrong_arguments_and_models_are_refused() -> None:
-    model, texts = with_experts(llama(), router="block"), domains()
+    model, texts = mixture(llama(), router="block"), domains()
     model.train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -253,6 +257,7 @@ def test_wrong_arguments_and_models_are_refused() -> None:
     refused(r"ridge must be a number above 0, got 0", ridge=0)
     refused(r"ridge must be a number above 0, got -1", ridge=-1)
     refused(r"sharpness must be None or a finite number, got inf", sharpness=float("inf"))
+    refused(r"with_experts must be a bool, got int", kind=TypeError, with_experts=1)
     refused(r"memory must be at least 1, got 0", memory=0)
     refused(r"model must be a torch.nn.Module, got int", kind=TypeError, on=1)
     refused(r"model must have L-MoE layers with gates \(see apply_lmoe\), got none", on=llama())
@@ -271,7 +276,7 @@ def test_wrong_arguments_and_models_are_refused() -> None:
 def test_distributed_models_are_refused() -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(with_experts(llama()))
+        model = nn.parallel.DistributedDataParallel(mixture(llama()))
         with pytest.raises(
             ValueError, match="fit_router: model must not be distributed, got one in DistributedDataParallel"
         ):
