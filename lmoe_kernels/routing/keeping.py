@@ -54,7 +54,7 @@ def shares(logits: Tensor, top_k: int | None, bias: Tensor | None = None) -> tup
     Returns:
         the softmax over the kept experts (..., E), and a tensor (..., E) of ones and zeros.
     """
-    if top_k is None or top_k >= logits.shape[-1]:
+    if top_k is None:
         best = logits.argmax(dim=-1, keepdim=True)
         return logits.softmax(dim=-1), torch.zeros_like(logits).scatter_(-1, best, 1.0)
     ranked = logits if bias is None else logits + bias

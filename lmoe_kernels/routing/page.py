@@ -23,19 +23,26 @@ _STYLE = """
 .routing th:first-child, .routing td:first-child { text-align: left; }
 .routing .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 14px/1.9 ui-monospace, monospace; tab-size: 4;
   border: 1px solid var(--rule); border-radius: 6px; padding: .6rem .8rem; margin: .5rem 0; }
-.routing .t { background: rgb(var(--c) / calc(var(--g) * var(--strength))); text-decoration: var(--u) underline rgb(var(--c));
-  text-underline-offset: 3px; text-decoration-thickness: 2px; }
+.routing .t { background: rgb(var(--c) / calc(var(--g) * var(--strength)));
+  text-decoration: var(--u) underline rgb(var(--c)); text-underline-offset: 3px; text-decoration-thickness: 2px; }
 .routing .legend { display: flex; flex-wrap: wrap; gap: .3rem .9rem; list-style: none; padding: 0; margin: .4rem 0; }
 .routing .legend .t { padding: 0 .4rem; }
-.routing sub { display: none; font-size: .65em; color: var(--soft); } .routing .numbers:checked ~ .text sub { display: inline; }
+.routing sub { display: none; font-size: .65em; color: var(--soft); }
+.routing .numbers:checked ~ .text sub { display: inline; }
+"""
+_GROUND = """
+:root { color-scheme: light dark; } body { margin: 0; }
+@media (prefers-color-scheme: dark) { body { background: #14171c; } }
 """
 
 
 def page(title: str, body: str) -> str:
     """A whole HTML page around the parts of a report."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-    ground = "<style>:root { color-scheme: light dark; } body { margin: 0; } @media (prefers-color-scheme: dark) { body { background: #14171c; } }</style>"
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{ground}</head>\n<body>{body}</body></html>\n'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{head}<title>{escape(title)}</title><style>{_GROUND}</style></head>\n'
+        f"<body>{body}</body></html>\n"
+    )
 
 
 def part(title: str, blocks: Iterable[str]) -> str:
@@ -73,11 +80,10 @@ def coloured_text(text: TextRouting, number: int) -> str:
     spans, before = [], None
     for token, expert, gate in zip(text.tokens, text.chosen, text.gates, strict=True):
         strength = 0.2 + 0.8 * (gate - low) / (high - low) if high > low else 1.0
-        tip = escape(f"expert {text.experts[expert]}, gate {gate:.2f}", quote=True)
+        tip = escape(f"expert {text.experts[expert]}, gate {gate:.2f}")
         sub = f"<sub>{expert}</sub>" if expert != before else ""
-        spans.append(
-            f'{sub}<span class="t" style="--g:{strength:.2f};{_colours(expert)}" title="{tip}">{escape(_shown(token))}</span>'
-        )
+        style = f"--g:{strength:.2f};{_colours(expert)}"
+        spans.append(f'{sub}<span class="t" style="{style}" title="{tip}">{escape(_shown(token))}</span>')
         before = expert
     used = sorted(set(text.chosen))
     legend = "".join(
@@ -85,7 +91,8 @@ def coloured_text(text: TextRouting, number: int) -> str:
         f'<span class="soft">{100 * text.chosen.count(expert) / len(text.chosen):.0f} % of the tokens</span></li>'
         for expert in used
     )
-    switch = f'<input type="checkbox" class="numbers" id="numbers-{number}"><label for="numbers-{number}"> numbers of the experts</label>'
+    switch = f'<input type="checkbox" class="numbers" id="numbers-{number}">'
+    switch += f'<label for="numbers-{number}"> numbers of the experts</label>'
     scale = f"The strongest expert of each token in {text.layer}; its gate is from {low:.2f} (pale) to {high:.2f} (strong)."
     return (
         f'<p class="soft">{escape(scale)}</p><ul class="legend">{legend}</ul>{switch}\n'

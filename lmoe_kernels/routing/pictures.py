@@ -8,6 +8,7 @@ are those of "cividis", which looks the same to people who do not tell red from 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from lmoe_kernels.routing.sums import RoutingSums
@@ -36,7 +37,7 @@ class Canvas:
     @contextmanager
     def _style(self, name: str) -> Iterator[None]:
         ink = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "hatch.color")
-        style = {
+        style: dict[Any, Any] = {
             **dict.fromkeys(ink, _INK),
             "svg.fonttype": "none",  # text stays text: it can be read aloud, and has the page's font
             "svg.hashsalt": name,  # the same picture has the same ids, and two pictures of a page have different ones
@@ -50,7 +51,7 @@ class Canvas:
             yield
 
     def draw(self, name: str, description: str, draw: Any) -> str:
-        """Call draw(figure), and return the figure as an SVG element with a description for screen readers."""
+        """Let a function draw on the figure, and return that as an SVG element with a description for screen readers."""
         text = io.StringIO()
         with self._style(name):
             draw(self.figure)
@@ -103,7 +104,7 @@ def labels_and_experts(op: str, summary: dict[str, dict[str, Any]]) -> str:
             of_layer = summary[name]
             rows = [of_label["mean_gate"] for of_label in of_layer["labels"].values()]
             _heat(figure, axes, rows, list(of_layer["labels"]), of_layer["experts"], top, bar=False)
-            axes.set_title(f"{titles[name]} ({of_layer['label_bits']:.2f} bits)", fontsize=8, loc="left")
+            axes.set_title(f"{titles[name]} ({of_layer['label_bits']:.3f} bits)", fontsize=8, loc="left")
 
     return canvas.draw("labels", "heat maps of the mean gate by label and expert", draw)
 
@@ -122,7 +123,7 @@ def experts_in_use(op: str, summary: dict[str, dict[str, Any]]) -> str:
         left.set_yticks(places, names, fontsize=7)
         left.set_ylim(len(names) - 0.4, -0.6)
         left.set_title("experts in use", fontsize=9, loc="left")
-        left.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.3 / len(names)), ncols=2)
+        left.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06 - 0.5 / len(names)), ncols=2)
         for expert in range(max(len(layer["load"]) for layer in layers)):
             loads = [layer["load"][expert] if expert < len(layer["load"]) else 0.0 for layer in layers]
             before = [sum(layer["load"][:expert]) for layer in layers]
@@ -131,16 +132,8 @@ def experts_in_use(op: str, summary: dict[str, dict[str, Any]]) -> str:
             )
             for place, load, start in zip(places, loads, before, strict=True):
                 if load > 0.08 * sum(layers[place]["load"]):
-                    ink = "white" if expert % len(COLOURS) == 4 else "black"
-                    right.text(
-                        start + load / 2,
-                        place,
-                        layers[place]["experts"][expert],
-                        ha="center",
-                        va="center",
-                        color=ink,
-                        fontsize=6,
-                    )
+                    style = {"ha": "center", "va": "center", "fontsize": 6, "color": _ink_on(expert)}
+                    right.text(start + load / 2, place, layers[place]["experts"][expert], **style)
         right.set_title("load: share of tokens that chose the expert", fontsize=9, loc="left")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
@@ -177,19 +170,20 @@ def drift(op: str, sums: RoutingSums) -> str:
             means = []
             for of_step in steps:
                 gates = [gates[expert] for gates in of_step["mean_gate"].values() if expert < len(gates)]
-                means.append(sum(gates) / len(gates) if gates else float("nan"))
-            line = _of_round(_LINES, expert)
-            left.plot(numbers, means, line, color=_colour(expert), marker="o", markersize=3, label=str(expert))
-        left.set_title("mean gate of each expert, over all layers", fontsize=9, loc="left")
+                means.append(100 * sum(gates) / len(gates) if gates else float("nan"))
+            style = {"color": _colour(expert), "linestyle": _of_round(_LINES, expert), "marker": "o", "markersize": 3}
+            left.plot(numbers, means, label=str(expert), **style)
+        left.set_title("mean gate of each expert over all layers, %", fontsize=9, loc="left")
         left.set_xlabel("step")
-        left.legend(frameon=False, fontsize=7, ncols=4, title="expert", title_fontsize=7)
-        moved = [_moved(a["mean_gate"], b["mean_gate"]) for a, b in zip(steps, steps[1:], strict=False)]
+        left.legend(frameon=False, fontsize=7, title="expert", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        moved = [_moved(a["mean_gate"], b["mean_gate"]) for a, b in pairwise(steps)]
         right.plot(numbers[1:], [100 * share for share in moved], color=COLOURS[5], marker="o", markersize=3)
         right.set_ylim(bottom=0)
-        right.set_title("share that changed experts since the last snapshot, %", fontsize=9, loc="left")
+        right.set_title("change since the snapshot before, %", fontsize=9, loc="left")
         right.set_xlabel("step")
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
+            axes.xaxis.get_major_locator().set_params(integer=True)
 
     return canvas.draw("drift", "lines of the mean gates and of their change over the steps", draw)
 
@@ -238,6 +232,11 @@ def _columns(summary: dict[str, dict[str, Any]], width: int) -> list[str]:
 
 def _colour(expert: int) -> str:
     return COLOURS[expert % len(COLOURS)]
+
+
+def _ink_on(expert: int) -> str:
+    """The colour of text on the colour of an expert."""
+    return "white" if _colour(expert) == "#0072b2" else "black"
 
 
 def _of_round(styles: Sequence[str], expert: int) -> str:

@@ -97,7 +97,7 @@ def _report(op: str, sums: RoutingSums, title: str) -> str:
         add(
             page.section(
                 "Labels and experts",
-                f"Mean gate in per cent by label, in the layers (at most {pictures.SHOWN}) whose gates differ most between labels.",
+                f"Mean gate in per cent, in the layers (at most {pictures.SHOWN}) whose gates differ most between labels.",
                 page.figure(pictures.labels_and_experts(op, summary)) + _numbers_by_label(summary),
             )
         )
@@ -111,7 +111,7 @@ def _report(op: str, sums: RoutingSums, title: str) -> str:
     add(
         page.section(
             "Experts in use",
-            "Experts per token: 2 to the mean entropy of a token's gates. Effective experts: 2 to the entropy of the mean gate.",
+            "Experts per token: 2 ** mean entropy of a token's gates. Effective experts: 2 ** entropy of the mean gate.",
             page.figure(pictures.experts_in_use(op, summary)),
         )
     )

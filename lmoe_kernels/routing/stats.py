@@ -2,21 +2,21 @@
 """`RoutingStats` adds up what the gates of a model do while it runs, on the model's device, without waiting for it."""
 
 import os
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter, signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from lmoe_kernels.auxiliary import MaskOfBatch, mask_of_batch
+from lmoe_kernels.auxiliary import MaskOfBatch
 from lmoe_kernels.checks import fail
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.naming import wrapped_child
 from lmoe_kernels.routing.keeping import keeping, shares
+from lmoe_kernels.routing.masks import masks_of_forward
 from lmoe_kernels.routing.sums import LayerSums, RoutingSums, check_labels
 from lmoe_kernels.routing.text import TextRouting
 from lmoe_kernels.targets import layers_with_experts
@@ -95,7 +95,6 @@ class RoutingStats:
         self._snapshots: list[tuple[int, dict[_Group, Tensor]]] = []
         self._counted: dict[_Key, weakref.ref[Tensor]] = {}
         self._running: ExitStack | None = None
-        self._warned = False
 
     def start(self) -> None:
         """Start to count, as at the beginning of the `with` block. What was counted before stays.
@@ -238,16 +237,16 @@ class RoutingStats:
         compiled = [hasattr(module, "_orig_mod") for module in chain]
         names: list[str] = []
         for i in reversed(range(len(chain))):
-            known = [
-                p.name for p in signature(chain[i].forward).parameters.values() if p.kind == Parameter.POSITIONAL_OR_KEYWORD
-            ]
-            names = known or names
+            parameters = signature(chain[i].forward).parameters.values()
+            names = [p.name for p in parameters if p.kind == Parameter.POSITIONAL_OR_KEYWORD] or names
             yield chain[i].register_forward_hook(self._hook(names, inside_compiled=any(compiled[:i])), with_kwargs=True)
 
     def _hook(self, names: Sequence[str], inside_compiled: bool) -> Any:
+        count = cast(Any, torch.compiler.disable)(self._count)
+
         def hook(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
             if not (inside_compiled and torch.compiler.is_compiling()):
-                self._count({**dict(zip(names, args, strict=False)), **keywords})
+                count({**dict(zip(names, args, strict=False)), **keywords})
 
         return hook
 
@@ -263,7 +262,6 @@ class RoutingStats:
             self._configs[key, experts] = self._layers[key.layer].mixtures()[key.adapter].config
         return self._configs[key, experts]
 
-    @torch.compiler.disable
     def _count(self, batch: dict[str, Any]) -> None:
         """Add up the tokens of the forward that has just ended."""
         with torch.inference_mode(False), torch.no_grad():  # sums made in inference mode could not be changed outside of it
@@ -275,7 +273,7 @@ class RoutingStats:
                 if seen is not None and seen() is logits:
                     continue  # the layer has not run again, like the encoder in a step of generate
                 self._counted[key] = weakref.ref(logits)
-                masks = masks or self._masks(batch)
+                masks = masks or masks_of_forward(self._model, batch, self.mask)
                 mask = masks.of_layer(key.layer, logits)
                 fitting = fitting or mask is not None
                 config = self._config(key, logits.shape[-1])
@@ -330,39 +328,3 @@ class RoutingStats:
         if sequences != given and not (cached and beams):  # only with a cache several beams come from a sequence
             fail(f"{_OP}.label", "label", f"have one number for each of {sequences} sequences", given)
         return label if sequences == given else label[:, None].expand(-1, beams).reshape(-1)
-
-    def _masks(self, batch: dict[str, Any]) -> MaskOfBatch:
-        """The masks of the tokens of this forward: the last columns of the masks, which with a KV cache cover more tokens."""
-        ids, of_decoder = _length(batch, "input_ids", "inputs_embeds"), None
-        if self.mask is not None:
-            length = _length(batch, "decoder_input_ids", "decoder_inputs_embeds") or ids
-            mask = _last(self.mask, length)
-            return MaskOfBatch(mask, mask)
-        found = mask_of_batch(self._model, batch)
-        if found.decoder is not found.encoder:
-            of_decoder = _length(batch, "decoder_input_ids", "decoder_inputs_embeds")
-        else:
-            of_decoder = ids
-        for mask in found:
-            if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2) and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "RoutingStats: an attention mask that is no tensor (B, S) is not read, so every token counts, padding "
-                    "included; set stats.mask to leave tokens out.",
-                    stacklevel=2,
-                )
-        encoder = _last(found.encoder, ids)
-        return MaskOfBatch(encoder, encoder if found.decoder is found.encoder else _last(found.decoder, of_decoder))
-
-
-def _length(batch: Mapping[str, Any], *names: str) -> int | None:
-    """The number of tokens in each sequence of this forward."""
-    given = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
-    return given.shape[1] if given is not None and given.dim() >= 2 else None
-
-
-def _last(mask: Any, length: int | None) -> Tensor | None:
-    """The last columns of a mask (B, S). A mask of another kind, as some caches need, is not read."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return None
-    return mask if length is None or mask.shape[1] <= length else mask[:, mask.shape[1] - length :]

@@ -63,7 +63,7 @@ class RoutingSums:
         """Compute the mean gates between the snapshots.
 
         Returns:
-            for each snapshot a dict of `step` and `mean_gate`, which has the mean gate (E) by layer since the snapshot before.
+            for each snapshot a dict of `step` and `mean_gate`: by layer, the mean gate (E) since the snapshot before.
         """
         return [
             {"step": step, "mean_gate": {name: _statistics(sums.sum(dim=0))["mean_gate"] for name, sums in of_step.items()}}

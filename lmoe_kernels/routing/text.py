@@ -84,12 +84,8 @@ def routing_of_text(
                 share, _ = shares(wide, mixture.config.top_k, mixture.tensors.get("choice_bias"))
                 found.append(([str(expert) for expert in mixture.config.names()], share.cpu().double()))
     if not found:
-        fail(
-            _OP,
-            "adapter" if adapter is not None else "model",
-            "have run in this forward",
-            repr(adapter) if adapter else "none",
-        )
+        argument, got = ("layer", "one that did not") if adapter is None else ("adapter", repr(adapter))
+        fail(_OP, argument, "run in the forward of the model", got)
     experts = found[0][0]
     fitting = [share for names, share in found if names == experts and len(share) == ids.numel()]
     if len(fitting) != len(found):
