@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lmoe_kernels"
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
     {"__init__", "info", "peft", "routing"},
-    {"auxiliary_trainer", "balancing", "checkpoint", "compilation", "compose", "experts", "training"},
+    {"auxiliary_trainer", "balancing", "checkpoint", "compilation", "compose", "experts", "fitting", "training"},
     {"auxiliary_hook"},
     {"auxiliary"},
     {"model"},
@@ -24,8 +24,8 @@ LEVELS = [
     {"contents"},
     {"adapter", "frozen_experts", "lora_adapter", "targets"},
     {"layer"},
-    {"mixture"},
-    {"config", "files", "functional", "losses"},
+    {"mixture", "routers"},
+    {"config", "files", "functional", "losses", "running_means"},
     {"autograd"},
     {"ops"},
     {"dropout"},
