@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {out}/routing.safetensors, routing.json and report.html")
 
 
-def llama_with_experts() -> nn.Module:
+def llama_with_experts() -> LlamaForCausalLM:
     """A Llama with random weights, whose tokens are bytes, with experts in every linear layer."""
     config = LlamaConfig(
         vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,

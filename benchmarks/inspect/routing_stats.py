@@ -2,8 +2,8 @@
 
     python -m benchmarks.inspect.routing_stats
 
-Steps with and without statistics alternate, and the medians are compared. Since the difference is smaller than the noise of a
-step on a shared machine, the time within the hook of the statistics is measured too.
+Steps with and without statistics alternate, and the medians are compared. Since the difference is smaller than the noise of
+a step on a shared machine, the time within the hook of the statistics is measured too.
 """
 
 import argparse
@@ -57,11 +57,14 @@ def main() -> None:
     step(model, optimizer, ids)
     for _ in range(args.steps):
         plain.append(step(model, optimizer, ids))
-        with Timed(model) as stats:
+        stats = Timed(model)
+        with stats:
             inside.append(step(model, optimizer, ids))
         hook.append(stats.seconds)
     without, within, own = (statistics.median(times) for times in (plain, inside, hook))
-    print(f"{len(lk.lmoe_layers(model))} layers with experts, hidden size {args.hidden}, {args.tokens} tokens, {args.steps} steps")
+    print(
+        f"{len(lk.lmoe_layers(model))} layers with experts, hidden size {args.hidden}, {args.tokens} tokens, {args.steps} steps"
+    )
     print(f"a training step: {without:.3f} s, with statistics {within:.3f} s ({100 * (within / without - 1):+.2f} %)")
     print(f"the hook of the statistics: {1000 * own:.1f} ms ({100 * own / without:.2f} %)")
 

@@ -71,7 +71,14 @@ def assert_same(found: dict[str, Any], wanted: dict[str, Any], rtol: float = 1e-
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"top_k": 2}, {"top_k": 2, "renormalize": False}, {"top_k": 2, "choice_bias": True}, {"top_k": 3}, {"gate_bias": True}],
+    [
+        {},
+        {"top_k": 2},
+        {"top_k": 2, "renormalize": False},
+        {"top_k": 2, "choice_bias": True},
+        {"top_k": 3},
+        {"gate_bias": True},
+    ],
     ids=str,
 )
 def test_statistics_are_those_of_the_collected_logits(options: dict[str, Any]) -> None:
@@ -287,6 +294,22 @@ def test_layers_of_the_tuner_by_adapter() -> None:
         disabled.summary()
 
 
+@pytest.mark.parametrize("router", ["group", "block"])
+def test_layers_that_share_a_router_have_its_statistics(router: str) -> None:
+    model = llama()
+    apply_lmoe(model, ["q_proj", "k_proj", "v_proj"], num_experts=3, rank=2, gate_init_std=2.0, router=router)
+    batch = ids()
+    logits = collected(model, batch)
+    with RoutingStats(model) as stats, torch.no_grad():
+        model(batch)
+    summary = stats.summary()
+    assert len(summary) == 6
+    for name, found in summary.items():
+        assert_same(found, expected(logits[name].flatten(0, 1)))
+    gates = [found["mean_gate"] for found in summary.values()]
+    assert gates[0] == gates[1] == gates[2] != gates[3]
+
+
 @pytest.mark.filterwarnings("ignore:collect_router_logits")  # no loss is computed from these logits
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_training_with_checkpointing_and_autocast_counts_each_token_once(reentrant: bool) -> None:
@@ -455,7 +478,8 @@ def mistakes() -> Iterator[tuple[str, Callable[[nn.Module], Any], type[Exception
     yield "one str", lambda m: RoutingStats(m, labels="ab"), TypeError, fail
     fail = "RoutingStats: labels must be different from one another, got ['a', 'a']"
     yield "labels twice", lambda m: RoutingStats(m, labels=["a", "a"]), ValueError, fail
-    fail = "RoutingStats: model must have run since the statistics began (RoutingStats counts in its `with` block), got no token"
+    must = "have run since the statistics began (RoutingStats counts in its `with` block)"
+    fail = f"RoutingStats: model must {must}, got no token"
     yield "not run", lambda m: RoutingStats(m).summary(), ValueError, fail
     yield "all masked", lambda m: masked_entirely(m), ValueError, fail
     fail = "RoutingStats.label: label must be one of the labels 'a', 'b', got 'c'"
