@@ -10,6 +10,7 @@ and C. Meanwhile `RoutingStats` adds up its router logits on the device. The scr
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from corpus import Domain, load_domains
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     domains = load_domains()
     model = llama_with_experts()
     nn.Module.to(model, device)
+    generate: Any = model.generate  # the type of transformers' models does not show it
     steps, windows = (4, 2) if args.tiny else (60, 16)
 
     stats = RoutingStats(model, labels=[domain.name for domain in domains])
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ids = domain.windows(windows, LENGTH)[:, :-1].to(device)
             with stats.label(domain.name):
                 model(input_ids=ids)
-                model.generate(ids[:2, :32], max_new_tokens=16, do_sample=False, pad_token_id=0)
+                generate(ids[:2, :32], max_new_tokens=16, do_sample=False, pad_token_id=0)
     for domain in domains:
         ids = domain.windows(3, 4 * LENGTH)[1].to(device)
         stats.texts.append(routing_of_text(model, ids, to_text, title=f"{domain.name} by expert"))
@@ -55,7 +57,7 @@ def llama_with_experts() -> LlamaForCausalLM:
     """A Llama with random weights, whose tokens are bytes, with experts in every linear layer."""
     config = LlamaConfig(
         vocab_size=256, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=4 * LENGTH, tie_word_embeddings=True,
+        max_position_embeddings=4 * LENGTH, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     lk.apply_lmoe(model, "all-linear", num_experts=4, rank=4)

@@ -62,9 +62,8 @@ def main() -> None:
             inside.append(step(model, optimizer, ids))
         hook.append(stats.seconds)
     without, within, own = (statistics.median(times) for times in (plain, inside, hook))
-    print(
-        f"{len(lk.lmoe_layers(model))} layers with experts, hidden size {args.hidden}, {args.tokens} tokens, {args.steps} steps"
-    )
+    layers = len(lk.lmoe_layers(model))
+    print(f"{layers} layers with experts, hidden size {args.hidden}, {args.tokens} tokens, {args.steps} steps")
     print(f"a training step: {without:.3f} s, with statistics {within:.3f} s ({100 * (within / without - 1):+.2f} %)")
     print(f"the hook of the statistics: {1000 * own:.1f} ms ({100 * own / without:.2f} %)")
 

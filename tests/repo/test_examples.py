@@ -109,7 +109,7 @@ def test_routing_report_writes_statistics_and_a_page(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "routing.json", "routing.safetensors"]
     readable = json.loads((tmp_path / "routing.json").read_text(encoding="utf-8"))
     assert len(readable["summary"]) == 21
-    tokens = 4 * 4 * 96 + 2 * (96 + 32 + 15)  # training; the windows and what generate reads
+    tokens = 4 * 4 * 97 + 2 * (96 + 32 + 15)  # training; the windows and what generate reads
     for of_layer in readable["summary"].values():
         assert {name: of_label["tokens"] for name, of_label in of_layer["labels"].items()} == dict.fromkeys(
             ("English", "Python", "C"), tokens
