@@ -29,9 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     domains = load_domains()
-    model = llama_with_experts()
-    nn.Module.to(model, device)
-    generate: Any = model.generate  # the type of transformers' models does not show it
+    model: Any = llama_with_experts()  # so that a type checker sees its `generate`
+    model.to(device)
     steps, windows = (4, 2) if args.tiny else (60, 16)
 
     stats = RoutingStats(model, labels=[domain.name for domain in domains])
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ids = domain.windows(windows, LENGTH)[:, :-1].to(device)
             with stats.label(domain.name):
                 model(input_ids=ids)
-                generate(ids[:2, :32], max_new_tokens=16, do_sample=False, pad_token_id=0)
+                model.generate(ids[:2, :32], max_new_tokens=16, do_sample=False, pad_token_id=0)
     for domain in domains:
         ids = domain.windows(3, 4 * LENGTH)[1].to(device)
         stats.texts.append(routing_of_text(model, ids, to_text, title=f"{domain.name} by expert"))
