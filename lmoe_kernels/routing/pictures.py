@@ -19,6 +19,7 @@ HATCHES = ("", "///", "...", "xxx")  # tell experts of the same colour apart
 SHOWN = 6  # layers whose gates by label are drawn
 _INK = "#010203"  # stands for the page's colour of text until the picture is in the page
 _LINES = ("-", "--", ":", "-.")
+_MARKERS = "os^DvPX"  # one for each colour, which tells lines apart without it
 
 
 class Canvas:
@@ -171,8 +172,8 @@ def drift(op: str, sums: RoutingSums) -> str:
             for of_step in steps:
                 gates = [gates[expert] for gates in of_step["mean_gate"].values() if expert < len(gates)]
                 means.append(100 * sum(gates) / len(gates) if gates else float("nan"))
-            style = {"color": _colour(expert), "linestyle": _of_round(_LINES, expert), "marker": "o", "markersize": 3}
-            left.plot(numbers, means, label=str(expert), **style)
+            style = {"color": _colour(expert), "linestyle": _of_round(_LINES, expert), "markersize": 4}
+            left.plot(numbers, means, label=str(expert), marker=_MARKERS[expert % len(_MARKERS)], **style)
         left.set_title("mean gate of each expert over all layers, %", fontsize=9, loc="left")
         left.set_xlabel("step")
         left.legend(frameon=False, fontsize=7, title="expert", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
