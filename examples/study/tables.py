@@ -154,7 +154,7 @@ def fill(page: Path, tables: dict[str, str]) -> None:
     """Put the tables between the markers of a page: `<!-- joint -->` and `<!-- end -->`."""
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        text = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", lambda _, t=table: f"\n{t}\n", text, flags=re.DOTALL)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1\n{table}\n\2", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
 
 
