@@ -14,7 +14,8 @@ from study.method import Method
 LATER_RATE = 1e-3  # of a LoRA that is trained on, when the first three domains have been learned
 TRAINED, RIDGE = "three experts, trained router", "three experts, ridge router"
 LORA, LATER, REPLAY = "one LoRA on three domains", "then on bytecode", "then on bytecode and kept windows"
-OF_LORA = (LORA, LATER, REPLAY)
+AFTERWARDS = "then on bytecode, then 24 steps on kept windows"
+OF_LORA = (LORA, LATER, REPLAY, AFTERWARDS)
 BEFORE = (LORA, TRAINED, RIDGE)  # what the rows after each of these started from
 
 
@@ -24,6 +25,7 @@ def methods() -> list[Method]:
         Method("adding", LORA, _lora_before),
         Method("adding", LATER, _lora_after(replay=False)),
         Method("adding", REPLAY, _lora_after(replay=True)),
+        Method("adding", AFTERWARDS, _lora_after(replay=False, steps_on_kept=24)),
         Method("adding", TRAINED, _trained(3), settings_of=PREFIX),
         Method("adding", "and a fourth, trained router", _trained(4), settings_of=PREFIX),
         Method("adding", RIDGE, _fitted(3)),
@@ -45,8 +47,11 @@ def _lora_before(lab: Lab, settings: Settings) -> Row:
     return lab.judge(_three(lab), started)
 
 
-def _lora_after(replay: bool) -> Callable[[Lab, Settings], Row]:
-    """The LoRA is trained on bytecode: 6 windows a step, and under replay 6 of the kept windows with them."""
+def _lora_after(replay: bool, steps_on_kept: int = 0) -> Callable[[Lab, Settings], Row]:
+    """The LoRA is trained on bytecode, 6 windows a step; under replay 6 of the kept windows are added to each step.
+
+    Afterwards come steps on kept windows of all four domains.
+    """
 
     def run(lab: Lab, settings: Settings) -> Row:
         model = _three(lab)
@@ -54,6 +59,8 @@ def _lora_after(replay: bool) -> Callable[[Lab, Settings], Row]:
         new = lab.domains[3]
         sources = [new, new, new, *map(lab.kept, lab.old)] if replay else [new]
         lab.train(model, sources, lab.sizes.steps, rate=LATER_RATE, windows=12 if replay else 6)
+        if steps_on_kept:
+            lab.train(model, [lab.kept(domain) for domain in lab.domains], steps_on_kept, rate=LATER_RATE, windows=16)
         return lab.judge(model, started)
 
     return run
