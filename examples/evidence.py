@@ -5,8 +5,8 @@ A small Llama of bytes is trained on English and frozen. Then, with three seeds 
 (b) LoRAs that were trained apart, each on one domain, are composed by a gate that sees one token, or the whole prefix;
 (c) a fourth domain comes later: an expert is added, or one LoRA is trained on.
 
-Every finished row is kept in results.jsonl, and a run that was stopped goes on from there. The whole study takes about an
-hour of one CPU core; one row takes minutes:
+Every finished row is kept in results.jsonl, and a run that was stopped goes on from there. The whole study takes an hour
+or two of one CPU core; one row takes minutes:
 
     python examples/evidence.py                                        # everything, into build/evidence
     python examples/evidence.py --list                                 # the names of the rows
