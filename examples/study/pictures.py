@@ -62,7 +62,8 @@ def _adding(results: Results, path: Path) -> None:
         here = (mean(new.values()), mean(old.values()))
         axes.scatter([new[seed] for seed in old], list(old.values()), s=14, color=colour, alpha=0.5, linewidth=0)
         axes.scatter(*here, s=60, color=colour)
-        axes.annotate(method.name, here, xytext=(7, 6), textcoords="offset points", fontsize=8, color=colour)
+        place = (7, -14) if method.name in (adding.REPLAY, adding.AFTERWARDS) else (7, 6)  # labels do not overlap
+        axes.annotate(method.name, here, xytext=place, textcoords="offset points", fontsize=8, color=colour)
         if method.name in adding.BEFORE:
             start = here
         elif start is not None:
