@@ -105,13 +105,14 @@ def _key(op: str, model: nn.Module, name: str, config: LayerConfig, modules: Map
 
 def _group(name: str, modules: Mapping[str, nn.Module]) -> str:
     """A text that is the same for all layers of a group. Of cross-attention only keys and values are one."""
-    parent, _, own = name.rpartition(".")
+    own = name.rpartition(".")[2]
+    parent = name.removesuffix(own)
     group = next((group for group in GROUPS if own in group), ())
     if reads_encoder(name):
         group = group[1:]
-    elif any(reads_encoder(f"{parent}.{other}") for other in group):
+    elif any(reads_encoder(parent + other) for other in group):
         return name
-    return f"{parent}.{'/'.join(group)}" if group and all(f"{parent}.{other}" in modules for other in group) else name
+    return f"{parent}{'/'.join(group)}" if group and all(parent + other in modules for other in group) else name
 
 
 def _features_of_block(modules: Mapping[str, nn.Module], block: str, hidden: int | None) -> int:

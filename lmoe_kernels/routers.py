@@ -133,7 +133,8 @@ class Router(nn.Module):
         logits = self.router_logits
         where = "block" if self.shared == "block" else "first block"
         if logits is None:
-            fail("LMoELinear", "router", f"have read the input of its {where} before the layer runs", "none")
+            got = "none (activation checkpointing needs use_reentrant=False)" if torch.is_grad_enabled() else "none"
+            fail("LMoELinear", "router", f"have read the input of its {where} before the layer runs", got)
         if logits.shape[:-1].numel() != x.shape[:-1].numel():
             got = f"tokens {tuple(logits.shape[:-1])} for an input {tuple(x.shape)}"
             fail("LMoELinear", "router", "have read the tokens that the layer gets", got)
@@ -200,8 +201,8 @@ def share_routers(model: nn.Module, layers: Mapping[str, Any]) -> None:
 def _register_hooks(modules: Mapping[str, nn.Module], pairs: list[tuple[Scope, Router]], sequences: Sequences) -> None:
     """Register the hooks that the routers need: around the modules that hold the blocks, and around the blocks."""
     handles = sequences.handles
-    repetitions = Repetitions(sequences, [router for _, router in pairs if router.shared == "model"])
-    of_forward = [scope for scope, router in pairs if router.reads == "prefix" or router.shared == "model"]
+    repetitions = Repetitions(sequences, [router for _, router in pairs if router.reads_blocks])
+    of_forward = [scope for scope, router in pairs if router.reads == "prefix" or router.reads_blocks]
     names = [block for scope in of_forward for name in scope.layers if (block := block_of(name, modules)) is not None]
     blocks = {id(modules[name]): modules[name] for name in names}  # a block may have several names
     stacks = {id(stack): stack for name in names for stack in (modules[stack_of(name)],)}
@@ -212,13 +213,25 @@ def _register_hooks(modules: Mapping[str, nn.Module], pairs: list[tuple[Scope, R
         handles.append(stack.register_forward_hook(repetitions.leave_model, always_call=True))
     for block in blocks.values():
         handles.append(block.register_forward_pre_hook(sequences.enter_block, with_kwargs=True))
-        handles.append(block.register_forward_pre_hook(repetitions.enter_block, with_kwargs=True))
+        for part in (block, *_called_in(block)):
+            handles.append(part.register_forward_pre_hook(repetitions.recall, with_kwargs=True))
     for scope, router in pairs:
         if router.reads_blocks:
             assert scope.block is not None
             handles.append(modules[scope.block].register_forward_pre_hook(router.read_block, with_kwargs=True))
             if router.shared == "block":
                 handles.append(modules[scope.block].register_forward_hook(router.leave_block, always_call=True))
+    for block in blocks.values():
+        handles.append(block.register_forward_pre_hook(repetitions.keep, with_kwargs=True))
+        handles.append(block.register_forward_hook(repetitions.leave_block, always_call=True))
+
+
+def _called_in(block: nn.Module) -> list[nn.Module]:
+    """The modules that the forward of a block calls itself."""
+    parts: list[nn.Module] = []
+    for child in block.children():
+        parts += _called_in(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+    return parts
 
 
 def disconnect_hooks(sequences: Sequences) -> None:
@@ -228,39 +241,62 @@ def disconnect_hooks(sequences: Sequences) -> None:
     sequences.handles.clear()
 
 
+class _Given(NamedTuple):
+    """What the routers of a block depended on in a forward."""
+
+    mask: Tensor | None
+    positions: Tensor | None
+    logits: list[Tensor | None]  # of the routers that read blocks, without their graph
+
+
 class Repetitions:
     """What the hooks of a forward gave to a block, for activation checkpointing, which runs the block again in the backward.
 
-    By then another forward may have begun, with other padding and other logits. The block is recognised by its input.
+    By then another forward may have begun, with other padding and other logits. And transformers repeats the forward of a
+    block without its hooks. So the first module in the block that is called with the input of the block restores it: in a
+    repetition this input is the same tensor. Its graph is that of the first time, so the values of the logits are enough.
     """
 
     def __init__(self, sequences: Sequences, routers: list[Router]) -> None:
-        self.sequences, self.routers = sequences, routers  # the routers of the model
-        self.inside = False  # whether the model is in its forward
-        self.given: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self.sequences, self.routers = sequences, routers  # those that read blocks
+        self.in_model = self.in_block = False  # whether they are in a forward with hooks
+        self.given: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # `_Given` by the input of a block
 
     def enter_model(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """A hook before the forward of the module that holds the blocks."""
-        self.inside = True
+        self.in_model = True
 
     def leave_model(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """A hook after the forward of that module: no later call of a layer may use these logits."""
-        self.inside = False
+        self.in_model = False
         for router in self.routers:
             router.router_logits = None
 
-    def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook before the forward of a block."""
+    def recall(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the forward of a block and of the modules that it calls: restore what was given to its input."""
+        if self.in_model or self.in_block or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        x = args[0] if args else kwargs.get("hidden_states")
+        given: _Given | None = self.given.get(x) if isinstance(x, Tensor) else None
+        if given is not None:
+            self.sequences.mask, self.sequences.positions = given.mask, given.positions
+            for router, logits in zip(self.routers, given.logits, strict=True):
+                router.router_logits = logits
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the forward of a block, after those that the routers depend on."""
+        self.in_block = True
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
         x = input_of_block(args, kwargs)
-        before = self.given.get(x)
-        if before is None or self.inside:
-            self.given[x] = self.sequences.mask, [router.router_logits for router in self.routers]
-            return
-        self.sequences.mask, logits = before
-        for router, of_forward in zip(self.routers, logits, strict=True):
-            router.router_logits = of_forward
+        if self.in_model or x not in self.given:
+            logits = [router.router_logits for router in self.routers]
+            values = [None if z is None else z.detach().requires_grad_(z.requires_grad) for z in logits]
+            self.given[x] = _Given(self.sequences.mask, self.sequences.positions, values)
+
+    def leave_block(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """A hook after the forward of a block."""
+        self.in_block = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of earlier forwards out of copies."""
