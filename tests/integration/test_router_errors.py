@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmoe_kernels import LMoELinear, apply_lmoe, lmoe_layers
-from tests.integration.test_routers import routed, routers
+from tests.integration.test_routers import Model, routed, routers
 from tests.models import IDS, llama
 
 
@@ -30,6 +30,13 @@ def test_a_layer_before_its_block() -> None:
     model = routed("model", "token")
     model(IDS)
     assert "its first block before the layer runs" in error_of(lambda: model.model.layers[1].self_attn.q_proj(x))
+
+
+def test_a_layer_after_a_block_that_was_called_alone() -> None:
+    model, x = Model(), torch.randn(2, 3, 6)
+    apply_lmoe(model, "all-linear", num_experts=2, rank=1, router="block")
+    model.blocks[0](x).sum().backward()
+    assert "before the layer runs, got none" in error_of(lambda: model.blocks[0].q_proj(torch.randn_like(x)))
 
 
 def test_other_tokens_than_those_of_the_block() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed, nn
 
 from lmoe_kernels import (
     add_expert,
@@ -211,3 +211,33 @@ def test_warmup_expects_the_logits_of_a_router() -> None:
     (source,) = _sources(FIRST, lmoe_layers(model)[FIRST])
     assert _call(source, torch.float64, 0.0, True)[-1].gate_logits
     assert not _call(source, torch.float64, 0.0, False)[-1].gate_logits
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="torch has no distributed package")
+@pytest.mark.parametrize(("scope", "reads"), [("group", "prefix"), ("block", "prefix"), ("model", "token")])
+def test_sharded_models(scope: str, reads: str, tmp_path: Path) -> None:
+    """FSDP2 with one unit for each block: gradients are those of the plain model, and files hold whole routers."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = routed(scope, reads)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = copy.deepcopy(model)
+        for block in sharded.model.layers:
+            fully_shard(block)
+        fully_shard(sharded)
+        for one in (model, sharded):
+            one(IDS).logits.square().mean().backward()
+        for name, parameter in sharded.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad.full_tensor(), model.get_parameter(name).grad, msg=name)
+        save_lmoe(model, tmp_path / "plain")
+        for router in routers(sharded):
+            nn.init.zeros_(router.gate_weight)
+        load_lmoe(sharded, tmp_path / "plain")
+        save_lmoe(sharded, tmp_path / "sharded")
+    finally:
+        distributed.destroy_process_group()
+    files = [load_file(tmp_path / kind / "lmoe.safetensors") for kind in ("plain", "sharded")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
