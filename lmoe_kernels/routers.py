@@ -135,6 +135,9 @@ class Router(nn.Module):
         if logits is None:
             got = "none (activation checkpointing needs use_reentrant=False)" if torch.is_grad_enabled() else "none"
             fail("LMoELinear", "router", f"have read the input of its {where} before the layer runs", got)
+        if logits.requires_grad and not torch.is_grad_enabled():  # its recomputation would go through the router twice
+            must = "be used with use_reentrant=False where activations are checkpointed"
+            fail("LMoELinear", "router", must, "logits with a gradient in a forward without")
         if logits.shape[:-1].numel() != x.shape[:-1].numel():
             got = f"tokens {tuple(logits.shape[:-1])} for an input {tuple(x.shape)}"
             fail("LMoELinear", "router", "have read the tokens that the layer gets", got)
