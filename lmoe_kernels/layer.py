@@ -347,6 +347,12 @@ class LMoELinear(WithOptions, InPlaceOfLinear, LayerWithExperts):
         self._set_options(mixture.config)
         self._set_tensors(mixture.tensors)
 
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        """Set the option output_router_logits, see `LayerWithExperts`."""
+        self.output_router_logits = keep
+        if not keep:
+            self.router_logits = None
+
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits of the last forward, see `LayerWithExperts`."""
         return {} if self.router_logits is None else {_ADAPTER: self.router_logits}

@@ -62,6 +62,10 @@ class LayerWithExperts(ABC):
         """Replace the options and the tensors of an adapter, whose numbers of experts may change."""
 
     @abstractmethod
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        """Set the option output_router_logits of an adapter. Without it, the logits of the last forward are dropped."""
+
+    @abstractmethod
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits (..., E) of the last forward, by adapter, of those that keep them."""
 
