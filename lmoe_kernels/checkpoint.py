@@ -105,6 +105,7 @@ def load_lmoe(
 
     layers = {name: present[name] for name in adapter.layers if name in present}
     layers |= wrap_linears(
+        model,
         {name: linears[name] for name in new_names},
         lambda name: (configs[name], _dtype(adapter.tensors[f"{name}.lora_a"], linears[name])),
     )

@@ -114,7 +114,7 @@ def _replace_layers(
         name: _of_rank(config, name, max(lora.a.shape[0] for lora in of_layer.values()), rank)
         for name, of_layer in by_layer.items()
     }
-    layers = wrap_linears({name: linears[name] for name in by_layer}, lambda name: (configs[name], dtype))
+    layers = wrap_linears(model, {name: linears[name] for name in by_layer}, lambda name: (configs[name], dtype))
     for name, layer in layers.items():
         for index, expert in enumerate(directories):
             _fill(layer.lora_a.data[index], layer.lora_b.data[index], by_layer[name].get(expert))

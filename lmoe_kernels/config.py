@@ -3,7 +3,7 @@
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from lmoe_kernels import checks
 from lmoe_kernels.dispatch import BackendName, check_name
@@ -12,7 +12,10 @@ from lmoe_kernels.options import Mixing, Options
 # The options that decide what a layer computes. A checkpoint stores these and no others.
 CONFIG_KEYS = (
     "num_experts", "rank", "alpha", "mixing", "top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "expert_names",
+    "router", "router_reads",
 )  # fmt: skip
+RouterScope = Literal["layer", "group", "block", "model"]  # the layers that share a router
+RouterReads = Literal["token", "prefix"]
 _NAMES_IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
 
 
@@ -29,6 +32,8 @@ class LayerConfig(NamedTuple):
     gate_bias: bool = False
     choice_bias: bool = False
     expert_names: Sequence[str] | None = None
+    router: RouterScope = "layer"
+    router_reads: RouterReads = "token"
     dropout: float = 0.0
     gate_init_std: float | None = None
     output_router_logits: bool = False
@@ -54,6 +59,12 @@ class LayerConfig(NamedTuple):
         if self.choice_bias and (self.top_k is None or not self.renormalize):
             got = f"top_k={self.top_k}, renormalize={self.renormalize}"
             checks.fail(op, "choice_bias", "be False unless top_k is given and renormalize is True", got)
+        for name, kind in (("router", RouterScope), ("router_reads", RouterReads)):
+            if getattr(self, name) not in get_args(kind):
+                checks.fail(op, name, f"be one of {', '.join(map(repr, get_args(kind)))}", repr(getattr(self, name)))
+        if self.choice_bias and not self.own_gate:
+            got = f"router={self.router!r}, router_reads={self.router_reads!r}"
+            checks.fail(op, "choice_bias", "be False unless each layer has a router of its own that reads the token", got)
         if self.expert_names is not None:
             check_expert_names(op, self.expert_names, self.num_experts)
         if self.gate_init_std is not None:
@@ -61,6 +72,11 @@ class LayerConfig(NamedTuple):
             checks.check_finite(op, "gate_init_std", self.gate_init_std, must, at_least=0)
         if self.backend is not None:
             check_name(op, self.backend)
+
+    @property
+    def own_gate(self) -> bool:
+        """Whether the gate is part of the layer; else a `Router` computes the logits."""
+        return self.router == "layer" and self.router_reads == "token"
 
     def default_alpha(self) -> float:
         """The alpha that is used for alpha=None: it makes the scaling twice the number of experts that share a token.
@@ -73,13 +89,14 @@ class LayerConfig(NamedTuple):
         return 2.0 * sharing * self.rank
 
     def shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a layer's experts and gate, by name."""
+        """The shapes of a layer's experts and of its own gate, by name."""
         shapes: dict[str, tuple[int, ...]] = {
             "lora_a": (1 if self.shared_a else self.num_experts, self.rank, in_features),
             "lora_b": (self.num_experts, self.rank, out_features),
-            "gate_weight": (self.num_experts, in_features),
         }
-        if self.gate_bias:
+        if self.own_gate:
+            shapes["gate_weight"] = (self.num_experts, in_features)
+        if self.own_gate and self.gate_bias:
             shapes["gate_bias"] = (self.num_experts,)
         if self.choice_bias:
             shapes["choice_bias"] = (self.num_experts,)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, refuse_unknown
+from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.options import Mixing
+from lmoe_kernels.routers import Router
 
 _ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
 
@@ -45,6 +46,11 @@ class LMoELinear(nn.Module, LayerWithExperts):
         choice_bias: whether the choice of `top_k` adds a bias to the logits, which `balance_experts` moves towards equal use
             of the experts. The gates are computed without it. Needs top_k and renormalize=True.
         expert_names: one name for each expert. None for their numbers, "0" and so on.
+        router: which layers share a gate: "layer", none; "group", those of a module that read the same input (q, k and v;
+            gate and up); "block", all of a block; "model", all. The gates of a block read the block's input, that of the
+            model the first block's, normalised (RMS). `apply_lmoe` connects the layers; a layer alone has no router.
+        router_reads: "token", or "prefix" for the running mean of what the gate reads over the sequence up to the token,
+            normalised (RMS). It continues with a cache of keys and values, and respects padding and packing.
         dropout: see `lmoe`; in training mode only.
         gate_init_std: standard deviation of the gate's initial weights. None for 1 / sqrt(in_features), which makes the
             scale of the router logits independent of in_features.
@@ -55,8 +61,9 @@ class LMoELinear(nn.Module, LayerWithExperts):
         lora_a: (E, R, I), or (1, R, I) with shared_a. Experts and gate are fp32 for every dtype of the frozen layer except
             fp64, because bf16 would round the small steps of an optimizer away.
         lora_b: (E, R, O), initialised to zero, so that a new layer computes what the frozen layer computes.
-        gate_weight: (E, I).
+        gate_weight: (E, I), or None if a router computes the logits.
         gate_bias: (E) or None.
+        router: the `Router` that this layer has, if it is the first of those that share it, or None.
         choice_bias: (E) in fp32, a buffer, or None.
         load: (E) in fp32, how many tokens chose each expert in training since `balance_experts` was last called, or None.
         weight: the frozen layer's weight, for code that reads its dtype. A product with it does not include the experts.
@@ -90,6 +97,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
         gate_bias: bool = False,
         choice_bias: bool = False,
         expert_names: Sequence[str] | None = None,
+        router: RouterScope = "layer",
+        router_reads: RouterReads = "token",
         dropout: float = 0.0,
         gate_init_std: float | None = None,
         output_router_logits: bool = False,
@@ -109,6 +118,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
             gate_bias=gate_bias,
             choice_bias=choice_bias,
             expert_names=expert_names,
+            router=router,
+            router_reads=router_reads,
             dropout=dropout,
             gate_init_std=gate_init_std,
             output_router_logits=output_router_logits,
@@ -132,6 +143,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
         gate_bias: bool = False,
         choice_bias: bool = False,
         expert_names: Sequence[str] | None = None,
+        router: RouterScope = "layer",
+        router_reads: RouterReads = "token",
         dropout: float = 0.0,
         gate_init_std: float | None = None,
         output_router_logits: bool = False,
@@ -167,6 +180,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
             gate_bias=gate_bias,
             choice_bias=choice_bias,
             expert_names=expert_names,
+            router=router,
+            router_reads=router_reads,
             dropout=dropout,
             gate_init_std=gate_init_std,
             output_router_logits=output_router_logits,
@@ -215,6 +230,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
             for key, shape in config.shapes(*features).items()
         }
         self._set_options(config._replace(alpha=alpha))
+        self.router: Router | None = None
+        self._uses: tuple[Router, int] | None = None  # the router, which may belong to another layer, and its layers
         self._set_tensors(empty)
         self.frozen_layer = linear.requires_grad_(False)  # after everything that can fail: an error leaves it unchanged
         self.reset_parameters()
@@ -233,6 +250,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
         self.top_k, self.renormalize = config.top_k, config.renormalize
         self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
         self.has_choice_bias, self.expert_names, self.dropout = config.choice_bias, config.names(), config.dropout
+        self.router_scope, self.router_reads = config.router, config.router_reads
         self.output_router_logits, self.backend = config.output_router_logits, config.backend
 
     def _set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -241,8 +259,10 @@ class LMoELinear(nn.Module, LayerWithExperts):
         parameters = {
             key: t if isinstance(t, nn.Parameter) else nn.Parameter(t) for key, t in tensors.items() if t is not of_choice
         }
-        self.lora_a, self.lora_b, self.gate_weight = parameters["lora_a"], parameters["lora_b"], parameters["gate_weight"]
+        self.lora_a, self.lora_b = parameters["lora_a"], parameters["lora_b"]
+        self.gate_weight: nn.Parameter | None
         self.gate_bias: nn.Parameter | None
+        self.register_parameter("gate_weight", parameters.get("gate_weight"))
         self.register_parameter("gate_bias", parameters.get("gate_bias"))
         self.choice_bias: Tensor | None
         self.load: Tensor | None
@@ -252,7 +272,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters of experts and gate, by name."""
-        return self._options().shapes(self.in_features, self.out_features)
+        return self.options().shapes(self.in_features, self.out_features)
 
     def reset_parameters(self) -> None:
         """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, everything else zero."""
@@ -287,6 +307,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
             "backend": self.backend,
             "return_router_logits": self.output_router_logits,
         }
+        if self.gate_weight is None:
+            options["gate_logits"] = self._logits_of_router(x)
         choice = None
         if self.has_choice_bias:  # no buffer is looked up in the usual layer, which has none
             assert self.choice_bias is not None
@@ -295,6 +317,17 @@ class LMoELinear(nn.Module, LayerWithExperts):
         if router_logits is not None:
             self.router_logits = router_logits
         return y
+
+    def use_router(self, router: Router, layers: int, *, owns: bool) -> None:
+        """Take the logits from a router that so many layers share, and have it as a part of this layer if it `owns` it."""
+        self._uses = (router, layers)
+        self.router = router if owns else None
+
+    def _logits_of_router(self, x: Tensor) -> Tensor:
+        if self._uses is None:
+            checks.fail("LMoELinear", "router", f"be connected where it is {self.router_scope!r} (see apply_lmoe)", "none")
+        router, layers = self._uses
+        return router.logits_for(x, layers)
 
     def wrapped(self) -> nn.Module:
         """The frozen layer, see `LayerWithExperts`."""
@@ -306,7 +339,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def mixtures(self) -> dict[str, Mixture]:
         """The only mixture of this layer, see `LayerWithExperts`."""
-        return {_ADAPTER: Mixture(self._options(), {key: getattr(self, key) for key in self.shapes()})}
+        return {_ADAPTER: Mixture(self.options(), {key: getattr(self, key) for key in self.shapes()})}
 
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         """Replace the experts and the gate of this layer, see `LayerWithExperts`."""
@@ -323,7 +356,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def _warn_of_frozen_parameters(self) -> None:
         """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
-        frozen = not any(parameter.requires_grad for parameter in (self.lora_a, self.lora_b, self.gate_weight))
+        trained = (self.lora_a, self.lora_b, self.gate_weight)
+        frozen = not any(parameter is not None and parameter.requires_grad for parameter in trained)
         if frozen and "peft" in sys.modules and torch.is_grad_enabled():
             warnings.warn(
                 "LMoELinear: lora_a, lora_b and gate_weight are frozen in a layer that is in training mode. get_peft_model "
@@ -365,20 +399,22 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def config(self) -> dict[str, Any]:
         """The options that decide what the layer computes, by name. A checkpoint stores these."""
-        options = self._options()
+        options = self.options()
         stored = {name: getattr(options, name) for name in CONFIG_KEYS}
         return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
 
-    def _options(self) -> LayerConfig:
-        attributes = {"gate_bias": "has_gate_bias", "choice_bias": "has_choice_bias"}  # these names are those of tensors
+    def options(self) -> LayerConfig:
+        """All options of the layer."""
+        # these names are those of tensors and modules
+        attributes = {"gate_bias": "has_gate_bias", "choice_bias": "has_choice_bias", "router": "router_scope"}
         options = LayerConfig(**{name: getattr(self, attributes.get(name, name)) for name in LayerConfig._fields})
         unnamed = options._replace(expert_names=None)
         return unnamed if options.expert_names == unnamed.names() else options
 
     def extra_repr(self) -> str:
         """The sizes and options for `print(model)`, without those that have their defaults."""
-        options, default = self._options(), LayerConfig()
-        others = ("top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "dropout")
+        options, default = self.options(), LayerConfig()
+        others = ("top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "router", "router_reads", "dropout")
         names = ["mixing", *(name for name in others if getattr(options, name) != getattr(default, name))]
         sizes = ("in_features", "out_features", "num_experts", "rank", "scaling")
         shown = {name: getattr(self, name) for name in sizes} | {name: getattr(options, name) for name in names}

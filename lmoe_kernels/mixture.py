@@ -26,13 +26,14 @@ class Mixture(NamedTuple):
 def initialise(mixture: Mixture) -> None:
     """Initialise A like PEFT (Kaiming uniform over I, a = sqrt(5)), the gate's weight normal, everything else zero."""
     tensors = dict(mixture.tensors)
-    lora_a, gate_weight = tensors.pop("lora_a"), tensors.pop("gate_weight")
+    lora_a, gate_weight = tensors.pop("lora_a"), tensors.pop("gate_weight", None)
     in_features, std = lora_a.shape[2], mixture.config.gate_init_std
     bound = in_features**-0.5 if in_features else 0.0
     nn.init.uniform_(lora_a, -bound, bound)
     for tensor in tensors.values():
         nn.init.zeros_(tensor)
-    nn.init.normal_(gate_weight, std=bound if std is None else std)
+    if gate_weight is not None:
+        nn.init.normal_(gate_weight, std=bound if std is None else std)
 
 
 class LayerWithExperts(ABC):

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
 from lmoe_kernels.checks import fail
-from lmoe_kernels.config import LayerConfig, refuse_unknown
+from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.naming import is_of_peft, plain_modules, set_modules, unwrapped
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.quantised import numel_of
+from lmoe_kernels.routers import disconnect_hooks, scopes_of, share_routers
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
@@ -52,6 +53,8 @@ def apply_lmoe(
     gate_bias: bool = False,
     choice_bias: bool = False,
     expert_names: Sequence[str] | None = None,
+    router: RouterScope = "layer",
+    router_reads: RouterReads = "token",
     dropout: float = 0.0,
     gate_init_std: float | None = None,
     output_router_logits: bool = False,
@@ -96,14 +99,17 @@ def apply_lmoe(
         gate_bias=gate_bias,
         choice_bias=choice_bias,
         expert_names=expert_names,
+        router=router,
+        router_reads=router_reads,
         dropout=dropout,
         gate_init_std=gate_init_std,
         output_router_logits=output_router_logits,
         backend=backend,
     )
     targets, linears, saved = _selected(model, target_modules, modules_to_save)
+    layers = wrap_linears(model, linears, lambda name: (config, dtype))
     _warn_of_frozen_weights(model, targets, saved)
-    replace_modules(model, wrap_linears(linears, lambda name: (config, dtype)), saved)
+    replace_modules(model, layers, saved)
     return list(linears)
 
 
@@ -132,11 +138,13 @@ def _selected(
 
 
 def wrap_linears(
-    linears: Mapping[str, nn.Module], options_of: Callable[[str], tuple[LayerConfig, torch.dtype | None]]
+    model: nn.Module,
+    linears: Mapping[str, nn.Module],
+    options_of: Callable[[str], tuple[LayerConfig, torch.dtype | None]],
 ) -> dict[str, LMoELinear]:
-    """Create a layer around each of these linear layers, one for a linear layer with several names.
+    """Create a layer around each of these linear layers of a model, one for a linear layer with several names.
 
-    An error leaves the linear layers unchanged.
+    The layers fit those that the model has, if they share routers with them. An error leaves the linear layers unchanged.
     """
     trained = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     layers: dict[int, LMoELinear] = {}
@@ -144,6 +152,7 @@ def wrap_linears(
         for name, linear in linears.items():
             if id(linear) not in layers:
                 layers[id(linear)] = LMoELinear.from_config(linear, *options_of(name))
+        scopes_of(model, {**lmoe_layers(model), **{name: layers[id(linear)] for name, linear in linears.items()}})
     except BaseException:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -151,15 +160,22 @@ def wrap_linears(
     return {name: layers[id(linear)] for name, linear in linears.items()}
 
 
-def replace_modules(model: nn.Module, layers: Mapping[str, LMoELinear], modules_to_save: Iterable[str] = ()) -> None:
-    """Replace the modules at these names of the plain model by L-MoE layers, and mark modules_to_save.
+def replace_modules(
+    model: nn.Module,
+    layers: Mapping[str, LMoELinear],
+    modules_to_save: Iterable[str] = (),
+    owners: frozenset[str] = frozenset(),
+) -> None:
+    """Replace the modules at these names of the plain model by L-MoE layers with their routers, and mark modules_to_save.
 
-    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first.
+    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first. `owners` are the
+    layers that have the routers, see `share_routers`.
     """
     modules = plain_modules(model)
     if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
         model.requires_grad_(False)
     set_modules(model, layers)
+    share_routers(model, lmoe_layers(model), owners)
     for name in modules_to_save:
         mark_saved(modules[name])
     pretrained.install(model)
@@ -176,8 +192,9 @@ def train_lmoe(model: nn.Module) -> None:
     """
     pretrained.install(model)
     for layer in lmoe_layers(model).values():
-        for parameter in layer.parameters(recurse=False):
-            parameter.requires_grad_(True)
+        for part in (layer, layer.router):
+            for parameter in () if part is None else part.parameters(recurse=False):
+                parameter.requires_grad_(True)
     for module in saved_modules(model).values():
         module.requires_grad_(True)
 
@@ -202,6 +219,9 @@ def remove_lmoe(model: nn.Module) -> list[str]:
     layers = lmoe_layers_by_every_name(model)
     if "" in layers:
         fail("remove_lmoe", "model", "contain L-MoE layers", "an LMoELinear (use its frozen_layer)")
+    for layer in layers.values():
+        if layer.router is not None:
+            disconnect_hooks(layer.router.sequences)
     set_modules(model, {name: layer.frozen_layer for name, layer in layers.items()})
     for module in saved_modules(model).values():
         unmark_saved(module)
@@ -285,7 +305,8 @@ def kept_router_logits(model: nn.Module) -> list[KeptLogits]:
         for adapter, logits in of_layer.items():
             mixture = mixtures[adapter]
             kept.append(KeptLogits(name, adapter, mixture.config.top_k, logits))
-            is_trained = getattr(layer, "training", False) and mixture.tensors["gate_weight"].requires_grad
+            gate = mixture.tensors.get("gate_weight", mixture.tensors["lora_a"])
+            is_trained = getattr(layer, "training", False) and gate.requires_grad
             without_graph |= is_trained and not logits.requires_grad
     if without_graph and torch.is_grad_enabled():
         warnings.warn(

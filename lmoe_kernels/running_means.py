@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The running mean of each sequence up to each token: of batches that are padded or packed, and in steps with a cache.
+
+Where a sequence begins, and which tokens are padding, is what transformers passes to a model and to its blocks: the
+attention mask, position_ids, and the cache of keys and values. `Sequences` reads it by hooks. The sums that a generation
+continues from are kept on the cache itself: they are reordered with it in a beam search, copied with it, and freed with it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lmoe_kernels.checks import fail
+
+_SUMS = "_lmoe_sums"  # an attribute of a cache: the sums of each router by its key
+_following: dict[type, type] = {}  # a class of caches, and the class that keeps the sums in its order
+
+
+class Sums(NamedTuple):
+    """What a router has read of the sequences in a cache."""
+
+    rows: Tensor  # (B, H), the sum of the rows of each sequence
+    tokens: Tensor  # (B, 1), how many these were
+    length: int  # tokens that the cache held afterwards, padding included
+
+
+class Sequences:
+    """Where the sequences of the current forward begin, which of its tokens are padding, and the cache that they are in."""
+
+    def __init__(self) -> None:
+        # None where the model does not say; then a sequence begins with the batch, and nothing is padding
+        self.mask: Tensor | None = None  # (B, S) or longer with a cache, 0 for padding
+        self.positions: Tensor | None = None  # (B, S) or (1, S), 0 at the first token of a sequence
+        self.cache: Any = None
+        self.length: int | None = None  # tokens in the cache before this forward, padding included; None: not known
+        self.handles: list[Any] = []
+
+    def enter_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the forward of the module that holds the blocks."""
+        mask = kwargs.get("attention_mask")
+        self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self.positions, self.cache = None, None
+        self.length = _length(kwargs.get("past_key_values"))
+
+    def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the forward of a block."""
+        positions = kwargs.get("position_ids")
+        self.positions = positions if isinstance(positions, Tensor) and positions.dim() == 2 else None
+        self.cache = kwargs.get("past_key_values")
+
+    def leave_model(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """A hook after the forward of that module: keep no cache. Recomputed blocks need the mask and the positions."""
+        self.cache, self.length = None, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the tensors of the last forward out of copies."""
+        return {"mask": None, "positions": None, "cache": None, "length": None, "handles": self.handles}
+
+    def running_means(self, rows: Tensor, key: str) -> Tensor:
+        """For each token the mean of the rows of its sequence up to itself.
+
+        Args:
+            rows: (B, S, H) in fp32 or fp64.
+            key: the router's, under which a cache keeps its sums.
+
+        Returns:
+            (B, S, H).
+
+        Raises:
+            ValueError: the rows are not those of sequences, or the cache holds tokens that the router has not read.
+        """
+        if rows.dim() != 3:
+            fail("Router", "x", "have shape (B, S, H) where router_reads='prefix'", tuple(rows.shape))
+        weights = self._weights(rows)
+        sums, counts = (rows * weights).cumsum(dim=1), weights.cumsum(dim=1)
+        if self.cache is not None and torch.compiler.is_compiling():
+            fail(
+                "Router",
+                "router_reads='prefix'",
+                "be used without torch.compile where a cache of keys and values is",
+                "both",
+            )
+        before = None if self.cache is None else _sums_before(self.cache, key, self.length)
+        if before is not None:
+            sums, counts = sums + before.rows[:, None], counts + before.tokens[:, None]
+        if self.positions is not None:
+            sums, counts = self._since_the_start(rows, weights, sums, counts)
+        if self.cache is not None:
+            length = rows.shape[1] + (0 if before is None else before.length)
+            _keep(self.cache, key, Sums(sums[:, -1], counts[:, -1], length))
+        return sums / counts.clamp(min=1)
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        """(B, S, 1): 0 for padding, else 1. With a cache, the mask has the tokens before these too."""
+        batch, length, _ = rows.shape
+        mask = self.mask
+        if mask is None or mask.shape[0] != batch or mask.shape[1] < length:
+            return rows.new_ones(batch, length, 1)
+        return (mask[:, mask.shape[1] - length :] != 0).to(rows)[:, :, None]
+
+    def _since_the_start(self, rows: Tensor, weights: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Take away what came before the last token with position 0, up to each token."""
+        assert self.positions is not None
+        length = rows.shape[1]
+        places = torch.arange(length, device=rows.device)
+        start = torch.where(self.positions == 0, places, -1).cummax(dim=1).values.expand(rows.shape[0], length)[:, :, None]
+        at, has_start = start.clamp(min=0), start >= 0
+
+        def since(sum_of: Tensor, own: Tensor) -> Tensor:
+            earlier = (sum_of - own).gather(1, at.expand_as(sum_of))
+            return sum_of - torch.where(has_start, earlier, 0)
+
+        return since(sums, rows * weights), since(counts, weights)
+
+
+def _sums_before(cache: Any, key: str, length: int | None) -> Sums | None:
+    """The sums of the tokens that the cache held before this forward; None if it was empty."""
+    before = getattr(cache, _SUMS, {}).get(key)
+    known = 0 if before is None else before.length
+    if length is not None and length != known:
+        got = f"a cache of {length} tokens, of which it has read {known} (a cropped cache, or one of another model)"
+        fail("Router", "router_reads='prefix'", "have read all tokens in the cache", got)
+    return before if known else None
+
+
+def _length(cache: Any) -> int | None:
+    """How many tokens a cache holds, 0 without one; None where it does not say so without waiting for the device."""
+    if cache is None:
+        return 0
+    length = cache.get_seq_length() if hasattr(cache, "get_seq_length") else None
+    return length if isinstance(length, int) else None
+
+
+def _keep(cache: Any, key: str, sums: Sums) -> None:
+    """Keep sums on a cache, whose class becomes one that does to them what it does to keys and values."""
+    if not isinstance(cache, _Following):
+        kind = type(cache)
+        if kind not in _following:
+            _following[kind] = type(kind.__name__, (_Following, kind), {})
+        cache.__class__ = _following[kind]
+    vars(cache).setdefault(_SUMS, {})[key] = sums
+
+
+class _Following:
+    """What transformers does to the sequences of a cache, done to the sums as well."""
+
+    def reorder_cache(self, beam_idx: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Put the sequences into another order, in a beam search."""
+        self._change(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        return super().reorder_cache(beam_idx, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def batch_repeat_interleave(self, repeats: int, *args: Any, **kwargs: Any) -> Any:
+        """Repeat each sequence."""
+        self._change(lambda t: t.repeat_interleave(repeats, dim=0))
+        return super().batch_repeat_interleave(repeats, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def batch_select_indices(self, indices: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep some of the sequences."""
+        self._change(lambda t: t[indices.to(t.device)])
+        return super().batch_select_indices(indices, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def reset(self, *args: Any, **kwargs: Any) -> Any:
+        """Empty the cache."""
+        vars(self).pop(_SUMS, None)
+        return super().reset(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _change(self, function: Any) -> None:
+        of_cache = vars(self).get(_SUMS, {})
+        for key, sums in of_cache.items():
+            of_cache[key] = sums._replace(rows=function(sums.rows), tokens=function(sums.tokens))
