@@ -16,6 +16,7 @@ from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.routers import Router
+from lmoe_kernels.stack_group import StackGroup
 
 _ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
 
@@ -78,6 +79,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     Source: L-MoE, arXiv 2510.17898.
     """
+
+    _stacked: tuple[StackGroup, int] | None = None  # the group of layers that are computed together, and the position in it
 
     def __init__(
         self,
@@ -296,6 +299,11 @@ class LMoELinear(nn.Module, LayerWithExperts):
             return base(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_frozen_parameters()
+        if self._stacked is not None and not torch.compiler.is_compiling():
+            group, position = self._stacked
+            if (of_group := group.result_of(self, position, x)) is not None:
+                y, self.router_logits = of_group
+                return y
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
             "gate_bias": self.gate_bias,
@@ -308,7 +316,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
             "return_router_logits": self.output_router_logits,
         }
         if self.gate_weight is None:
-            options["gate_logits"] = self._logits_of_router(x)
+            options["gate_logits"] = self.logits_of_router(x)
         choice = None
         if self.has_choice_bias:  # no buffer is looked up in the usual layer, which has none
             assert self.choice_bias is not None
@@ -323,11 +331,21 @@ class LMoELinear(nn.Module, LayerWithExperts):
         self._uses = (router, layers)
         self.router = router if owns else None
 
-    def _logits_of_router(self, x: Tensor) -> Tensor:
+    def shared_router(self) -> Router | None:
+        """The router outside the layer's own gate, if it is connected to one."""
+        return None if self._uses is None else self._uses[0]
+
+    def logits_of_router(self, x: Tensor) -> Tensor:
+        """The logits (..., E) of the shared router for an input x of this layer."""
         if self._uses is None:
             checks.fail("LMoELinear", "router", f"be connected where it is {self.router_scope!r} (see apply_lmoe)", "none")
         router, layers = self._uses
         return router.logits_for(x, layers)
+
+    def join(self, group: StackGroup, position: int) -> None:
+        """Be computed together with the layers of a group."""
+        self._stacked = group, position
+        group.join(self, position)
 
     def wrapped(self) -> nn.Module:
         """The frozen layer, see `LayerWithExperts`."""
@@ -419,6 +437,12 @@ class LMoELinear(nn.Module, LayerWithExperts):
         sizes = ("in_features", "out_features", "num_experts", "rank", "scaling")
         shown = {name: getattr(self, name) for name in sizes} | {name: getattr(options, name) for name in names}
         return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Let a copy join the copy of its group."""
+        super().__setstate__(state)
+        if self._stacked is not None:
+            self.join(*self._stacked)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""

@@ -254,6 +254,7 @@ def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
 
 
 def all_contiguous(factors: Factors) -> Factors:
+    """The factors themselves if all of them are contiguous, else with contiguous copies."""
     for t in factors:
         if t is not None and (not t.is_contiguous() or t.is_neg()):
             lora_a, lora_b, *rest = factors

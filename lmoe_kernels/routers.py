@@ -96,6 +96,10 @@ class Router(nn.Module):
         """A hook before the forward of a block: read its input."""
         self.router_logits = self(args[0] if args else kwargs["hidden_states"])
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the logits for an input depend on: the parameters, and what has been read of a block."""
+        return self.gate_weight, self.gate_bias, self.router_logits
+
     def logits_for(self, x: Tensor, layers: int) -> Tensor:
         """The logits (..., E) for the input x (..., I) of one of so many layers.
 

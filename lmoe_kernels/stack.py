@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stacks: projections that read the same x, such as q, k and v, computed together.
 
-Their results are those of separate calls of `lmoe_linear`, within rounding. x meets the A and the gates of all projections in
-one pass, and so it does in the backward, which makes the gradient of x once. Each frozen product is still one GEMM, which adds
-to the projection's delta, and in the backward to the common gradient of x.
+Their results are those of separate calls of `lmoe_linear`, within rounding. The A and the gates of all projections are rows
+of one matrix, which x meets in one pass. The backward makes the gradients of all rows in one product with x, and the gradient
+of x once. Each frozen product is still one GEMM, which adds to the projection's delta, and in the backward to the gradient of
+x.
 
 torch.compile and other tracers see separate calls, since there is no op for stacks.
 """
@@ -45,7 +46,7 @@ def backend_of(x: Tensor, stack: Sequence[Projection], backend: str) -> str | No
 
     Args:
         x: (T, I), already cast by autocast.
-        stack: the projections, which all have the same options.
+        stack: the projections, which all have the same options. Logits of outside routers may still be missing.
         backend: a name or "auto".
     """
     if len(stack) < 2 or x.numel() == 0 or forward_ad._current_level >= 0:
@@ -67,16 +68,15 @@ def _fits(projection: Projection, x: Tensor, first: Projection) -> bool:
 
     Layers whose parameters another library keeps elsewhere between their calls, sharded or on another device, do not fit.
     """
-    lora_a, lora_b, gate_weight, gate_bias, gate_logits, weight, bias = projection
+    lora_a, lora_b, gate_weight, gate_bias, _, weight, bias = projection
     if lora_a.shape != first.lora_a.shape or lora_b.dim() != 3 or 0 in lora_b.shape:
         return False
-    (experts, rank, out_features), (tokens, in_features) = lora_b.shape, x.shape
+    (experts, rank, out_features), in_features = lora_b.shape, x.shape[1]
     of_x, of_factors = x.dtype, lora_a.dtype
     if of_factors not in (of_x, torch.float32) or of_factors != first.lora_a.dtype:
         return False
-    if (gate_weight is None) == (gate_logits is None) or (gate_weight is None) != (first.gate_weight is None):
+    if (gate_weight is None) != (first.gate_weight is None):
         return False
-    of_logits = of_x if first.gate_logits is None else first.gate_logits.dtype
     device = x.device
     return all(
         t is None or (t.shape == shape and t.dtype == dtype and t.device == device)
@@ -85,7 +85,6 @@ def _fits(projection: Projection, x: Tensor, first: Projection) -> bool:
             (lora_b, (experts, rank, out_features), of_factors),
             (gate_weight, (experts, in_features), of_factors),
             (gate_bias, (experts,), of_factors),
-            (gate_logits, (tokens, experts), of_logits),
             (weight, (out_features, in_features), of_x),
             (bias, (out_features,), of_x),
         )
@@ -207,9 +206,7 @@ def _gradients(
     x = ops.with_contiguous_rows(x)
     factors = [ops.all_contiguous(projection.factors()) for projection in stack]
     reached = [dy is not None for dy in dys]
-    wanted = [
-        Wanted(*(r and flag for flag in (ctx.of_x, *own[:5]))) for own, r in zip(ctx.wanted, reached, strict=True)
-    ]
+    wanted = [Wanted(*(r and flag for flag in (ctx.of_x, *own[:5]))) for own, r in zip(ctx.wanted, reached, strict=True)]
     results: list[Tensor | None] = []
     with ops.no_autocast_or_autograd(saved.u):
         backward = _functions(ctx.backend).backward

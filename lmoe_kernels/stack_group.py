@@ -1,104 +1,181 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of layers that are usually called with the same x one after another, such as q_proj, k_proj and v_proj.
+"""Groups of layers that a model calls with the same x one after another, such as q_proj, k_proj and v_proj.
 
-The call of a group's first layer computes all of them as a stack (`lmoe_kernels.stack`) and keeps the other results. The other
-layers take theirs if they are called with the same x and nothing that the result depends on has changed since. Otherwise they
-compute alone, and so does every layer of a group that cannot be a stack at the moment.
+The call of a group's first layer computes all of them as a stack (`lmoe_kernels.stack`) and keeps the results of the others.
+Each of these takes its result if it is called with the same x, and if nothing that the result depends on has changed since.
+Otherwise it computes alone, and so does every layer of a group that cannot be a stack at the moment.
 
-A first layer alone can start a stack: activation checkpointing repeats any part of a forward, and a layer must then save the
-same tensors as the first time.
+Only the first layer starts a stack. Activation checkpointing may repeat any part of a forward, and each call must then save
+as many tensors as it did the first time.
 """
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lmoe_kernels import dispatch, ops, stack
+from lmoe_kernels import ops, stack
+from lmoe_kernels.dispatch import requested_backend
 from lmoe_kernels.functional import autocast, flat, unflat
+from lmoe_kernels.linears import is_plain_linear
 from lmoe_kernels.options import Options
 from lmoe_kernels.stack import Projection
 
-_MISSES = 3  # after so many stacks in a row with a result that no layer took, a group stops
+_Layer = Any  # an LMoELinear, which this module cannot import
+_Result = tuple[Tensor, Tensor | None]  # y, and the router logits if the layer keeps them
+_MOST_MISSES = 3
 
 
 class Part(NamedTuple):
-    """What a layer contributes to a stack: its projection, and the options that all layers of the stack must share."""
+    """What a layer contributes to a stack: its projection without outside logits, and options that all layers must share."""
 
     projection: Projection
     options: Options
-    backend: dispatch.BackendName | None
-    return_logits: bool
+    backend: str | None
 
 
-class StackableLayer(Protocol):
-    """A layer that can be in a group."""
+class _Kept(NamedTuple):
+    """The results of a stack for the layers that have not been called yet, and what they were computed from."""
 
-    def part_of_stack(self, x: Tensor) -> Part | None:
-        """What the layer contributes to a stack on x; None if it must compute alone."""
-        ...
+    x: weakref.ref[Tensor]
+    of_x: tuple[object, ...]  # see `_circumstances`
+    results: dict[int, _Result]
+    states: list["_State"]  # of all layers
+
+    @property
+    def counts(self) -> bool:
+        """Whether a result that is not taken shows that the stack was in vain.
+
+        Hooks on saved tensors may be those of activation checkpointing. The repetition of a forward must compute what the
+        forward computed, so a group does not stop between the two.
+        """
+        return self.of_x[-1] is None
+
+
+class _State(NamedTuple):
+    """What the result of a layer depends on, in addition to x. Two states are equal if their `values` are."""
+
+    values: tuple[object, ...]
+    tensors: tuple[Tensor, ...]  # are kept, so that no new tensor has the id of one of them
 
 
 class StackGroup:
-    """The layers of a group, in the order in which the model calls them. It does not keep them alive."""
+    """The layers of a group, in the order in which the model calls them. The group does not keep them alive.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        self._layers: dict[str, weakref.ref[Any]] = {}
-        self._results: _Results | None = None
-        self._misses = 0
+    It stops after three stacks in a row of which a result was not taken, because then its layers read different tensors.
 
-    def join(self, name: str, layer: StackableLayer) -> None:
-        """Make a layer the one of this name."""
-        self._layers[name] = weakref.ref(layer)
+    Args:
+        size: how many layers it has.
+    """
 
-    def result_of(self, name: str, layer: StackableLayer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        """y and the router logits of a layer, which are None unless it returns them; None if it must compute alone."""
-        if torch.compiler.is_compiling() or self._misses >= _MISSES or not isinstance(x, Tensor):
+    def __init__(self, size: int) -> None:
+        self.size, self.misses = size, 0
+        self._layers: dict[int, weakref.ref[_Layer]] = {}
+        self._kept: _Kept | None = None
+
+    def join(self, layer: _Layer, position: int) -> None:
+        """Make a layer the one at this position."""
+        self._layers[position] = weakref.ref(layer)
+
+    def result_of(self, layer: _Layer, position: int, x: Tensor) -> _Result | None:
+        """The result of a layer's forward; None if it must compute alone."""
+        mine = self._layers.get(position)
+        if mine is None or mine() is not layer:  # the layer is a copy, for example a replica of DataParallel
             return None
-        mine = self._layers.get(name)
-        if mine is None or mine() is not layer:  # a copy of the layer, as in a replica of DataParallel
-            return None
-        if name == self.names[0]:
-            return self._start(x)
-        return None if self._results is None else self._take(name, layer, x, self._results)
+        if position > 0:
+            return None if self._kept is None else self._take(layer, position, x, self._kept)
+        if self._kept is not None:
+            self.misses += self._kept.counts
+            self._kept = None
+        return None if self.misses >= _MOST_MISSES else self._start(x)
 
-    def _start(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def _start(self, x: Tensor) -> _Result | None:
         """Compute all layers, keep the results of the others, and return that of the first."""
-        if self._results is not None and self._results.counts:
-            self._misses += 1
-        self._results = None
-        if x.is_inference() or x.dim() == 0:  # a change in place would not be seen
+        if not isinstance(x, Tensor) or x.is_inference():  # it has no version, so a change in place would not be seen
             return None
-        layers = [self._layers[name]() for name in self.names if name in self._layers]
-        parts = [None if layer is None else layer.part_of_stack(x) for layer in layers]
-        if len(parts) != len(self.names) or None in parts:
+        layers = [self._layers[i]() for i in range(self.size) if i in self._layers]
+        parts = [part for layer in layers if layer is not None and (part := _part_of(layer)) is not None]
+        if len(parts) != self.size or len({part[1:] for part in parts}) != 1:
             return None
-        found = _compute(x, [part for part in parts if part is not None])
+        found = _compute(x, layers, parts)
         if found is None:
             return None
-        states = [_state(part) for part in parts if part is not None]
-        first, *others = found
-        self._results = _Results(x, dict(zip(self.names[1:], zip(others, states[1:], strict=True), strict=True)))
+        states = [_state(layer, part) for layer, part in zip(layers, parts, strict=True)]
+        results = dict(enumerate(found))
+        first = results.pop(0)
+        self._kept = _Kept(weakref.ref(x, lambda _: results.clear()), _circumstances(x), results, states)
         return first
 
-    def _take(self, name: str, layer: StackableLayer, x: Tensor, results: "_Results") -> tuple[Tensor, Tensor | None] | None:
+    def _take(self, layer: _Layer, position: int, x: Tensor, kept: _Kept) -> _Result | None:
         """The result that is kept for a layer, if it is for this x and everything is as it was."""
-        if results.x() is not x or results.version != x._version or results.context != _context(x):
+        if kept.x() is not x or kept.of_x != _circumstances(x):
             return None
-        kept = results.of_layers.pop(name, None)
-        if not results.of_layers:
-            self._results, self._misses = None, 0
-        part = layer.part_of_stack(x)
-        if kept is None or part is None or _state(part) != kept[1]:
+        result, part = kept.results.pop(position, None), _part_of(layer)
+        if not kept.results:
+            self._kept, self.misses = None, 0
+        if part is None or _state(layer, part).values != kept.states[position].values:
             return None
-        return kept[0]
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no layers: the copies of the layers join it."""
-        return {"names": self.names}
+        return {"size": self.size}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["names"])
+        """Begin without layers and results."""
+        self.__init__(state["size"])
+
+
+def _part_of(layer: _Layer) -> Part | None:
+    """What a layer contributes to a stack; None if its options or its frozen layer do not allow one."""
+    base = layer.frozen_layer
+    if layer.disabled or layer.shared_a or layer.has_choice_bias or (layer.training and layer.dropout):
+        return None
+    if not is_plain_linear(base) or (layer.gate_weight is None and layer.shared_router() is None):
+        return None
+    projection = Projection(layer.lora_a, layer.lora_b, layer.gate_weight, layer.gate_bias, None, base.weight, base.bias)
+    options = Options(float(layer.scaling), layer.mixing, layer.top_k, layer.renormalize)
+    return Part(projection, options, layer.backend)
+
+
+def _compute(x: Tensor, layers: Sequence[_Layer], parts: Sequence[Part]) -> list[_Result] | None:
+    """The results of all layers; None if they cannot be computed as a stack."""
+    _, options, backend = parts[0]
+    projections = [part.projection for part in parts]
+    rows = x
+    if ops.autocast_is_on():
+        rows = autocast(x)
+        projections = [p._replace(weight=autocast(p.weight), bias=autocast(p.bias)) for p in projections]
+    rows = flat(rows)
+    name = stack.backend_of(rows, projections, requested_backend("LMoELinear", backend))
+    if name is None:
+        return None
+    outside: list[Tensor | None] = [None] * len(layers)
+    if projections[0].gate_weight is None:
+        outside = [layer.logits_of_router(x) for layer in layers]
+        projections = [p._replace(gate_logits=flat(z)) for p, z in zip(projections, outside, strict=True)]
+    of_rows = stack.apply(
+        rows, projections, options, backend=name, return_logits=any(layer.output_router_logits for layer in layers)
+    )
+    results: list[_Result] = []
+    for layer, (y, own), given in zip(layers, of_rows, outside, strict=True):
+        logits = given if own is None else unflat(own, x)
+        results.append((unflat(y, x), logits if layer.output_router_logits else None))
+    return results
+
+
+def _circumstances(x: Tensor) -> tuple[object, ...]:
+    """What may change between the calls of two layers with the same tensor x. The last one is the hooks on saved tensors."""
+    dtype = torch.get_autocast_dtype(x.device.type) if ops.autocast_is_on() else None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks
+
+
+def _state(layer: _Layer, part: Part) -> _State:
+    """What identifies the values that the result of a layer depends on."""
+    router = layer.shared_router()
+    named = part.projection if router is None else (*part.projection, *router.tensors())
+    tensors = tuple(t for t in named if t is not None)
+    return _State((layer.output_router_logits, *part[1:], *((id(t), t._version, t.requires_grad) for t in tensors)), tensors)
