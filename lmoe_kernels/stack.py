@@ -2,9 +2,9 @@
 """Stacks: projections that read the same x, such as q, k and v, computed together.
 
 Their results are those of separate calls of `lmoe_linear`, within rounding. The A and the gates of all projections are rows
-of one matrix, which x meets in one pass. The backward makes the gradients of all rows in one product with x, and the gradient
-of x once. Each frozen product is still one GEMM, which adds to the projection's delta, and in the backward to the gradient of
-x.
+of one matrix, which x meets in one pass. The backward makes the gradients of all rows in one product with x, and the
+gradient of x once. Each frozen product is still one GEMM, which adds to the projection's delta, and in the backward to the
+gradient of x.
 
 torch.compile and other tracers see separate calls, since there is no op for stacks.
 """

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stacks on ATen: n projections that read the same x share its products, the mix, and what their backward does with x.
 
-u and the logits of all projections are one product each, with rows (n E R, I) and (n E, I). A token's projections follow each
-other in memory, so that the mix of n projections is that of one projection with n times as many tokens. Only the products with
-each B, whose features differ, are made one by one.
+u and the logits of all projections are one product each, with rows (n E R, I) and (n E, I). The projections of a token
+follow each other in memory, so that the mix of n projections is that of one with n times as many tokens. Only the products
+with each B, whose features differ, are made one by one.
 """
 
 from collections.abc import Sequence
