@@ -16,7 +16,7 @@ STACKING = [name for name in dispatch.BACKENDS if dispatch.load_stack(name) is n
 FEATURES = (41, 24, 1)  # O of the projections
 CASES = [
     Case(T=40),
-    Case(T=1, E=2, R=1, I=9),
+    Case(T=1, E=12, R=9),
     Case(T=64, I=70, E=8, R=4, mixing="outputs"),
     Case(T=33, E=1, R=1),
     Case(T=40, I=50, E=6, top_k=2),
