@@ -9,6 +9,7 @@ from lmoe_kernels.compilation import warmup
 from lmoe_kernels.compose import from_lora_adapters
 from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.experts import add_expert, expert_names, export_expert, remove_expert
+from lmoe_kernels.fitting import fit_router
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
@@ -39,6 +40,7 @@ __all__ = [
     "expert_names",
     "explain",
     "export_expert",
+    "fit_router",
     "freeze_expert",
     "freeze_gates",
     "from_lora_adapters",

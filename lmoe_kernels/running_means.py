@@ -6,6 +6,8 @@ attention mask, position_ids, and the cache of keys and values. `Sequences` read
 continues from are kept on the cache itself: they are reordered with it in a beam search, copied with it, and freed with it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +54,15 @@ class Sequences:
     def leave_model(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """A hook after the forward of that module: keep no cache. Recomputed blocks need the mask and the positions."""
         self.cache, self.length = None, None
+
+    @contextmanager
+    def without_cache(self) -> Iterator[None]:
+        """Compute means in between the forwards of the routers, without a trace in the cache of the current forward."""
+        cache, self.cache = self.cache, None
+        try:
+            yield
+        finally:
+            self.cache = cache
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of the last forward out of copies."""

@@ -1,21 +1,21 @@
 """Test, measure and tune on this machine's GPU.
 
-    python -m benchmarks.gpu [--parts limits tests-large tests goals tiles experts sanitizers] [--minutes 9] [--out DIR]
+    python -m benchmarks.gpu [--parts limits tests-large tests goals compiled tiles experts sanitizers] [--minutes 9]
+        [--out DIR]
 
-Each part writes a file of JSON lines into build/gpu/<device>/, and the goals results.json and results.md as well. Nothing is
-started after --minutes. The next call with the same command continues where this one stopped: what the files have for the
-present sources is not repeated, but for tests that failed. The speed of an engine whose tests failed is not measured.
-At its end a call shows the fastest tiles.
+Each part writes a file of JSON lines into build/gpu/<device>/; goals and compiled go into results.json and results.md too.
+Nothing is started after --minutes. The next call with the same command continues where this one stopped: what the files
+have for the present sources is not repeated, but for tests that failed. The speed of an engine whose tests failed is not
+measured. At its end a call shows the fastest tiles.
 
-For a machine that is lent for 45 minutes, in commands of at most ten; minutes are estimated, since it has not run on a GPU
-so far:
+Seconds that the parts took on an H200 with 16 cores (2026-11-26), on a machine that is lent for 15 minutes:
 
-    limits, tests-large   4   whether each engine is right on large shapes in bf16
-    tests                 8   all other tests
-    goals                 8   all rows on the shapes of the goals
-    tiles                 8   the tuner; its fastest plans then go into configs.py
-    goals, experts        9   the goals again with these plans, and E = 8..128
-    sanitizers            6   compute-sanitizer, memcheck first
+    limits                  3
+    tests-large, tests     32   24 once kernels are compiled
+    goals, compiled        70   a table of the goals takes 2 to 6; those of torch.compile wait for its compiler
+    tiles                  35   the tuner on two shapes; its fastest plans then go into hopper.py or configs.py
+    experts                 -   E = 8..128: not run so far
+    sanitizers             19   with those of both engines at once; here they follow one another
 """
 
 import argparse

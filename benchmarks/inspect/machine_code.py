@@ -1,4 +1,4 @@
-"""Read machine code: registers, spills, the main loop, wgmma that the compiler serialised, and what fits a processor.
+"""Read machine code: registers, spills, the main loop, what the compiler serialised or got wrong, and what fits a processor.
 
 `figures_of` reads a compiled kernel with the tools that come with Triton. `read_sass` and `read_amdgcn` read text alone.
 """
@@ -20,6 +20,9 @@ WAIT = r"ACQBULK\b"  # for the previous kernel: griddepcontrol.wait
 # Accesses to global memory, and griddepcontrol.launch_dependents
 AFTER_THE_WAIT = r"(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|CCTL|UBLK\w+|UTMA\w+|PREEXIT)\b"
 FMA = r"(FFMA|HFMA2|DFMA|v_(pk_)?fmac?_)"
+# Instructions that write the uniform register which they name first, or behind a predicate, and how many with those after it
+WRITES = r"(?!U[IF]?SETP)(?:U\w+|R2UR|S2UR|LDCU|VOTEU|REDUX|CS2UR|ELECT)(?:\.\w+)* +(?:U?P[\dT], +)?UR(\d+)\b(?!\])"
+WIDTHS = {r"\S+\.(64|WIDE)\b": 2, r"\S+\.128\b": 4}
 
 
 class MachineCodeError(RuntimeError):
@@ -27,11 +30,12 @@ class MachineCodeError(RuntimeError):
 
 
 class Instruction(NamedTuple):
-    """What a search for loops needs of one instruction."""
+    """What a search for loops, and one for registers, needs of one instruction."""
 
     text: str  # from the opcode on
     target: str | None  # the label that it may jump to
     continues: bool  # whether the next instruction may follow it
+    guarded: bool = False  # whether a predicate decides if it runs
 
 
 class Code(NamedTuple):
@@ -90,7 +94,7 @@ def read_sass(code: str, usage: str, ptx: str) -> dict[str, int | bool]:
     found = {
         "regs": int(used["REG"]), "stack": int(used["STACK"]), "spills": read.count(SPILL), "mma": mma,
         "wgmma": read.count(r"HGMMA\b"), "serialised": is_serialised(read, ptx), "cp_async": read.count(r"LDGSTS\b"),
-        "tma": read.count(r"UTMALDG\b"), "before_wait": before_the_wait(read),
+        "tma": read.count(r"UTMALDG\b"), "before_wait": before_the_wait(read), "undefined": undefined_registers(read),
     }  # fmt: skip
     return found | _of_main_loop(read, TENSOR_CORES, r"LDG\b", SPILL)
 
@@ -106,6 +110,47 @@ def before_the_wait(code: Code) -> int:
             after[i].clear()
     early = Code([code.instructions[i] for i in _reachable(after, 0)], {})
     return early.count(AFTER_THE_WAIT)
+
+
+def undefined_registers(code: Code) -> int:
+    """How many uniform registers may be read before an instruction has written them, of which a correct kernel has none.
+
+    These are the registers that are live at the kernel's entry. An instruction with a predicate may not run, so that what it
+    writes counts as not written. ptxas 12.8 made such code for sm_90 of a weight gradient: the products read descriptors of
+    shared memory that nothing had computed, and an H200 gave a wrong gradient (2026-11-26).
+    """
+    after, before = _edges(code)
+    reads, writes = zip(*map(_uniform_registers, code.instructions), strict=True)
+    live = [0] * len(code.instructions)  # before each instruction; a register is a bit
+    waiting = list(range(len(live)))
+    while waiting:
+        i = waiting.pop()
+        behind = 0
+        for j in after[i]:
+            behind |= live[j]
+        now = reads[i] | behind & ~writes[i]
+        if now != live[i]:
+            live[i] = now
+            waiting += before[i]
+    return live[0].bit_count()
+
+
+def _uniform_registers(one: Instruction) -> tuple[int, int]:
+    """The uniform registers that an instruction reads, and those that it is sure to write, each as a bit.
+
+    A descriptor takes two registers; that of a wgmma's two operands in shared memory takes four.
+    """
+    reads = writes = 0
+    operands = one.text
+    if (written := re.match(WRITES, one.text)) is not None:
+        operands = one.text[written.end() :]
+        if not one.guarded:
+            width = next((width for kind, width in WIDTHS.items() if re.match(kind, one.text)), 1)
+            writes = (1 << width) - 1 << int(written[1])
+    of_descriptor = 4 if re.match(r"HGMMA\S* R\d+, gdesc", one.text) else 2
+    for descriptor, number in re.findall(r"(\bg?desc\[)?\bUR(\d+)\b", operands):
+        reads |= (1 << (of_descriptor if descriptor else 1)) - 1 << int(number)
+    return reads, writes
 
 
 def is_serialised(code: Code, ptx: str) -> bool:
@@ -130,7 +175,8 @@ def read_amdgcn(text: str) -> dict[str, int | bool]:
     except KeyError as error:
         raise MachineCodeError(f"the metadata of the assembly has no {error}") from error
     read = parse_amdgcn(text)
-    found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False, "cp_async": 0, "tma": 0, "before_wait": 0}
+    found |= {"mma": read.count("v_mfma_"), "wgmma": 0, "serialised": False}
+    found |= {"cp_async": 0, "tma": 0, "before_wait": 0, "undefined": 0}
     return found | _of_main_loop(read, "v_mfma_", "(global|buffer)_load_", "scratch_")
 
 
@@ -147,7 +193,7 @@ def parse_sass(text: str) -> Code:
         target = re.search(r"`\((\.L\w+)\)", instruction) if opcode in ("BRA", "CALL") else None
         # BRA names a predicate in front of the instruction, or as its own operand
         always = predicate is None and (opcode in ("EXIT", "RET") or re.match(r"BRA(\.\w+)* `", instruction) is not None)
-        return Instruction(instruction.strip(), target and target[1], not always)
+        return Instruction(instruction.strip(), target and target[1], not always, predicate is not None)
 
     return _parsed(text, r"(\.L\w+):", read)
 

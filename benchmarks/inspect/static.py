@@ -74,6 +74,9 @@ def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **mor
 
 TOP_2, OUTPUTS, DROPOUT = (DEFAULT._replace(**change) for change in ({"top_k": 2}, {"mixing": "outputs"}, {"dropout": 0.1}))
 TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
+# With another order of loads ptxas 12.8 got the gradients of A and of the gate wrong for sm_90 (see wgrad.py). The weight
+# gradients of these calls have tiles of 128 and of 64 features.
+UNALIGNED = [Case(Shape(t, i, o, 3, 9, "bfloat16")) for t, i, o in ((16384, 4104, 4104), (130, 136, 72))]
 QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2)]
 CASES = [
     *QUICK,
@@ -91,6 +94,7 @@ CASES = [
     *(case(T=t, E=e, dtype="float32", options=DROPOUT) for t in (16, 65536) for e in (8, 64)),
     *(case(T=t, gate_bias=True) for t in (16, 65536)),
     case(T=8192, E=64, options=TOP_2, gate_bias=True),
+    *UNALIGNED,
 ]
 
 
@@ -220,6 +224,7 @@ def complaints(line: dict) -> list[str]:
         "no wgmma": wants_tensor_cores and line["arch"] == "sm_90" and line["wgmma"] == 0,
         "serialised wgmma": line["serialised"],
         "does not fit a processor": line["programs"] == 0,
+        "reads a register that nothing wrote": line["undefined"] > 0,
         "touches memory before it waits": host.starts_early(target_of(line["arch"])) and line["before_wait"] > 0,
     }
     return [complaint for complaint, broken in rules.items() if broken]

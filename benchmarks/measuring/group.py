@@ -81,18 +81,27 @@ class Group:
             calls.clear()  # the graph of a backward, kept alive, would tie its inputs to the stream of this launch
 
     def _calls(self, steps: dict[str, list[Step]], inputs: list[Inputs], phase: str, launch: str) -> dict[str, list[Call]]:
-        """The calls of each row, on every copy of the inputs; no calls of a row that cannot be captured in a CUDA graph."""
+        """The calls of each row, on every copy of the inputs; no calls of a row that cannot be captured in a CUDA graph.
+
+        A captured call has a step of its own: autograd ties a leaf to the stream of its first use, which for the given steps
+        is the default stream, where they run eagerly.
+        """
         calls = {}
-        for name, copies in steps.items():
-            makes = [partial(call_of, step, inputs[i].dy, phase) for i, step in enumerate(copies)]
+        for row in self.rows:
+            if row.name not in steps:
+                continue
             if launch == "eager":
-                calls[name] = [make() for make in makes]
-            elif (phase, name) not in self.not_captured:
+                calls[row.name] = [call_of(step, copy.dy, phase) for step, copy in zip(steps[row.name], inputs, strict=True)]
+            elif (phase, row.name) not in self.not_captured:
                 try:
-                    calls[name] = [capture(make) for make in makes]
+                    calls[row.name] = [capture(partial(self._fresh_call, row, copy, phase)) for copy in inputs]
                 except Exception as error:  # one row must not end the measurement of the others
-                    self.not_captured[phase, name] = _one_line(error)
+                    self.not_captured[phase, row.name] = _one_line(error)
         return calls
+
+    def _fresh_call(self, row: Row, inputs: Inputs, phase: str) -> Call:
+        """The call of a step that nothing has run."""
+        return call_of(row.build(inputs, self.scope), inputs.dy, phase)
 
     def records(self) -> Iterator[Record]:
         """Every row in every phase that was visited."""

@@ -37,13 +37,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
         "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11,
         "axes.titlelocation": "left", "axes.edgecolor": "#666666", "figure.dpi": 130, "savefig.bbox": "tight",
     }  # fmt: skip
-    timed = [
-        record for record in results["records"] if record["seconds"] is not None and record["launch"] == _launch(results)
-    ]
+    timed: dict[tuple, Record] = {}
+    for record in results["records"]:
+        if record["seconds"] is not None and record["launch"] == _launch(results):
+            timed.setdefault((record["row"], *_fixed(record)), record)  # a row of two tables is drawn as the first has it
     drawn = []
     with matplotlib.rc_context(style):
         for name, picture in (("tokens", _tokens), ("peers", _peers), ("experts", _experts), ("memory", _memory)):
-            figure = picture(timed, results["environment"]["device"])
+            figure = picture([*timed.values()], results["environment"]["device"])
             if figure is not None:
                 drawn.append(folder / f"{name}.png")
                 figure.savefig(drawn[-1])
@@ -122,6 +123,7 @@ def _peers(records: list[Record], device: str) -> Any:
                 panels.append((f"{phase.replace('+', ' and ')}, T={group[0]['shape']['tokens']}, {dtype}", group))
     if not panels:
         return None
+    sizes = {_sizes(group[0], "tokens", "dtype") for _, group in panels}
     tallest, across = max(len(group) for _, group in panels), min(2, len(panels))
     down = -(-len(panels) // across)
     figure, axes = _axes(len(panels), (6.2 * across, (0.3 * tallest + 0.9) * down), across)
@@ -129,11 +131,9 @@ def _peers(records: list[Record], device: str) -> Any:
         bars = sorted((r for r in group if r["row"] != "frozen"), key=lambda r: -r["over_frozen"]["median"])
         _bars(axis, bars, lambda r: r["over_frozen"], "{:.2f}")
         axis.axvline(1, color=OTHERS["frozen"][1], linewidth=1)
-        axis.set_title(title)
-    figure.suptitle(
-        f"Times the frozen linear's time (the line at 1), {_sizes(panels[0][1][0], 'tokens', 'dtype')} · {device}",
-        x=0.01, ha="left", fontsize=11,
-    )  # fmt: skip
+        axis.set_title(title if len(sizes) == 1 else f"{title}, {_sizes(group[0], 'tokens', 'dtype')}")
+    shared = f", {sizes.pop()}" if len(sizes) == 1 else ""
+    figure.suptitle(f"Times the frozen linear's time (the line at 1){shared} · {device}", x=0.01, ha="left", fontsize=11)
     return figure
 
 

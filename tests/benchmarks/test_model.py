@@ -351,8 +351,10 @@ def test_two_runs_next_to_one_another() -> None:
     rows = [report.Row(H100, shape, "forward", *Call(H100, _Stub(), shape).forward()).record() for shape in (SHAPE, FEW)]
     after = {"commit": "new", "date": "2026-11-27", "rows": rows}
     before = {"commit": "old", "date": "2026-11-26", "rows": [rows[0] | {"cuda_us": 10 * rows[0]["floor_us"]}]}
-    head, _, _, _, first, second = report.comparison(before, after).splitlines()
+    text = report.comparison(before, after)
+    head, _, _, _, _, first, second = text.splitlines()
     assert "nothing was measured: commit old of 2026-11-26, and commit new of 2026-11-27" in head
+    assert report.MEASURED in text
     floor, cuda, torch_us = (rows[0][key] for key in ("floor_us", "cuda_us", "torch_us"))
     found = re.findall(r"[\d.]+", first.partition("bfloat16")[2])
     assert [float(figure) for figure in found] == pytest.approx(

@@ -27,7 +27,7 @@ from lmoe_kernels.backends.triton import configs, host
 from tests.benchmarks.small import BRIEF, CPU, LIMITS
 
 SMALL = Shape(5, 24, 40, dtype="bfloat16")
-ORDER = ["limits", "tests-large", "tests", "goals", "tiles", "experts", "sanitizers"]
+ORDER = ["limits", "tests-large", "tests", "goals", "compiled", "tiles", "experts", "sanitizers"]
 
 
 class Rehearsal:
@@ -55,6 +55,12 @@ class Rehearsal:
         return [name for of, name in self.ran if of == part]
 
 
+def lines_of(folder: Path, part: str) -> list[Line]:
+    """What a part has written, but for the machine's line."""
+    (path,) = folder.glob(f"{part}-*.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
 def simulated(run: Callable) -> SimpleNamespace:
     """The module subprocess for the tests of the GPU alone."""
     return SimpleNamespace(run=run, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
@@ -73,6 +79,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
     known = rows()
     few = {name: known[name] for name in ("frozen", "torch")}
     few |= {name: replace(known["torch"], name=name, label=f"ours, {name}") for name in ("triton", "triton-fp32")}
+    few |= {"by-compiler": replace(known["torch"], name="by-compiler", label="by a compiler", compiled=True)}
+    few |= {"xlora": replace(known["torch"], name="xlora", build=lambda *_: pytest.fail("a slow row is built"))}
     takes_all = {
         name: dispatch.BACKENDS[name]._replace(why_not=lambda problem: None) for name in ("triton", "torch", "reference")
     }
@@ -91,22 +99,28 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rehearsal:
     monkeypatch.setattr(configs, "SEARCH_SPACE", {"T": (16, 32)})
     monkeypatch.setattr(host, "launch", lambda *args, **options: None)
     monkeypatch.setattr(tuner, "median_us", lambda call: 1.0)
-    monkeypatch.setattr(tuner, "compile_all", lambda shape, found, chip: rehearsal.ran.append(("compiled", str(len(found)))))
+    monkeypatch.setattr(tuner, "compile_all", lambda shape, found, chip: rehearsal.ran.append(("kernels", str(len(found)))))
     return rehearsal
 
 
 def test_the_whole_programme_in_its_order(machine: Rehearsal, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, order = machine.main()
-    assert (status, order) == (0, [*ORDER[:4], "compiled", *ORDER[4:]])
+    assert (status, order) == (0, [*ORDER[:5], "kernels", *ORDER[5:]]), "kernels are compiled before the tiles are timed"
     assert machine.steps("tests-large") == machine.steps("tests") == ["triton", "cuda"]
     assert machine.steps("goals") == [f"{SMALL}: layer", f"{SMALL}: delta"]
-    assert machine.steps("sanitizers")[:2] == ["memcheck, triton", "memcheck, cuda"]
+    assert machine.steps("compiled") == [f"{SMALL}: layer"]
+    assert machine.steps("sanitizers") == ["triton", "cuda"]
     assert len(machine.steps("experts")) == 5 * 2 * 2
     assert "wgrad_plan, T=5: chosen 1.0 us, best 1.0 us" in capsys.readouterr().out
-    assert len(machine.steps("compiled")) == 1
+    assert len(machine.steps("kernels")) == 1
     (folder,) = (tmp_path / "build" / "gpu").iterdir()
     kept = report.load(folder / "results.json")
-    assert {record["row"] for record in kept["records"]} == {"frozen", "torch", "triton", "triton-fp32"}
+    of_part = {part: {line["row"] for line in lines_of(folder, part)} for part in ("goals", "compiled")}
+    assert of_part == {
+        "goals": {"frozen", "torch", "triton", "triton-fp32"},
+        "compiled": {"frozen", "torch", "triton", "by-compiler"},
+    }
+    assert {record["row"] for record in kept["records"]} == of_part["goals"] | of_part["compiled"]
     assert "ours, triton" in (folder / "results.md").read_text()
     for path in folder.glob("*.jsonl"):
         machine_line, *lines = map(json.loads, path.read_text().splitlines())
@@ -126,18 +140,18 @@ def test_a_second_call_repeats_nothing(machine: Rehearsal) -> None:
 
 @pytest.mark.parametrize("part", ORDER)
 def test_parts_that_are_named(machine: Rehearsal, part: str) -> None:
-    assert machine.main("--parts", part) == (0, ["compiled", part] if part == "tiles" else [part])
+    assert machine.main("--parts", part) == (0, ["kernels", part] if part == "tiles" else [part])
 
 
 def test_a_call_goes_on_where_the_time_was_up(machine: Rehearsal, tmp_path: Path) -> None:
     machine.main()
-    every = [step for step in machine.ran if step[0] != "compiled"]
+    every = [step for step in machine.ran if step[0] != "kernels"]
     machine.seconds_of_a_step = 40.0
     ran: list[tuple[str, str]] = []
     for call in range(100):
         status, _ = machine.main("--minutes", "3", "--out", str(tmp_path / "other"))
-        assert len(machine.steps("compiled")) <= 1
-        done = [step for step in machine.ran if step[0] != "compiled"]
+        assert len(machine.steps("kernels")) <= 1
+        done = [step for step in machine.ran if step[0] != "kernels"]
         assert len(done) == 5 or status == 0, call
         ran += done
         if status == 0:
@@ -171,7 +185,7 @@ def test_a_wrong_engine_is_not_timed_and_all_else_is(machine: Rehearsal, tmp_pat
     assert machine.steps("tests-large") == machine.steps("tests") == ["triton", "cuda"]
     assert {step.split(",")[0] for step in machine.steps("experts")} == {"torch"}
     (path,) = tmp_path.rglob("results.json")
-    assert {record["row"] for record in report.load(path)["records"]} == {"frozen", "torch"}
+    assert {record["row"] for record in report.load(path)["records"]} == {"frozen", "torch", "by-compiler"}
 
 
 def test_an_engine_that_is_wrong_on_large_shapes_alone_is_not_timed(machine: Rehearsal) -> None:
@@ -184,7 +198,7 @@ def test_failed_tests_are_repeated_and_the_engine_is_timed_once_they_pass(machin
     machine.wrong = {"triton"}
     machine.main("--parts", "tests", "tiles")
     machine.wrong = set()
-    assert machine.main("--parts", "tests", "tiles") == (0, ["tests", "compiled", "tiles"])
+    assert machine.main("--parts", "tests", "tiles") == (0, ["tests", "kernels", "tiles"])
     assert machine.steps("tests") == ["triton"]
 
 

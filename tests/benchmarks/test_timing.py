@@ -89,6 +89,32 @@ def test_a_graph_holds_the_backward_of_a_forward_on_its_own_stream(capturing: li
     assert forwards[-1], "the forward ran before the capture"
 
 
+def test_a_captured_call_has_leaves_that_no_other_stream_has_used(capturing: list[Callable]) -> None:
+    """Autograd ties a leaf to the stream of its first use, and each capture has a stream of its own."""
+    eager = rows()["eager"]
+    captured: list[Callable] = []
+
+    def build(inputs, scope):
+        step, streams = eager.build(inputs, scope), []
+
+        def forward():
+            streams.append(capturing[-1] if capturing else None)
+            if capturing:
+                captured.append(capturing[-1])
+                if streams[0] is not capturing[-1]:
+                    raise RuntimeError("a leaf of another stream")
+            return step.forward()
+
+        return step._replace(forward=forward)
+
+    group = Group(SMALL, "layer", PHASES, [replace(eager, build=build)], CPU, LIMITS, BRIEF)
+    group.visit()
+    group.visit()
+    found = {(record.phase, record.launch): record.status for record in group.records()}
+    assert found == {(phase, launch): "ok" for phase in PHASES for launch in ("eager", "graph")}
+    assert len(set(map(id, captured))) == 2 * len(PHASES), "a capture for each phase of each visit"
+
+
 def test_a_row_that_cannot_be_captured_leaves_the_others_alone(capturing: list[Callable]) -> None:
     def build(inputs, scope):
         step = rows()["eager"].build(inputs, scope)

@@ -55,7 +55,7 @@ def gpu_with(**sizes: int) -> Problem:
     return GPU._replace(sizes=GPU.sizes._replace(**sizes))
 
 
-@pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (17, "cuda"), (512, "cuda"), (513, "triton"), (4096, "triton")])
+@pytest.mark.parametrize(("tokens", "first"), [(1, "cuda"), (16, "cuda"), (17, "triton"), (4096, "triton")])
 def test_on_a_gpu_few_tokens_go_to_cuda_and_many_to_triton(gpu, tokens: int, first: str) -> None:
     assert taken(gpu_with(T=tokens)) == first
 

@@ -1,4 +1,7 @@
-"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, wide copies, lean loops."""
+"""The machine code of every CUDA kernel for every target: no spills, no stack, tensor cores, wide copies, lean loops.
+
+And of the code around them: it calls nothing that exists on the device alone.
+"""
 
 import re
 import shutil
@@ -52,26 +55,34 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def cubins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """The cubins of each target: the built extension's where it is of these sources, else compiled for the test."""
-    folder = tmp_path_factory.mktemp("cubins")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The built extension where it is of these sources, else an object of each source, compiled for the test."""
     built = _built_extension()
     if built is not None:
-        subprocess.run(
-            [str(_tool("cuobjdump")), "--extract-elf", "all", str(built)], check=True, cwd=folder, capture_output=True
-        )
-        return {target: sorted(folder.glob(f"*.{target}.cubin")) for target in TARGETS}
-    pairs = [(source, target) for target in TARGETS for source in sorted(CSRC.glob("cuda/*.cu"))]
-    paths = [folder / f"{source.stem}.{target}.cubin" for source, target in pairs]
+        return [built]
+    folder, codes = tmp_path_factory.mktemp("objects"), []
+    for target in TARGETS:
+        codes += ["-gencode", f"arch={target.replace('sm', 'compute')},code={target}"]
 
-    def compile_one(source: Path, target: str, to: Path) -> None:
-        command = [str(NVCC), "-cubin", f"-arch={target}", "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(to)]
+    def compile_one(source: Path) -> Path:
+        path = folder / f"{source.stem}.o"
+        command = [str(NVCC), "-c", *codes, "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        return path
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, *zip(*pairs, strict=True), paths))
-    return {target: [path for path in paths if target in path.name] for target in TARGETS}
+        return list(pool.map(compile_one, sorted(CSRC.glob("cuda/*.cu"))))
+
+
+@pytest.fixture(scope="module")
+def cubins(compiled: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """The cubins of each target."""
+    folder = tmp_path_factory.mktemp("cubins")
+    for path in compiled:
+        command = [str(_tool("cuobjdump")), "--extract-elf", "all", str(path)]
+        subprocess.run(command, check=True, cwd=folder, capture_output=True)
+    return {target: sorted(folder.glob(f"*.{target}.cubin")) for target in TARGETS}
 
 
 def _vector_loads(code: str) -> list[str]:
@@ -87,6 +98,20 @@ def _built_extension() -> Path | None:
     )
     last_change = max(path.stat().st_mtime for path in sources)
     return next((path for path in libraries if path.stat().st_mtime > last_change), None)
+
+
+def test_host_code_calls_nothing_that_exists_on_the_device_alone(compiled: list[Path]) -> None:
+    """nvcc accepts such a call in a template or a generic lambda, and compiles it to one of `exit(1)`.
+
+    A process that runs it ends without a message. The emulator cannot see this, since there all functions are the host's.
+    """
+    undefined = set()
+    for path in compiled:
+        command = ["nm", "--undefined-only", *["--dynamic"] * (path.suffix == ".so"), str(path)]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True)
+        undefined |= {line.split()[-1].partition("@")[0] for line in listed.stdout.splitlines()}
+    assert "__cxa_throw" in undefined, "the names of functions that are not the library's own were not read"
+    assert "exit" not in undefined
 
 
 @pytest.mark.parametrize("target", TARGETS)

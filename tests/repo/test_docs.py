@@ -21,6 +21,7 @@ from benchmarks.measuring.limits import Limits
 from benchmarks.rows.shapes import Shape, make_inputs
 from benchmarks.rows.table import rows
 from docs.pictures import draw
+from lmoe_kernels.dispatch import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,9 +165,9 @@ def test_formulas_of_bytes_are_those_of_the_operations(row: str) -> None:
         assert eval(python, {"__builtins__": {}}, sizes._asdict()) == number, formula
 
 
-def cells(header: str) -> dict[str, list[str]]:
-    """The rows of the table of performance.md with this header, by their first cell."""
-    lines = PAGES["performance.md"].splitlines()
+def cells(header: str, page: str = PAGES["performance.md"]) -> dict[str, list[str]]:
+    """The rows of the table with this header, by their first cell."""
+    lines = page.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
     table = lines[start : start + lines[start:].index("")]
     rows_of_table = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in table]
@@ -237,6 +238,131 @@ def test_table_of_the_model_is_that_of_its_results() -> None:
             expected += [f"{time:.1f}" for time in times]
             expected.insert(-1, f"{100 * new['floor_us'] / new['cuda_us']:.0f} %")
         assert figures == expected, label
+
+
+H200 = ROOT / "benchmarks/results/nvidia-h200"
+ON_H200 = {
+    "the frozen linear": "frozen", "PEFT, one LoRA": "peft", "PEFT, one LoRA in fp32 (its default)": "peft-fp32",
+    "one LoRA in unsloth's order": "unsloth", "PEFT, one LoRA, `torch.compile`": "peft-compiled",
+    "L-MoE, factored, eager PyTorch": "eager", "L-MoE, factored, `torch.compile`": "eager-compiled",
+    "backend `torch`": "torch", "backend `triton`": "triton", "backend `cuda`": "cuda",
+    "backend `triton`, fp32 experts": "triton-fp32", "backend `cuda`, fp32 experts": "cuda-fp32",
+}  # fmt: skip
+PHASES = ("forward", "backward", "forward+backward")
+Tables = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def tables_of_h200() -> tuple[Tables, Tables]:
+    """The first tables of the run, and those after them, which measure compiled rows next to some of the first rows."""
+    first, second = Tables(), Tables()
+    for record in json.loads((H200 / "results.json").read_text(encoding="utf-8"))["records"]:
+        sizes = tuple(record["shape"][key] for key in ("in_features", "out_features", "tokens"))
+        key = (record["row"], record["scope"], record["phase"], record["launch"], *sizes)
+        (second if second or key in first else first)[key] = record
+    return first, second
+
+
+def on_h200(row: str, scope: str, phase: str, tokens: int, launch: str = "graph", features: tuple = (4096, 4096)) -> str:
+    """A time in microseconds, with a mark if it is of a second table in which the frozen linear had another time."""
+    key = (row, scope, phase, launch, *features, tokens)
+    first, second = tables_of_h200()
+    for table, mark in ((first, ""), (second, "†" if tokens == 8192 else "")):
+        seconds = table.get(key, {}).get("seconds")
+        if seconds is not None:
+            return shown(1e6 * seconds["median"]) + mark
+    return "not captured" if key in first else ""
+
+
+def shown(microseconds: float) -> str:
+    return f"{microseconds:.{1 if microseconds < 100 else 0}f}"
+
+
+@pytest.mark.parametrize("scope", ["layer", "delta"])
+def test_tables_of_the_h200_are_those_of_its_results(scope: str) -> None:
+    table = cells(f"| {scope}, us")
+    if scope == "delta":
+        first, _ = tables_of_h200()
+        floors = [
+            first["triton", scope, phase, "graph", 4096, 4096, tokens]["floor_seconds"]
+            for tokens in (16, 512, 8192)
+            for phase in PHASES
+        ]
+        assert table.pop("floor") == [shown(1e6 * floor) for floor in floors]
+    assert len(table) == {"layer": 12, "delta": 6}[scope]
+    for label, figures in table.items():
+        assert figures == [
+            on_h200(ON_H200[label], scope, phase, tokens) for tokens in (16, 512, 8192) for phase in PHASES
+        ], label
+
+
+def test_table_of_other_layers_on_the_h200_is_that_of_the_results() -> None:
+    table = cells("| T=8192, us")
+    assert len(table) == 7
+    for label, figures in table.items():
+        shapes = ((2048, 2048), (8192, 8192), (4096, 14336))
+        assert figures == [
+            on_h200(ON_H200[label], "layer", phase, 8192, features=features)
+            for features in shapes
+            for phase in ("forward", "forward+backward")
+        ], label
+
+
+def test_table_of_eager_mode_on_the_h200_is_that_of_the_results() -> None:
+    table = cells("| eager, us")
+    assert len(table) == 7
+    for label, figures in table.items():
+        assert figures == [on_h200(ON_H200[label], "layer", "forward+backward", T, "eager") for T in (16, 512, 8192)], label
+
+
+def test_table_of_the_readme_is_that_of_the_h200() -> None:
+    table = cells("| | T=16 forward", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(table) == 7
+    for label, figures in table.items():
+        row = ON_H200[label if label in ON_H200 else label.removeprefix("L-MoE, ")]
+        assert figures == [on_h200(row, "layer", phase, T) for T in (16, 512, 8192) for phase in PHASES[:2]], label
+
+
+def test_shares_of_the_floor_are_those_of_the_results() -> None:
+    """The floor's share of the delta's time, at the copy's bandwidth, and the largest of all."""
+    first, _ = tables_of_h200()
+    share = {key: 100 * r["floor_seconds"] / r["seconds"]["median"] for key, r in first.items() if r["seconds"]}
+    found = {
+        row: [f"{share[row, 'delta', phase, 'graph', 4096, 4096, 8192]:.0f} %" for phase in PHASES]
+        for row in ("triton", "cuda")
+    }
+    text = " ".join(PAGES["performance.md"].split())
+    forward, backward, both = found["triton"]
+    assert f"{forward} of what `triton` takes in the forward, {backward} in the backward and {both} for both" in text
+    assert "of what `cuda` takes it is {}, {} and {}".format(*found["cuda"]) in text
+    ours = {key: value for key, value in share.items() if key[0] in BACKENDS and key[1] == "delta"}
+    best = max(ours, key=ours.__getitem__)
+    assert best == ("triton", "delta", "forward", "graph", 8192, 8192, 8192)
+    assert f"the best is {ours[best]:.0f} %, a forward of 8192 x 8192 with `triton`" in text
+
+
+def test_table_of_the_model_against_the_measurement() -> None:
+    measured, name = {}, ""
+    for line in (H200 / "kernels-before.txt").read_text(encoding="utf-8").splitlines():
+        name = line if re.match(r"\d+ -> ", line) else name
+        if line.startswith("    graph "):
+            direction, *times = line.split()[1:]
+            measured[name, direction] = dict(zip(times[::2], map(float, times[1::2]), strict=True))
+    rows_of_model = json.loads((ROOT / "benchmarks/results/model/model.json").read_text(encoding="utf-8"))["rows"]
+    table, ratios = cells("| model / measured, us"), []
+    assert table.keys() == MODELLED.keys() - {"T=16384"}
+    for label, figures in table.items():
+        shape = {"tokens": 8192, "in_features": 4096, "out_features": 4096, "num_experts": 8, "rank": 16, **MODELLED[label]}
+        title = "{in_features} -> {out_features}, T={tokens}, E={num_experts}, R={rank}, bf16".format(**shape)
+        expected = []
+        for direction in ("forward", "backward"):
+            wanted = {"chip": "H200", "shape": shape | {"dtype": "bfloat16"}, "direction": direction}
+            modelled = next(row for row in rows_of_model if row.items() >= wanted.items())
+            for backend in ("cuda", "torch"):
+                times = modelled[f"{backend}_graph_us"], measured[title, direction][backend]
+                expected.append("{:.1f} / {:.1f}".format(*times))
+                ratios += [times[1] / times[0]] * (backend == "cuda")
+        assert figures == expected, label
+    assert f"takes {min(ratios):.1f} to {max(ratios):.1f} times as long as modelled" in PAGES["performance.md"]
 
 
 def test_site_builds_and_needs_no_network(tmp_path: Path) -> None:

@@ -98,6 +98,40 @@ def test_accesses_before_the_wait(start: str, before_wait: int) -> None:
     assert machine_code.read_sass(sass(f"{start}\n{rest}"), USAGE, "")["before_wait"] == before_wait
 
 
+DEFINED = "UMOV UR6, 0x10\nULDC.64 UR4, c[0x0][0x208]"
+
+
+@pytest.mark.parametrize(
+    "text, undefined",
+    [
+        (f"{DEFINED}\nUIADD3 UR8, UR6, 0x1, URZ\nLDG.E R4, desc[UR4][R2.64]", 0),
+        ("UIADD3 UR6, UR6, 0x1, URZ", 1),
+        ("UMOV UR4, 0x10\nLDG.E R4, desc[UR4][R2.64]", 1),
+        ("@UP0 UMOV UR6, 0x10\nR2UR UR7, R2\nIMAD R1, R2, UR6, R4", 1),
+        ("@P0 BRA `(.L_a)\nUMOV UR6, 0x10\n.L_a:\nIMAD R1, R2, UR6, R4", 1),
+        ("UMOV UR6, 0x10\n.L_a:\nIMAD R1, R2, UR6, R4\nUIADD3 UR6, UR6, UR7, URZ\n@P0 BRA `(.L_a)", 1),
+        (".L_a:\nR2UR UR7, R5\nUMOV UR6, UR7\nUIADD3 UR8, UR6, UR7, URZ\n@P0 BRA `(.L_a)\nIMAD R1, R2, UR8, R4", 0),
+        (f"{DEFINED}\nEXIT\nUMOV UR9, UR8", 0),
+        ("UISETP.GE.AND UP0, UPT, UR4, 0x1, UPT", 1),
+        ("UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR5", 1),
+        ("LDCU.128 UR4, c[0x0][0x390]\nIMAD R1, UR4, UR7, R1\nIMAD R1, UR5, UR6, R1", 0),
+        ("ULDC.64 UR4, c[0x0][0x210]\nUIMAD.WIDE UR6, UR4, UR5, URZ\nHGMMA.64x16x16.F32 R40, gdesc[UR4].tnspA, R40", 0),
+        ("ULDC.64 UR4, c[0x0][0x210]\nHGMMA.64x16x16.F32 R40, gdesc[UR4].tnspA.tnspB, R40", 2),
+        ("ULDC.64 UR4, c[0x0][0x210]\nHGMMA.64x16x16.F32 R40, R24, gdesc[UR4].tnspB, R40", 0),
+        ("ULDC.64 UR4, c[0x0][0x210]\nUTCHMMA gdesc[UR4], gdesc[UR4], tmem[UR4], tmem[UR4], idesc[UR5], !UPT", 0),
+        ("STS [UR4+0x10], R2\nUBLKCP [UR8], [UR4], UR6", 3),
+    ],
+    ids=[
+        "all are written", "its own operand", "the upper half of a descriptor", "a predicate decides",
+        "a way around the write", "a loop adds what nothing wrote", "a loop writes before it reads", "after the end",
+        "a comparison writes none", "behind a predicate", "four at once", "two at once", "two operands in shared memory",
+        "one operand in shared memory", "an instruction's own descriptor", "addresses",
+    ],
+)  # fmt: skip
+def test_registers_that_nothing_wrote(text: str, undefined: int) -> None:
+    assert machine_code.undefined_registers(parse_sass(sass(f"{text}\nEXIT"))) == undefined
+
+
 def test_the_main_loop_is_the_innermost_that_multiplies() -> None:
     """An outer loop has a product too; a wait in the inner one spins behind the end, and jumps back into it."""
     code = parse_sass(
@@ -224,6 +258,7 @@ GOOD: dict[str, Any] = {
     "kernel": "_wgrad_bwd_kernel", "arch": "sm_90", "config": {"types": "*bf16"}, "regs": 90, "spills": 0, "stack": 0,
     "shared": 1 << 10, "mma": 8, "wgmma": 8, "serialised": False, "loop": 100, "loop_mma": 8, "loop_loads": 0,
     "loop_spills": 0, "cp_async": 9, "programs": 2, "before_wait": 0,
+    "undefined": 0,
 }  # fmt: skip
 
 
@@ -240,6 +275,7 @@ GOOD: dict[str, Any] = {
         ({"serialised": True}, "serialised wgmma"),
         ({"programs": 0}, "does not fit a processor"),
         ({"before_wait": 1}, "touches memory before it waits"),
+        ({"undefined": 2}, "reads a register that nothing wrote"),
     ],
 )
 def test_complaints(change: dict, complaint: str) -> None:

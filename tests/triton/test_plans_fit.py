@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton import configs
+from lmoe_kernels.backends.triton import configs, hopper
 from lmoe_kernels.backends.triton.plans import Chip, Tile, WgradPlan
 from lmoe_kernels.options import Options, Sizes
 from tests.triton.chips import CHIPS, H200
@@ -48,12 +48,16 @@ def _steps(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> Iterator[tuple[str, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 def test_the_stages_of_every_loop_fit_the_shared_memory(chip: Chip, dtype: torch.dtype) -> None:
-    """A tenth is left for what the compiler keeps there itself. Of AMD's two stages one is in registers."""
-    full = 0.0
+    """A tenth is left for what the compiler keeps there itself; of AMD's two stages one is in registers.
+
+    On Hopper four stages of 128 features, with 64 tokens and 128 columns, take more: they were timed so.
+    """
+    full, timed = 0.0, Tile(T=64, F=128, ER=128, stages=4)
     for sizes in ALL:
         for kernel, tile, elements in _steps(sizes, dtype, chip):
             taken = (tile.stages - chip.arch.startswith("gfx")) * elements * dtype.itemsize / chip.shared_memory
-            assert taken <= 0.9, f"{kernel} of {sizes}: {taken:.2f} of {chip.arch}, {tile}"
+            most = 0.92 if chip == H200 and replace(tile, R=timed.R) == timed else 0.9
+            assert taken <= most, f"{kernel} of {sizes}: {taken:.2f} of {chip.arch}, {tile}"
             full = max(full, taken)
     assert full > 0.5, "nothing here comes near the limit"
 
@@ -110,15 +114,19 @@ def test_one_pass_is_taken_only_where_it_fits(chip: Chip, dtype: torch.dtype) ->
         assert tile.ER >= sizes.E * sizes.R
         assert plan.splits == 1
         assert sizes.I == 512 or 2 * tile.tiles_of(sizes.T) >= chip.processors, "half of the chip is idle for long"
-    assert taken
+    assert bool(taken) == (not hopper.covers(dtype, chip))
 
 
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
-def test_many_tokens_take_one_pass_and_few_take_splits(chip: Chip) -> None:
-    """In 64 KB of shared memory one pass has 64 tokens, and loads more from the L2 than two kernels on 128 tokens do."""
+def test_many_tokens_take_no_splits_and_few_take_many(chip: Chip) -> None:
+    """In 64 KB of shared memory one pass has 64 tokens, and loads more from the L2 than two kernels on 128 tokens do.
+
+    On Hopper one pass was nowhere faster than the stages.
+    """
     sizes = Sizes(8 * 128 * chip.processors, 4096, 4096, 8, 16, 8)
-    one_pass = configs.forward_plan(sizes, torch.bfloat16, chip).one_pass is not None
-    assert one_pass == (chip.shared_memory > 64 << 10)
+    plan = configs.forward_plan(sizes, torch.bfloat16, chip)
+    assert (plan.one_pass is not None) == (chip.shared_memory > 64 << 10 and chip != H200)
+    assert plan.splits == 1
     assert configs.forward_plan(sizes._replace(T=16), torch.bfloat16, chip).splits == 16
 
 
@@ -162,14 +170,23 @@ def test_the_splits_of_a_weight_gradient_have_all_tokens_and_each_has_some(chip:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 def test_256_features_of_a_weight_gradient_only_where_they_compile_and_win_by_bytes(chip: Chip, dtype: torch.dtype) -> None:
-    """Elsewhere their accumulators spill; one program for each tile of 128 features, in one wave, loads at least as much."""
+    """Elsewhere their accumulators spill; one program for each tile of 128 features, in one wave, loads at least as much.
+
+    On Hopper they were slower, as were splits of less than 1024 tokens with more than 128 rows; up to 128 rows the plan
+    follows times.
+    """
     wide = 0
     for sizes, plan in _wgrads(dtype, chip):
         tokens, features, heights = sizes
+        if hopper.covers(dtype, chip):
+            assert plan.tile.F <= 128
+            if hopper.is_narrow(plan.tile):
+                continue
         tile = replace(plan.tile, F=min(plan.tile.F, 128))
         programs = configs.ceil_div(features, tile.F) * configs.ceil_div(heights[0], tile.ER)
         least = configs.ceil_div(tokens, 2048) if dtype == torch.float32 else 1
-        splits = max(1, min(chip.processors // programs, tokens // 512), least)
+        fewest = 1024 if hopper.covers(dtype, chip) and tile.ER > 128 else 512
+        splits = max(1, min(chip.processors // programs, tokens // fewest), least)
         of_split = max(1, configs.ceil_div(tokens, splits * tile.T)) * tile.T
         one_wave = WgradPlan(tile, max(1, configs.ceil_div(tokens, of_split)), of_split)
         taken, other = (configs.wgrad_bytes(one, features, heights, dtype, chip) for one in (plan, one_wave))
@@ -180,18 +197,48 @@ def test_256_features_of_a_weight_gradient_only_where_they_compile_and_win_by_by
             assert plan.tile.F == 256
             assert plan.tile.ER <= 128
             assert len(heights) == 1 or heights[1] <= 16
-    assert bool(wide) == (chip.arch in ("sm_90", "sm_100") and dtype == torch.bfloat16)
+    assert bool(wide) == (chip.arch == "sm_100" and dtype == torch.bfloat16)
+
+
+def test_programs_of_a_narrow_weight_gradient_on_hopper() -> None:
+    """Two to a processor in tiles of 64 features, one in tiles of 128; twice as many splits would be more, or too short."""
+    seen = set()
+    for (_, features, heights), plan in _wgrads(torch.bfloat16, H200):
+        if not hopper.is_narrow(plan.tile):
+            continue
+        seen.add(plan.tile.F)
+        most = {64: 2, 128: 1}[plan.tile.F] * H200.processors
+        programs = configs.ceil_div(features, plan.tile.F) * configs.ceil_div(heights[0], plan.tile.ER)
+        assert plan.splits == 1 or programs * plan.splits <= most
+        assert 2 * programs * plan.splits > most or plan.tokens < 2048 or plan.splits == 1
+        assert plan.tile.F == 128 or plan.tokens <= 2048, "many tokens of a split are faster in tiles of 128 features"
+    assert seen == {64, 128}
 
 
 @pytest.mark.parametrize(
-    "tokens, features, splits, programs",
-    [(8192, 4096, 8, 128), (8192, 11008, 3, 129), (8192, 14336, 2, 112), (65_536, 14336, 7, 392), (8192, 28672, 1, 112)],
+    "tokens, features, tile_features, splits",
+    [(8192, 4096, 64, 4), (8192, 11008, 128, 1), (8192, 14336, 128, 1), (65_536, 14336, 128, 1), (8192, 28672, 128, 1)],
 )
-def test_weight_gradients_of_common_layers_on_hopper(tokens: int, features: int, splits: int, programs: int) -> None:
-    """Of 132 processors, with eight experts of 16 ranks; 392 programs are three waves, of which 1 % is idle."""
+def test_weight_gradients_of_common_layers_on_hopper(tokens: int, features: int, tile_features: int, splits: int) -> None:
+    """With eight experts of 16 ranks; 4096 and 14336 features were timed, the others follow the same rule."""
     plan = configs.wgrad_plan(tokens, features, (128, 8), torch.bfloat16, H200)
-    assert (plan.tile.F, plan.splits) == (256, splits)
-    assert configs.ceil_div(features, plan.tile.F) * plan.splits == programs
+    assert (plan.tile.F, plan.splits) == (tile_features, splits)
+
+
+@pytest.mark.parametrize("experts, rank", [(1, 16), (8, 16), (8, 32), (8, 64), (16, 64), (64, 16), (128, 8)])
+@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 300, 1024, 2048, 3000, 4096, 8192, 8448, 12_000, 65_536])
+def test_splits_of_a_shrink_on_hopper_leave_a_processor_for_each_program(tokens: int, experts: int, rank: int) -> None:
+    """Where all columns fit one tile, or where programs of 64 or 128 tokens fill the chip; elsewhere the model decides."""
+    sizes = Sizes(tokens, 4096, 4096, experts, rank, experts)
+    for plan in (configs.forward_plan(sizes, torch.bfloat16, H200), configs.backward_plan(sizes, torch.bfloat16, H200)):
+        tile, columns = plan.shrink, configs.ceil_div(experts * rank, plan.shrink.ER)
+        programs = tile.tiles_of(tokens) * plan.splits * (columns if plan.splits > 1 else 1)
+        if hopper.is_narrow(tile):
+            assert tile.T == 64
+            assert plan.splits == 1 or programs <= H200.processors
+            assert 2 * programs > H200.processors or plan.splits == 4096 // (4 * tile.F)
+        elif experts <= 64 and 110 <= configs.ceil_div(tokens, 64) <= H200.processors:
+            assert (tile.T, plan.splits) == (64, 1), "no splits where one tile of 64 tokens has a processor"
 
 
 @pytest.mark.parametrize("features", [2048, 4096, 14336])

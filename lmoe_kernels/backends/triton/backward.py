@@ -12,10 +12,10 @@
 The gradient of gate_bias is a sum of dlogits over the tokens, left to ATen.
 
 Two kernels read dy, one right after the other, so that the second finds in the L2 what fits there: all of dy up to some 4000
-tokens of O = 4096 in bf16 (an H200 has 50 MB). x is read once. dx comes last, because the frozen product adds into it.
+tokens of O = 4096 in bf16 (an H200 has 60 MB). x is read once. dx comes last, because the frozen product adds into it.
 
 Reading dy once would save 2 O = 8192 bytes a token where dy exceeds the L2. By counting bytes, no scheme saves more than it
-costs (E R = 128, 132 processors; nothing was timed):
+costs (E R = 128, 132 processors; none of them was timed):
 - One kernel makes both products of a slab of F features. It leaves dv as O / F partial sums, which cost 8 E R O / F bytes a
   token: 32768 at F = 128. F = 512 breaks even, but then the accumulators of dB fill all registers. For E R <= 32 only.
 - One kernel goes over a tile of tokens twice. It needs 132 tiles of 64 tokens in the L2, 66 MB, and adds each of them to a

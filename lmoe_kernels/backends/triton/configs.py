@@ -3,9 +3,8 @@
 
 Which tiles there are follows from registers, spills and shared memory, read from the machine code by `python -m
 benchmarks.inspect.static`. Of the plans with these tiles, the one is taken that `cost.py` models as fastest, from bytes and
-from the number of programs. `make gpu` times the tiles of `SEARCH_SPACE` around each choice. For Hopper's chips and half
-precision the choices of shrink and wgrad are those that were fastest when they were timed: H200, torch 2.11, Triton 3.6,
-2026-11-26, at 16 to 16384 tokens, benchmarks/results/nvidia-h200. No other chip was timed.
+from the number of programs; for Hopper's chips in half precision `hopper.py` narrows the choice to what was fastest when it
+was timed. No other chip was timed. `make gpu` times the tiles of `SEARCH_SPACE` around each choice.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from lmoe_kernels.backends.triton import cost
+from lmoe_kernels.backends.triton import cost, hopper
 from lmoe_kernels.backends.triton.cost import Traffic, ceil_div
 from lmoe_kernels.backends.triton.plans import BackwardPlan, Chip, ForwardPlan, GroupedPlan, Tile, WgradPlan
 from lmoe_kernels.options import Options, Sizes
@@ -39,14 +38,12 @@ def forward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> ForwardPlan:
     columns, ER = sizes.experts_of_a * sizes.R, sizes.E * sizes.R
     mix, expand = mix_tile(sizes, chip), expand_tile(sizes, ER, sizes.O, dtype, chip)
     plans = []
-    for tile in shrink_tiles(sizes, columns, dtype, chip):
-        splits = splits_of(tile, sizes.T, sizes.I, columns, dtype, chip)
+    for tile, splits in shrinks(sizes, sizes.I, columns, dtype, chip):
         # One pass holds all E R rows of both factors in one tile, and has one program for each tile of tokens.
         fits = columns == ER <= tile.ER and one_pass_bytes(tile, dtype) <= chip.shared_memory
-        # On an H200 the stages take 60.0 us where one pass takes 64.5 (8192 tokens), 104.4 where it takes 104.2 (16384).
-        fits = fits and not was_timed(tile, dtype, chip)
-        plans += [ForwardPlan(tile, 1, tile, mix, expand)] if fits and 1 in splits else []
-        plans += [ForwardPlan(None, number, tile, mix, expand) for number in splits]
+        if splits == 1 and fits and not hopper.covers(dtype, chip):
+            plans.append(ForwardPlan(tile, 1, tile, mix, expand))
+        plans.append(ForwardPlan(None, splits, tile, mix, expand))
     return min(plans, key=lambda plan: seconds_of(forward_kernels(plan, sizes, dtype, chip), chip))
 
 
@@ -55,9 +52,7 @@ def backward_plan(sizes: Sizes, dtype: torch.dtype, chip: Chip) -> BackwardPlan:
     """Which backward kernels run before the weight gradients, on which tiles, likewise."""
     mix, expand = mix_tile(sizes, chip), expand_tile(sizes, sizes.experts_of_a * sizes.R, sizes.I, dtype, chip)
     plans = [
-        BackwardPlan(splits, tile, mix, expand)
-        for tile in shrink_tiles(sizes, sizes.E * sizes.R, dtype, chip)
-        for splits in splits_of(tile, sizes.T, sizes.O, sizes.E * sizes.R, dtype, chip)
+        BackwardPlan(splits, tile, mix, expand) for tile, splits in shrinks(sizes, sizes.O, sizes.E * sizes.R, dtype, chip)
     ]
     return min(plans, key=lambda plan: seconds_of(backward_kernels(plan, sizes, dtype, chip), chip))
 
@@ -146,10 +141,8 @@ def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torc
     """The tile and the splits of a weight gradient of `heights[0]` rows, and of the gate's of `heights[1]` where given.
 
     Of the tiles that compile without spills, and of as many splits as fill one wave of programs or a few, those with the
-    least `wgrad_bytes`. 256 features halve the reads of the coefficients and need twice the splits; wgmma and tcgen05 leave
-    enough registers for them. For 14336 features and E R = 128, tiles of 128 make 112 programs, which leave 15 % of 132
-    processors idle. Two splits in tiles of 256 make as many, but load 20 % fewer bytes for 8192 tokens; for 16384 tokens it
-    takes seven splits, which fill three waves.
+    least `wgrad_bytes`. 256 features halve the reads of the coefficients and need twice the splits; tcgen05 leaves enough
+    registers for them.
     """
     experts = heights[1] if len(heights) == 2 else 1
     tile = Tile(
@@ -162,8 +155,11 @@ def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torc
         tiles = [replace(tile, T=32, F=64)]
     elif tile.ER > 128 and chip.arch.startswith("gfx"):
         tiles = [replace(tile, F=64)]
-    elif was_timed(tile, dtype, chip):
-        return timed_wgrad_plan(tokens, features, heights, tile, chip)
+    elif hopper.covers(dtype, chip) and hopper.is_narrow(tile):
+        return hopper.wgrad_plan(tokens, features, heights[0], tile, chip)
+    elif hopper.covers(dtype, chip) and tile.ER > 128:
+        # With 512 rows and 1024 tokens 64 features took 14.3 us, 128 took 18.4, and in two splits 21.6 (an H200, 2026-11-26)
+        tiles, least = [replace(tile, F=64), tile], 1024
     elif tile.ER <= 128 and tile.E == 16 and chip.arch.startswith("sm_10"):
         tiles = [tile, replace(tile, F=256)]
     plans = []
@@ -183,27 +179,6 @@ def wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], dtype: torc
     return min(plans, key=lambda plan: wgrad_bytes(plan, features, heights, dtype, chip))
 
 
-def was_timed(tile: Tile, dtype: torch.dtype, chip: Chip) -> bool:
-    """Whether tiles of so many experts and rows of factors were timed, on this chip or one with the same instructions."""
-    return chip.arch.startswith("sm_9") and dtype.itemsize == 2 and tile.ER <= 128 and tile.E == 16
-
-
-def timed_wgrad_plan(tokens: int, features: int, heights: tuple[int, ...], tile: Tile, chip: Chip) -> WgradPlan:
-    """The plan of a weight gradient that was fastest, or at most 3 % slower, where several were timed.
-
-    In tiles of 64 features two programs share a processor, so that one loads while the other one multiplies. Tiles of 128
-    load fewer bytes, which wins where a split has many tokens: 16384 tokens with the gate take 52.6 us instead of 56.4.
-    """
-    for features_of_tile, at_once in ((64, 2), (128, 1)):
-        tile = replace(tile, F=features_of_tile, stages=4)
-        programs = ceil_div(features, tile.F) * ceil_div(heights[0], tile.ER)
-        splits = largest_power(min(at_once * chip.processors // max(programs, 1), tokens // 1024))
-        of_split = max(1, ceil_div(tokens, splits * tile.T)) * tile.T
-        if of_split <= 2048:
-            break
-    return WgradPlan(tile, max(1, ceil_div(tokens, of_split)), of_split)
-
-
 def wgrad_bytes(plan: WgradPlan, features: int, heights: tuple[int, ...], dtype: torch.dtype, chip: Chip) -> int:
     """What a weight gradient loads, as if all processors had as many programs as the busiest one, and its partial sums.
 
@@ -213,6 +188,12 @@ def wgrad_bytes(plan: WgradPlan, features: int, heights: tuple[int, ...], dtype:
     columns = plan.tile.F + plan.tile.ER + (plan.tile.E if len(heights) == 2 else 0)
     loaded = ceil_div(programs, chip.processors) * chip.processors * plan.tokens * columns * dtype.itemsize
     return loaded + (8 * plan.splits * sum(heights) * features if plan.splits > 1 else 0)
+
+
+def shrinks(sizes: Sizes, features: int, columns: int, dtype: torch.dtype, chip: Chip) -> list[tuple[Tile, int]]:
+    """The tiles for a shrink, each with every number of splits that may be taken with it."""
+    ways = [(tile, n) for tile in shrink_tiles(sizes, columns, dtype, chip) for n in splits_of(tile, features, dtype)]
+    return hopper.shrinks(ways, sizes.T, columns, chip) if hopper.covers(dtype, chip) else ways
 
 
 def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> list[Tile]:
@@ -229,15 +210,9 @@ def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> 
     if dtype.itemsize > 2:
         tiles = [replace(tile, T=64 if tile.E <= 32 else 32, F=32, warps=8)]
     else:
-        if was_timed(tile, dtype, chip):
-            # Steps of 128 features are faster than those of 64 (63.0 us, 70.1), while each program has a processor for itself
-            # and has many steps; few tokens are cut into 16 splits, which have four steps of 64.
-            many = chip.processors < 16 * tile.tiles_of(sizes.T) <= 16 * chip.processors
-            return [replace(tile, F=128 if many else 64, stages=4)]
+        if hopper.covers(dtype, chip) and tile.E <= 64:
+            return hopper.shrink_tiles(tile, sizes.T, chip)
         tiles = [replace(tile, warps=8 if tile.ER + tile.E > 160 or uses_mma_sync(chip) else 4)]
-        if chip.arch.startswith("sm_9") and 5 * chip.processors <= 6 * tile.tiles_of(sizes.T) <= 6 * chip.processors:
-            # 64 tokens to each processor: 287 us where 128 in two splits take 303 (8192 tokens, E=16, R=64), 92 and 98.5 (8, 32)
-            return [fit_stages(tiles[0], 4, lambda t: shrink_bytes(t, dtype) // t.stages, chip)]
         spills = tile.ER == 64 and chip.arch.startswith("sm_10")  # two registers, in splits
         tiles += [replace(tile, T=128, warps=8)] if tile.E <= 64 and sizes.T > 64 and not spills else []
     # fp32 keeps its operands in registers, like the accumulators: more than two stages spill (Triton 3.6 for sm_90)
@@ -298,7 +273,7 @@ def dropout_tile(features: int) -> Tile:
     return Tile(T=2048 // width, F=width, ER=16)
 
 
-def splits_of(tile: Tile, tokens: int, features: int, columns: int, dtype: torch.dtype, chip: Chip) -> list[int]:
+def splits_of(tile: Tile, features: int, dtype: torch.dtype) -> list[int]:
     """The split-K factors that a shrink may have.
 
     Partial sums are written and read in fp32, `8 columns` bytes a token for each split, and need a further launch. A split
@@ -314,9 +289,6 @@ def splits_of(tile: Tile, tokens: int, features: int, columns: int, dtype: torch
     numbers = [least]
     while 2 * numbers[-1] <= most:
         numbers.append(2 * numbers[-1])
-    if was_timed(tile, dtype, chip):  # of those with a processor for each program the one with the most was fastest
-        programs = tile.tiles_of(tokens) * ceil_div(columns, tile.ER)
-        numbers = [n for n in numbers if n * programs <= chip.processors][-1:] or numbers[:1]
     of_split = [max(1, ceil_div(features, n * tile.F)) * tile.F for n in numbers]  # whole steps, which may need fewer splits
     return list(dict.fromkeys(max(1, ceil_div(features, one)) for one in of_split))
 
@@ -362,11 +334,6 @@ def expand_bytes(tile: Tile, dtype: torch.dtype, chip: Chip) -> int:
 def one_pass_bytes(tile: Tile, dtype: torch.dtype) -> int:
     """Shared memory for the expand in one pass: v, the pipeline stages of B, and a tile of y."""
     return (tile.T * tile.ER + tile.stages * tile.ER * tile.F + tile.T * tile.F) * dtype.itemsize
-
-
-def largest_power(most: int) -> int:
-    """The largest power of two up to a number, at least one."""
-    return 1 << max(most, 1).bit_length() - 1
 
 
 def block_of(size: int, least: int = 16, most: int = 1024) -> int:

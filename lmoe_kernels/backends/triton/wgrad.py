@@ -117,6 +117,9 @@ def _wgrad_bwd_kernel(
         t = start + tl.arange(0, BLOCK_T)
         rows = rows_ptr + t.to(tl.int64)[None, :] * stride_t + f[:, None]
         x = tl.load(rows, mask=(f < F)[:, None] & (t < t_to)[None, :], other=0.0)
+        # All tiles are loaded before the first product. With the gate's coefficients loaded after it, Triton kept both tiles
+        # of coefficients at one address, and for ER=27 and E=3 on sm_90 ptxas 12.8 left out instructions that compute the
+        # descriptors of the gate's: an H200 gave a wrong gradient of gate_weight (2026-11-26).
         c = load_rows(coefficients_ptr, t, er, t_to, ER)
         if gate_coefficients_ptr is not None:
             gate_c = load_rows(gate_coefficients_ptr, t, e, t_to, E)
