@@ -117,9 +117,10 @@ def _copies(stack: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, tuple
 def _own_logits(x: Tensor, stack: Sequence[Factors], rows: Tensor) -> Tensor:
     """The router logits (T, n E) of the projections' own gates."""
     logits = linear_wide(x, rows)  # [T, I] @ [I, n E] -> [T, n E]
-    for factors, own in zip(stack, logits.chunk(len(stack), dim=1), strict=True):
-        if factors.gate_bias is not None:
-            own += factors.gate_bias
+    if any(factors.gate_bias is not None for factors in stack):
+        for factors, own in zip(stack, logits.chunk(len(stack), dim=1), strict=True):
+            if factors.gate_bias is not None:
+                own += factors.gate_bias
     return logits
 
 
