@@ -169,7 +169,7 @@ def _compute(x: Tensor, layers: Sequence[_Layer], parts: Sequence[Part]) -> list
 def _circumstances(x: Tensor) -> tuple[object, ...]:
     """What may change between the calls of two layers with the same tensor x. The last one is the hooks on saved tensors."""
     dtype = torch.get_autocast_dtype(x.device.type) if ops.autocast_is_on() else None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     return x._version, x.requires_grad, torch.is_grad_enabled(), dtype, hooks
 
 

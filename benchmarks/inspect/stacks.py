@@ -6,8 +6,8 @@ The block is that of Llama 3.2 1B: 2048 features, 512 for k and v, 8192 between 
 `apply_lmoe(stack=False)`, "stacked" is the default.
 
 - Passes: operations of ATen that read x, or a copy of it in another dtype, and reads and writes of matrices that hold its
-  gradient or a part of it. Each is as many bytes as x has. The frozen products count. The dtype is fp32: where x is bf16, ATen
-  on the CPU casts all of x to compute router logits that are not rounded, and a GPU does not.
+  gradient or a part of it. Each is as many bytes as x has. The frozen products count. The dtype is fp32: where x is bf16,
+  ATen on the CPU casts all of x to compute router logits that are not rounded, and a GPU does not.
 - Saved bytes: what a forward of the whole block keeps for its backward, beyond parameters, with experts in fp32.
 - Host: CPU time of the block's seven layers on one thread, for 4 tokens and 16 features, where products take no time. Both
   variants are called in turn. The least of the rounds counts; the median, in brackets, shows how busy the machine was.
@@ -119,8 +119,9 @@ def llama_block() -> tuple[nn.Module, Callable[[nn.Module, int], Tensor]]:
 
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=BETWEEN, num_attention_heads=32, num_key_value_heads=OF_KEYS // 64,
-        head_dim=64, attn_implementation="sdpa",
+        head_dim=64,
     )  # fmt: skip
+    config._attn_implementation = "sdpa"
     block, rotary = LlamaDecoderLayer(config, 0).bfloat16(), LlamaRotaryEmbedding(config)
 
     def call(block: nn.Module, tokens: int) -> Tensor:
@@ -167,18 +168,17 @@ def saved_bytes(autocast: bool, tokens: int = 256) -> dict[str, dict[str, float]
     return found
 
 
-class Layers(nn.Module):
+class Layers(nn.ModuleDict):
     """The seven layers of a block without what is between them."""
 
     def __init__(self, features: int) -> None:
-        super().__init__()
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
-            setattr(self, name, nn.Linear(features, features, dtype=torch.bfloat16))
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        super().__init__({name: nn.Linear(features, features, dtype=torch.bfloat16) for name in names})
 
     def forward(self, x: Tensor) -> Tensor:
         """All layers, in the order of a block."""
-        x = self.o_proj(self.q_proj(x) + self.k_proj(x) + self.v_proj(x))
-        return self.down_proj(self.gate_proj(x) + self.up_proj(x))
+        x = self["o_proj"](self["q_proj"](x) + self["k_proj"](x) + self["v_proj"](x))
+        return self["down_proj"](self["gate_proj"](x) + self["up_proj"](x))
 
 
 def host_microseconds(rounds: int, seconds: float = 0.02) -> dict[str, dict[str, list[float]]]:
