@@ -97,7 +97,7 @@ def test_a_model_of_one_call_in_lines_and_in_a_table(tmp_path: Path) -> None:
     assert text.startswith("A MODEL, nothing was timed")
     assert "H200: assumed 4.3 TB/s from memory, 6.0 TB/s from the L2" in text
     forward = [line for line in lines if line["direction"] == "forward"]
-    assert [line["kernel"] for line in forward] == ["_shrink_fwd_kernel", "_mix_fwd_kernel", "_expand_fwd_kernel"]
+    assert [line["kernel"] for line in forward] == ["_shrink_mix_fwd_kernel", "_expand_fwd_kernel"]
     assert lines[-1]["kernel"] == "_expand_fwd_kernel"
     least, total = 2 * 8192 * 4096 * 2 / 4.3e6, sum(line["model_us"] for line in forward)  # x and y are 64 MB each
     assert f"forward: modelled {total:.0f} us, floor {least:.0f} us, {100 * least / total:.0f} %" in text

@@ -111,6 +111,7 @@ DEFINED = "UMOV UR6, 0x10\nULDC.64 UR4, c[0x0][0x208]"
         ("@P0 BRA `(.L_a)\nUMOV UR6, 0x10\n.L_a:\nIMAD R1, R2, UR6, R4", 1),
         ("UMOV UR6, 0x10\n.L_a:\nIMAD R1, R2, UR6, R4\nUIADD3 UR6, UR6, UR7, URZ\n@P0 BRA `(.L_a)", 1),
         (".L_a:\nR2UR UR7, R5\nUMOV UR6, UR7\nUIADD3 UR8, UR6, UR7, URZ\n@P0 BRA `(.L_a)\nIMAD R1, R2, UR8, R4", 0),
+        ("BRA `(.L_b)\n.L_a:\nIMAD R1, R2, UR7, R4\nEXIT\n.L_b:\nR2UR UR6, R2\nBRA `(.L_a)", 1),
         (f"{DEFINED}\nEXIT\nUMOV UR9, UR8", 0),
         ("UISETP.GE.AND UP0, UPT, UR4, 0x1, UPT", 1),
         ("UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR5", 1),
@@ -123,7 +124,8 @@ DEFINED = "UMOV UR6, 0x10\nULDC.64 UR4, c[0x0][0x208]"
     ],
     ids=[
         "all are written", "its own operand", "the upper half of a descriptor", "a predicate decides",
-        "a way around the write", "a loop adds what nothing wrote", "a loop writes before it reads", "after the end",
+        "a way around the write", "a loop adds what nothing wrote", "a loop writes before it reads", "a jump back",
+        "after the end",
         "a comparison writes none", "behind a predicate", "four at once", "two at once", "two operands in shared memory",
         "one operand in shared memory", "an instruction's own descriptor", "addresses",
     ],
