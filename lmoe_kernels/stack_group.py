@@ -76,8 +76,10 @@ class StackGroup:
         self._kept: _Kept | None = None
 
     def join(self, layer: _Layer, position: int) -> None:
-        """Make a layer the one at this position."""
-        self._layers[position] = weakref.ref(layer)
+        """Make a layer the one at this position, unless a living layer is: a shallow copy has the group of the original."""
+        mine = self._layers.get(position)
+        if mine is None or mine() is None:
+            self._layers[position] = weakref.ref(layer)
 
     def result_of(self, layer: _Layer, position: int, x: Tensor) -> _Result | None:
         """The result of a layer's forward; None if it must compute alone."""

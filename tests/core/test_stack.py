@@ -13,12 +13,12 @@ from tests.problems import SHAPES, Case, Problem, leaves_of, make_problem, plain
 from tools.error_rule import assert_no_worse
 
 STACKING = [name for name in dispatch.BACKENDS if dispatch.load_stack(name) is not None]
-FEATURES = (41, 24, 1)  # O of the projections
+FEATURES = (41, 24, 35)  # O of the projections
 CASES = [
     Case(T=40),
     Case(T=1, E=12, R=9),
     Case(T=64, I=70, E=8, R=4, mixing="outputs"),
-    Case(T=33, E=1, R=1),
+    Case(E=1, R=1),
     Case(T=40, I=50, E=6, top_k=2),
     Case(T=40, I=16, E=6, R=9, top_k=2, renormalize=False),
     Case(T=40, E=4, top_k=1, renormalize=False, mixing="outputs"),

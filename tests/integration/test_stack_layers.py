@@ -141,6 +141,11 @@ def test_activation_checkpointing_of_a_block(checkpointed: str, sizes: list[int]
     assert sizes == [3, 3]
 
 
+def _and_more(layer: nn.Module, x: Tensor) -> Tensor:
+    """A part of a forward that has tensors to save even if the layer only takes its result."""
+    return layer(x).tanh() * x.mean()
+
+
 @pytest.mark.parametrize("checkpointed", ["reentrant", "not reentrant"])
 @pytest.mark.parametrize("of", ["each", "first", "others"])
 def test_activation_checkpointing_of_layers(checkpointed: str, of: str, sizes: list[int]) -> None:
@@ -151,7 +156,7 @@ def test_activation_checkpointing_of_layers(checkpointed: str, of: str, sizes: l
         ys = []
         for i, layer in enumerate((module.q_proj, module.k_proj, module.v_proj)):
             repeats = {"each": True, "first": i == 0, "others": i > 0}[of]
-            ys.append(checkpoint(layer, x, use_reentrant=reentrant) if repeats else layer(x))
+            ys.append(checkpoint(_and_more, layer, x, use_reentrant=reentrant) if repeats else _and_more(layer, x))
         return torch.cat(ys, dim=-1)
 
     module = Attention()
@@ -306,6 +311,17 @@ def test_copies_are_groups_of_their_own(sizes: list[int]) -> None:
     one = copy.deepcopy(module.q_proj)
     torch.testing.assert_close(one(x), module.q_proj(x))
     assert sizes == [3, 3]  # the copy of one layer computes alone
+
+
+def test_a_replica_is_not_in_the_group_of_its_original(sizes: list[int]) -> None:
+    module, x = Attention(), draw(4)
+    for replica in (module.q_proj._replicate_for_data_parallel(), copy.copy(module.q_proj)):
+        replica._parameters = dict(replica._parameters)
+        replica.lora_b = nn.Parameter(torch.randn_like(replica.lora_b))
+        torch.testing.assert_close(replica(x), alone(replica)(x))
+    assert sizes == []
+    module(x)
+    assert sizes == [3]
 
 
 def test_nothing_is_kept_after_the_last_call(sizes: list[int]) -> None:
