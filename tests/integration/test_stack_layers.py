@@ -317,7 +317,8 @@ def test_a_replica_is_not_in_the_group_of_its_original(sizes: list[int]) -> None
     module, x = Attention(), draw(4)
     for replica in (module.q_proj._replicate_for_data_parallel(), copy.copy(module.q_proj)):
         replica._parameters = dict(replica._parameters)
-        replica.lora_b = nn.Parameter(torch.randn_like(replica.lora_b))
+        for name in ("lora_a", "lora_b", "gate_weight"):
+            setattr(replica, name, nn.Parameter(torch.randn_like(getattr(module.q_proj, name))))
         torch.testing.assert_close(replica(x), alone(replica)(x))
     assert sizes == []
     module(x)
