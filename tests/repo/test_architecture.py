@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lmoe_kernels"
 
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
-    {"__init__", "info", "peft"},
+    {"__init__", "info", "peft", "routing"},
     {"auxiliary_trainer", "balancing", "checkpoint", "compilation", "compose", "experts", "fitting", "training"},
     {"auxiliary_hook"},
     {"auxiliary"},

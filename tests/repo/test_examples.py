@@ -101,6 +101,26 @@ def test_trl_sft(tmp_path: Path) -> None:
     assert float(last) < float(first)
 
 
+def test_routing_report_writes_statistics_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    importlib.import_module("routing_report").main(["--tiny", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "routing.json", "routing.safetensors"]
+    readable = json.loads((tmp_path / "routing.json").read_text(encoding="utf-8"))
+    assert len(readable["summary"]) == 21
+    tokens = 4 * 4 * 97 + 2 * (96 + 32 + 15)  # training; the windows and what generate reads
+    for of_layer in readable["summary"].values():
+        assert {name: of_label["tokens"] for name, of_label in of_layer["labels"].items()} == dict.fromkeys(
+            ("English", "Python", "C"), tokens
+        )
+    assert [of_step["step"] for of_step in readable["drift"]] == [1, 2, 3, 4]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg ") == 5
+    assert "Python by expert" in page
+    assert "effective experts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("number", range(len(re.findall(r"```python\n", README))))
 def test_readme_code_runs(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
