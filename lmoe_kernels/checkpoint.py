@@ -54,6 +54,7 @@ def load_lmoe(
     backend: BackendName | None = None,
     output_router_logits: bool = False,
     dropout: float = 0.0,
+    stack: bool = True,
 ) -> list[str]:
     """Load the L-MoE layers that `save_lmoe` wrote: create the layers that the model does not have, and fill the others.
 
@@ -68,6 +69,7 @@ def load_lmoe(
         backend: backend of the layers that are created, see `LMoELinear`.
         output_router_logits: for the layers that are created, see `LMoELinear`.
         dropout: for the layers that are created, see `LMoELinear`.
+        stack: whether layers that read the same input are computed together, see `apply_lmoe`.
 
     Returns:
         the names of the layers in the plain model.
@@ -80,6 +82,7 @@ def load_lmoe(
             or has another shape; two directories contain the same layer; a layer is on the meta device.
     """
     directories = _paths(directory)
+    checks.check_bool("load_lmoe", "stack", stack)
     adapter = run_on_all_processes("load_lmoe", model, lambda: _merged(model, directories))
     check_gatherable("load_lmoe", model)
     present = lmoe_layers_by_every_name(model)
@@ -114,7 +117,7 @@ def load_lmoe(
     )
     new = {id(linears[name]): layers[name] for name in new_names}
     aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
-    replace_modules(model, aliases, adapter.modules_to_save)
+    replace_modules(model, aliases, adapter.modules_to_save, stack=stack)
     fill(model, {**with_routers(layers), **parts_of(saved)}, adapter.tensors)
     return list(adapter.layers)
 

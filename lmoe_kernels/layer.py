@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, RouterReads, RouterScope, refuse_unknown
+from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.layer_options import WithOptions
 from lmoe_kernels.linears import InPlaceOfLinear, features_of, weight_of
 from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.routers import Router
+from lmoe_kernels.stack_group import InGroup
 
 _ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
 
 
-class LMoELinear(WithOptions, InPlaceOfLinear, LayerWithExperts):
+class LMoELinear(InGroup, WithOptions, InPlaceOfLinear, LayerWithExperts):
     """A replacement for `nn.Linear` with a frozen weight and a trained mixture of LoRA experts.
 
     Semantics:
@@ -287,6 +288,9 @@ class LMoELinear(WithOptions, InPlaceOfLinear, LayerWithExperts):
             return base(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_frozen_parameters()
+        if self._stacked is not None and (of_group := self.result_of_group(x)) is not None:
+            y, self.router_logits = of_group
+            return y
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
             "gate_bias": self.gate_bias,
@@ -378,12 +382,6 @@ class LMoELinear(WithOptions, InPlaceOfLinear, LayerWithExperts):
     def num_trainable_parameters(self) -> int:
         """The number of elements of this layer's parameters that require a gradient."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def config(self) -> dict[str, Any]:
-        """The options that decide what the layer computes, by name. A checkpoint stores these."""
-        options = self.options()
-        stored = {name: getattr(options, name) for name in CONFIG_KEYS}
-        return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""

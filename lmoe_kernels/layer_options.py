@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The options of a layer as its attributes, which may be changed between two forwards."""
 
-from lmoe_kernels.config import LayerConfig
+from typing import Any
+
+from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
 from lmoe_kernels.options import Mixing
 
 # The names of these options are those of tensors and modules of the layer.
@@ -30,6 +32,12 @@ class WithOptions:
         options = LayerConfig(**{name: getattr(self, _ATTRIBUTES.get(name, name)) for name in LayerConfig._fields})
         unnamed = options._replace(expert_names=None)
         return unnamed if options.expert_names == unnamed.names() else options
+
+    def config(self) -> dict[str, Any]:
+        """The options that decide what the layer computes, by name. A checkpoint stores these."""
+        options = self.options()
+        stored = {name: getattr(options, name) for name in CONFIG_KEYS}
+        return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
 
     def extra_repr(self) -> str:
         """The sizes and options for `print(model)`, without those that have their defaults."""

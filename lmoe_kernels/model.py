@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
-from lmoe_kernels.checks import fail
+from lmoe_kernels.checks import check_bool, fail
 from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
@@ -21,6 +21,7 @@ from lmoe_kernels.options import Mixing
 from lmoe_kernels.quantised import numel_of
 from lmoe_kernels.router_scopes import scopes_of
 from lmoe_kernels.routers import disconnect_hooks, share_routers
+from lmoe_kernels.stack_models import stack_layers
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
@@ -45,6 +46,7 @@ def apply_lmoe(
     *,
     modules_to_save: str | Iterable[str] = (),
     dtype: torch.dtype | None = None,
+    stack: bool = True,
     num_experts: int = 8,
     rank: int = 16,
     alpha: float | None = None,
@@ -80,6 +82,8 @@ def apply_lmoe(
         modules_to_save: one or several names of modules that are trained directly and saved with the experts, for example a
             newly initialised classifier.
         dtype: dtype of experts and gates, see `LMoELinear.from_linear`.
+        stack: whether layers of one module that read the same input by their names, such as q_proj, k_proj and v_proj, are
+            computed together where they can be. Results are the same within rounding. It is not stored in a checkpoint.
 
     Returns:
         the names of the wrapped layers, in the model's order.
@@ -90,6 +94,7 @@ def apply_lmoe(
         TypeError: an argument or an option has the wrong type, or an option has an unknown name.
     """
     refuse_unknown(unknown)
+    check_bool("apply_lmoe", "stack", stack)
     config = LayerConfig(
         num_experts=num_experts,
         rank=rank,
@@ -109,9 +114,9 @@ def apply_lmoe(
         backend=backend,
     )
     targets, linears, saved = _selected(model, target_modules, modules_to_save)
-    layers = wrap_linears("apply_lmoe", model, linears, lambda name: (config, dtype))
     _warn_of_frozen_weights(model, targets, saved)
-    replace_modules(model, layers, saved)
+    layers = wrap_linears("apply_lmoe", model, linears, lambda name: (config, dtype))
+    replace_modules(model, layers, saved, stack=stack)
     return list(linears)
 
 
@@ -171,16 +176,21 @@ def replace_modules(
     model: nn.Module,
     layers: Mapping[str, LMoELinear],
     modules_to_save: Iterable[str] = (),
+    *,
+    stack: bool = True,
 ) -> None:
     """Replace the modules at these names of the plain model by L-MoE layers with their routers, and mark modules_to_save.
 
-    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first.
+    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first. With `stack`,
+    layers that read the same input are computed together.
     """
     modules = plain_modules(model)
     if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
         model.requires_grad_(False)
     set_modules(model, layers)
     share_routers(model, lmoe_layers(model))
+    if stack:
+        stack_layers(model)
     for name in modules_to_save:
         mark_saved(modules[name])
     pretrained.install(model)

@@ -106,6 +106,10 @@ class Router(nn.Module):
         """A hook after the forward of the block: no later call of a layer may use these logits."""
         self.router_logits = None
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What the logits for an input depend on: the parameters, and what has been read of a block."""
+        return self.gate_weight, self.gate_bias, self.router_logits
+
     def logits_for(self, x: Tensor, layers: int) -> Tensor:
         """The logits (..., E) for the input x (..., I) of one of so many layers.
 
