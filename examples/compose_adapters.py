@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from corpus import Domain, load_domains
 from peft import LoraConfig, PeftModel, get_peft_model
-from three_domains import LENGTH, cross_entropy, small_llama, training
+from study.language_model import LENGTH, cross_entropy, small_llama, training
 from torch import nn
 from tqdm import tqdm
 

@@ -1,11 +1,16 @@
-"""Three kinds of real text that every CPython installation carries: English, Python and C, as bytes.
+"""Kinds of real text that every CPython installation carries, as bytes: English, Python, C, and bytecode.
 
 English is the language reference of `pydoc_data.topics`, Python the standard library's modules, C the interpreter's headers.
+Bytecode is the listings that `dis` prints of some of those modules: they depend on the version of Python.
 Each domain is split by document: every eighth document goes to the validation part, so no file is in both parts.
 """
 
+import dis
+import io
 import pydoc_data.topics
+import re
 import sysconfig
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +18,8 @@ import torch
 from torch import Tensor
 
 VALIDATION_SHARE = 8  # one document of this many is for validation
+LISTINGS = 64  # modules whose bytecode is listed
+LONGEST = 60_000  # bytes of a listing that are kept
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,26 @@ def load_domains() -> list[Domain]:
     modules = _read(Path(sysconfig.get_path("stdlib")), "*.py")
     headers = _read(Path(sysconfig.get_path("include")), "**/*.h")
     return [_split("English", topics), _split("Python", modules), _split("C", headers)]
+
+
+def load_bytecode() -> Domain:
+    """The listings of the standard library's bytecode.
+
+    What differs from run to run is left out: the addresses of objects, and the members of sets, whose order is random.
+
+    Raises:
+        FileNotFoundError: the installation lacks the library's sources.
+    """
+    sources = _read(Path(sysconfig.get_path("stdlib")), "*.py")[:LISTINGS]
+    return _split("Bytecode", [_listing(source) for source in sources])
+
+
+def _listing(source: bytes) -> bytes:
+    text = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of escapes in old modules
+        dis.dis(compile(source, "module.py", "exec"), file=text)
+    return re.sub(r" at 0x[0-9a-fA-F]+|(?<=frozenset)\(\{.*\}\)", "", text.getvalue())[:LONGEST].encode()
 
 
 def _read(folder: Path, pattern: str) -> list[bytes]:

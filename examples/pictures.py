@@ -1,7 +1,6 @@
-"""The demo's two pictures: what was learned, and which experts the gates chose for which domain."""
+"""The demo's two pictures: what was gained, and which experts the gates chose for which domain."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -9,9 +8,10 @@ from torch import Tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
 
-COLOURS = {"base": "#bbbbbb", "one LoRA": "#4477aa", "L-MoE": "#ee6677"}
-SHOWN = 6  # layers whose gates are drawn
+COLOURS = {"mixture with a gate": "#cc6677", "one LoRA": "#4477aa", "without a gate": "#999999"}
+Bits = dict[str, dict[str, float]]
 
 
 def domain_bits(use: Tensor) -> float:
@@ -29,56 +29,64 @@ def most_specialised(gates: dict[str, Tensor]) -> list[str]:
     return sorted(gates, key=lambda name: -domain_bits(gates[name]))
 
 
-def plot_bits(bits: dict[str, dict[str, float]], path: Path) -> None:
-    """Bars of validation bits per byte: domains side by side, the models within each."""
-    domains = list(next(iter(bits.values())))
-    order = [name for name in COLOURS if name in bits]
-    figure, axes = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
-    width = 0.8 / len(order)
-    for i, name in enumerate(order):
-        places = [d + (i - (len(order) - 1) / 2) * width for d in range(len(domains))]
-        bars = axes.bar(places, [bits[name][d] for d in domains], width * 0.94, color=COLOURS[name], label=name)
-        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(domains)), domains)
-    axes.set_ylabel("validation bits per byte")
-    axes.set_ylim(0, 1.22 * max(max(b.values()) for b in bits.values()))
-    axes.set_title("Lower is better: a model of English, and with adapters of equal size", loc="left", fontsize=11)
-    axes.legend(frameon=False, ncols=len(order), loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
+def plot_bits(apart: Bits, together: Bits, path: Path) -> None:
+    """Bars of how many bits per byte each model saves over the frozen one; the first row of `apart` is the frozen one."""
+    means = {name: sum(bits.values()) / len(bits) for name, bits in {**apart, **together}.items()}
+    frozen = means[next(iter(apart))]
+    names = [[name for name in part if means[name] != frozen] for part in (apart, together)]
+    figure, panels = plt.subplots(
+        2, 1, figsize=(8.5, 4.8), sharex=True, layout="constrained", height_ratios=[len(part) for part in names]
+    )
+    titles = (
+        "LoRAs trained apart, one on each domain, then composed",
+        "Trained together on all domains, parameters of equal number",
+    )
+    for axes, part, title in zip(panels, names, titles, strict=True):
+        saved = [frozen - means[name] for name in part]
+        bars = axes.barh(part, saved, 0.7, color=[COLOURS[_kind(name)] for name in part])
+        axes.bar_label(bars, [f"{means[name]:.3f}" for name in part], padding=4, fontsize=9)
+        axes.invert_yaxis()
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlim(min(0.0, *saved), 1.12 * max(frozen - mean for mean in means.values()))
+    panels[1].set_xlabel(f"bits per byte less than the frozen model's {frozen:.3f}: longer is better")
+    patches = [Patch(color=colour, label=kind) for kind, colour in COLOURS.items()]
+    figure.legend(handles=patches, loc="outside upper right", ncols=len(patches), frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def plot_gates(gates: dict[str, Tensor], domains: list[str], path: Path) -> None:
-    """Heat maps of the mean gates in the most specialised layers, next to bars of how specialised every layer is."""
-    best = most_specialised(gates)[:SHOWN]
-    figure = plt.figure(figsize=(11, 5.6), layout="constrained")
-    panels: Any = figure.subfigures(1, 2, width_ratios=[2.1, 1])
-    left, right = panels
-    top = max(gates[name].max().item() for name in best)
-    grid = left.subplots(3, 2, sharex=True, sharey=True)
-    images = []
-    for axes, name in zip(grid.flat, best, strict=False):
-        images.append(axes.imshow(gates[name], cmap="viridis", vmin=0.0, vmax=top, aspect="auto"))
-        axes.set_title(name, fontsize=9, loc="left")
-        axes.set_xticks(range(gates[name].shape[1]))
-        axes.set_yticks(range(len(domains)), domains)
-        for row, shares in enumerate(gates[name].tolist()):
-            for column, share in enumerate(shares):
-                ink = "black" if share > 0.6 * top else "white"
-                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=8)
-    for axes in grid[-1]:
-        axes.set_xlabel("expert")
-    left.suptitle("Mean gate in per cent, the six most specialised layers", fontsize=11)
-    left.colorbar(images[0], ax=grid, shrink=0.6, format=lambda share, _: f"{100 * share:.0f} %")
+def _kind(name: str) -> str:
+    """Which of the colours a row has."""
+    if "one LoRA" in name:
+        return "one LoRA"
+    return "without a gate" if name.startswith(("average", "oracle")) else "mixture with a gate"
 
-    axes = right.subplots()
-    names = list(gates)
-    axes.barh(names, [domain_bits(gates[name]) for name in names], color="#4477aa")
-    axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel("bits")
-    axes.spines[["top", "right"]].set_visible(False)
-    right.suptitle("What the choice of expert tells about the domain", fontsize=11)
+
+def plot_gates(gates: dict[str, dict[str, Tensor]], domains: list[str], path: Path) -> None:
+    """A heat map for each model, domains by experts, of the layer or block whose choice tells most about the domain."""
+    figure, panels = plt.subplots(
+        1, len(gates), figsize=(12, 3.4), layout="constrained",
+        width_ratios=[3 + next(iter(of_layer.values())).shape[1] for of_layer in gates.values()],
+    )  # fmt: skip
+    for axes, (model, of_layer) in zip(panels, gates.items(), strict=True):
+        best = most_specialised(of_layer)[0]
+        use = of_layer[best]
+        axes.imshow(use, cmap="viridis", vmin=0.0, vmax=1.0, aspect="auto")
+        apart = use.shape[1] == len(domains)
+        axes.set_xticks(range(use.shape[1]), domains if apart else range(use.shape[1]))
+        axes.set_yticks(range(len(domains)), domains)
+        axes.set_xlabel("expert" if not apart else "expert, trained on")
+        mean = sum(map(domain_bits, of_layer.values())) / len(of_layer)
+        axes.set_title(f"{model}\n{best}: {domain_bits(use):.2f} bits (mean {mean:.2f})", fontsize=8.5, loc="left")
+        for row, shares in enumerate(use.tolist()):
+            for column, share in enumerate(shares):
+                ink = "black" if share > 0.6 else "white"
+                axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=ink, fontsize=9)
+    panels[0].set_ylabel("text")
+    title = (
+        "Mean gate in per cent, in the layer that tells most about the domain; bits: its mutual information with the domain"
+    )
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -56,19 +56,19 @@ class Outcome:
     likeness: float | None  # mean cosine between two experts' B; None where there is one expert
 
 
-def demo() -> Any:
-    """The demo's module, whose model, text and training the trials share."""
+def demo(module: str) -> Any:
+    """A module of the demo, whose model, text and training the trials share."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    return importlib.import_module("three_domains")
+    return importlib.import_module(module)
 
 
 class Lab:
     """The frozen model, trained once and kept in a folder, and the text."""
 
     def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.demo = settings, demo()
-        self.domains = self.demo.load_domains()
+        self.settings, self.demo = settings, demo("study.language_model")
+        self.domains = demo("corpus").load_domains()
         torch.manual_seed(0)
         self.base = self.demo.small_llama()
         if (folder / "config.json").is_file():
@@ -111,8 +111,7 @@ class Lab:
         }
         lk.apply_lmoe(model, "all-linear", output_router_logits=trial.num_experts > 1, **options)
         if trial.num_experts == 1:
-            for layer in lk.lmoe_layers(model).values():
-                layer.gate_weight.requires_grad_(False)  # the gate of one expert is 1
+            lk.freeze_gates(model)  # the gate of one expert is 1
         return model
 
     @torch.no_grad()

@@ -23,30 +23,40 @@ def test_demo(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert set(results["bits_per_byte"]) == {"base", "L-MoE", "one LoRA"}
-    assert all(0 < bits < 9 for by_domain in results["bits_per_byte"].values() for bits in by_domain.values())
-    parameters = results["trainable_parameters"]
-    assert abs(parameters["L-MoE"] / parameters["one LoRA"] - 1) < 0.02
-    gates = torch.tensor(list(results["gates"].values()))
-    torch.testing.assert_close(gates.sum(dim=-1), torch.ones(28, 3))
-    costs = results["costs"]
-    saved = {name: cost["saved_bytes_per_token"] for name, cost in costs.items()}
+    apart, together = results["bits_per_byte"]["apart"], results["bits_per_byte"]["together"]
+    first, *_, last = apart
+    assert (first, last) == ("frozen model", "one LoRA trained on everything")
+    assert set(together) == {"one LoRA", "factors", "outputs"}
+    assert all(0 < bits < 9 for by_domain in (*apart.values(), *together.values()) for bits in by_domain.values())
+    parameters = results["trained_parameters"]
+    assert max(parameters[name] for name in together) / min(parameters[name] for name in together) < 1.02
+    assert parameters["router per block, on the prefix"] == 4 * 3 * 128
+    shapes = {
+        name: (len(of_layer), *torch.tensor(list(of_layer.values())).shape[1:])
+        for name, of_layer in results["gates"].items()
+    }
+    assert list(shapes.values()) == [(28, 3, 8), (28, 3, 3), (4, 3, 3)]
+    for of_layer in results["gates"].values():
+        use = torch.tensor(list(of_layer.values()))
+        torch.testing.assert_close(use.sum(dim=-1), torch.ones(use.shape[:2]))
+    saved = {name: cost["saved_bytes_per_token"] for name, cost in results["costs"].items()}
     assert saved["frozen model"] < saved["L-MoE, torch backend"] < saved["loop over 8 PEFT LoRAs"] / 3
     for picture in ("bits.png", "gates.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    assert "of the two adapters" in run.stdout
+    assert "From the average to the oracle" in run.stdout
+    assert re.search(r"(one LoRA|factors|outputs) wins, [\d.]+ ahead of", run.stdout)
     assert (tmp_path / "adapter" / "lmoe.safetensors").is_file()
 
 
 def test_demo_is_repeatable_by_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
-    demo = importlib.import_module("three_domains")
-    domains = demo.load_domains()
+    model_of_demo = importlib.import_module("study.language_model")
+    domains = importlib.import_module("corpus").load_domains()
     trained = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        model = demo.small_llama()
-        demo.train("repeat", model, domains, 1, seed)
+        model = model_of_demo.small_llama()
+        list(model_of_demo.training(model, domains, 1, seed))
         trained.append(model.lm_head.weight.detach())
     assert torch.equal(trained[0], trained[1])
     assert not torch.equal(trained[0], trained[2])
