@@ -23,7 +23,9 @@ FORMAT = "lmoe_kernels"
 FORMAT_VERSION = 2
 # Defaults of options that are newer than this format version. An option is written only if it differs from its default,
 # so that older releases of the package can read files that do not use it.
-_LATER_DEFAULTS: dict[str, Any] = {"gate_bias": False, "choice_bias": False, "expert_names": None}
+_LATER_DEFAULTS: dict[str, Any] = {
+    "gate_bias": False, "choice_bias": False, "expert_names": None, "router": "layer", "router_reads": "token"
+}  # fmt: skip
 _CONFIG_IN_METADATA = "lmoe_config"
 _CONFIG_OF_PEFT = "adapter_config.json"
 
@@ -32,7 +34,7 @@ class Adapter(NamedTuple):
     """The experts, the gates and the other trained modules of a model. Keys are names in the plain model."""
 
     layers: dict[str, dict[str, Any]]  # the options of each L-MoE layer, as returned by `LMoELinear.config`
-    tensors: dict[str, Tensor]  # "<layer>.lora_a" and so on, and all tensors of the modules in `modules_to_save`
+    tensors: dict[str, Tensor]  # "<layer>.lora_a", "<layer>.router.gate_weight" and so on; all those of modules_to_save
     modules_to_save: list[str]
     base: str | None  # digest of the names and sizes of the model's linear layers; None in files of version 1
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The auxiliary loss of a model: the balance loss and the z-loss of all its layers, each on the tokens of its mask."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,14 +11,12 @@ from lmoe_kernels.checks import check_finite, fail
 from lmoe_kernels.losses import balance_loss, router_z_loss
 from lmoe_kernels.model import KeptLogits, kept_router_logits
 from lmoe_kernels.naming import unwrapped
+from lmoe_kernels.router_scopes import reads_encoder
 
 Weights = tuple[float, float]  # of the balance loss and of the z-loss
 Mask = Tensor | Mapping[str, Tensor | None] | Callable[[str], Tensor | None] | None
 
 _SIDES = ("encoder", "decoder")
-# Cross-attention is part of the decoder, but computes its keys and values from the encoder's tokens.
-_CROSS_ATTENTION = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
-_KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_proj|_lin)?")
 NONE_KEPT = "none (is output_router_logits set?)"
 
 
@@ -124,10 +121,9 @@ def _mask_of_layer(name: str, logits: Tensor, mask: Mask | MaskOfBatch) -> Tenso
 
 def _side(name: str) -> str | None:
     """Whether a layer processes the tokens of the "encoder" or of the "decoder", by its name; None if neither is named."""
-    parts = name.split(".")
-    if any(map(_CROSS_ATTENTION.search, parts)) and _KEYS_OR_VALUES.fullmatch(parts[-1]):
+    if reads_encoder(name):
         return "encoder"
-    return next((part for part in parts if part in _SIDES), None)
+    return next((part for part in name.split(".") if part in _SIDES), None)
 
 
 def _fits(logits: Tensor, mask: Tensor | None) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, write_adapter
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
-from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, parts_of
+from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, parts_of, with_routers
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import fill, gathered, how_distributed, run_on_all_processes, run_on_first_process
 from lmoe_kernels.files import safetensors
@@ -20,6 +20,7 @@ from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrap_linears
 from lmoe_kernels.naming import plain_modules
+from lmoe_kernels.router_scopes import scopes_of
 from lmoe_kernels.targets import lmoe_layers_by_every_name, saved_modules, wrappable_layers
 
 _Directory = str | os.PathLike[str]
@@ -53,6 +54,7 @@ def load_lmoe(
     backend: BackendName | None = None,
     output_router_logits: bool = False,
     dropout: float = 0.0,
+    stack: bool = True,
 ) -> list[str]:
     """Load the L-MoE layers that `save_lmoe` wrote: create the layers that the model does not have, and fill the others.
 
@@ -67,6 +69,7 @@ def load_lmoe(
         backend: backend of the layers that are created, see `LMoELinear`.
         output_router_logits: for the layers that are created, see `LMoELinear`.
         dropout: for the layers that are created, see `LMoELinear`.
+        stack: whether layers that read the same input are computed together, see `apply_lmoe`.
 
     Returns:
         the names of the layers in the plain model.
@@ -79,6 +82,7 @@ def load_lmoe(
             or has another shape; two directories contain the same layer; a layer is on the meta device.
     """
     directories = _paths(directory)
+    checks.check_bool("load_lmoe", "stack", stack)
     adapter = run_on_all_processes("load_lmoe", model, lambda: _merged(model, directories))
     check_gatherable("load_lmoe", model)
     present = lmoe_layers_by_every_name(model)
@@ -100,19 +104,21 @@ def load_lmoe(
         _check_layer(name, config, present.get(name), linears, adapter)
     saved, keys = _check_modules(model, adapter)
     keys_of_layers = {name: list(config.shapes(0, 0)) for name, config in configs.items()}
-    _check_keys(adapter, keys | {f"{name}.{key}" for name, layer_keys in keys_of_layers.items() for key in layer_keys})
+    keys |= {f"{name}.{key}" for name, layer_keys in keys_of_layers.items() for key in layer_keys}
+    _check_keys(adapter, keys | _check_routers(model, configs, adapter, present | linears))
     _check_shared(adapter, keys_of_layers, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
     layers |= wrap_linears(
+        "load_lmoe",
         model,
         {name: linears[name] for name in new_names},
         lambda name: (configs[name], _dtype(adapter.tensors[f"{name}.lora_a"], linears[name])),
     )
-    fill(model, {**layers, **parts_of(saved)}, adapter.tensors)
     new = {id(linears[name]): layers[name] for name in new_names}
     aliases = {name: new[id(linear)] for name, linear in linears.items() if id(linear) in new}
-    replace_modules(model, aliases, adapter.modules_to_save)
+    replace_modules(model, aliases, adapter.modules_to_save, stack=stack)
+    fill(model, {**with_routers(layers), **parts_of(saved)}, adapter.tensors)
     return list(adapter.layers)
 
 
@@ -175,6 +181,27 @@ def _check_layer(
         raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
     if (weight_of(linears[name]) if present is None else present.lora_a).is_meta:
         _fail(where, "have data (see torch.nn.Module.to_empty)", "one on the meta device")
+
+
+def _check_routers(
+    model: nn.Module, configs: Mapping[str, LayerConfig], adapter: Adapter, modules: Mapping[str, nn.Module]
+) -> set[str]:
+    """Check that the routers that layers share are there and fit. Return the keys of their tensors."""
+    first_names: dict[int, str] = {}
+    for name in plain_modules(model):
+        if name in configs:
+            first_names.setdefault(id(modules[name]), name)
+    sizes = {name: (configs[name], (features_of(modules[name]) or (0, 0))[0]) for name in first_names.values()}
+    keys: set[str] = set()
+    for scope in scopes_of("load_lmoe", model, sizes):
+        experts = scope.config.num_experts
+        shapes: dict[str, tuple[int, ...]] = {"gate_weight": (experts, scope.features)}
+        if scope.config.gate_bias:
+            shapes["gate_bias"] = (experts,)
+        for key, shape in shapes.items():
+            _check_tensor(full := f"{scope.layers[0]}.router.{key}", adapter.tensors, shape)
+            keys.add(full)
+    return keys
 
 
 def _check_experts(where: str, config: LayerConfig, present: LMoELinear) -> None:

@@ -118,18 +118,23 @@ class _Source(NamedTuple):
     frozen: nn.Module
     adds: bool  # to the output of another adapter, and not to that of the frozen layer
     mixture: Mixture
+    trains_router: bool  # whether the layer shares a router that is trained
 
 
 def _sources(name: str, layer: LayerWithExperts) -> list[_Source]:
     """The calls of a layer. Each adapter of PEFT may be the first active one; the further active ones add to its output."""
     mixtures, frozen = layer.mixtures(), layer.wrapped()
-    first = [_Source(name, frozen, False, mixture) for mixture in mixtures.values()]
-    return first + [_Source(name, frozen, True, mixtures[adapter]) for adapter in layer.active()[1:]]
+
+    def source(adapter: str, adds: bool) -> _Source:
+        trained = any(tensor.requires_grad for tensor in layer.gate(adapter).values())
+        return _Source(name, frozen, adds, mixtures[adapter], trained and not mixtures[adapter].config.own_gate)
+
+    return [source(adapter, False) for adapter in mixtures] + [source(adapter, True) for adapter in layer.active()[1:]]
 
 
 def _kinds(source: _Source, dtype: torch.dtype | None, backward: bool) -> Iterator[_Kind]:
     """What a call computes; with dropout that is one thing in training, and another in evaluation."""
-    name, frozen, _, (config, given) = source
+    name, frozen, _, (config, given), _ = source
     of_weight = weight_of(frozen).dtype
     if dtype is None and of_weight not in checks.DTYPES:
         must = "be given for layers whose weight does not have the dtype of their activations"
@@ -146,14 +151,14 @@ def _kinds(source: _Source, dtype: torch.dtype | None, backward: bool) -> Iterat
 
 
 def _call(source: _Source, dtype: torch.dtype, dropout: float, backward: bool) -> tuple[Any, ...]:
-    """The fields of a `Call`. Dropout, and a bias of the choice, have the router logits computed outside of the backend."""
-    _, frozen, adds, (config, given) = source
+    """The fields of a `Call`. The backend gets router logits with dropout, a bias of the choice, or a shared router."""
+    _, frozen, adds, (config, given), trains_router = source
     lora_a, lora_b = given["lora_a"], given["lora_b"]
     dtypes = tuple(given[key].dtype if key in given else None for key in Factors._fields)
     trained = [backward and key in given and given[key].requires_grad for key in Factors._fields]
-    if dropout > 0 or config.choice_bias:
+    if dropout > 0 or config.choice_bias or not config.own_gate:
         dtypes = (*dtypes[:2], None, None, torch.promote_types(dtype, torch.float32))
-        trained = [*trained[:2], False, False, any(trained)]
+        trained = [*trained[:2], False, False, any(trained) or (backward and trains_router)]
     assert config.alpha is not None
     return (
         Sizes(0, lora_a.shape[2], lora_b.shape[2], config.num_experts, config.rank, lora_a.shape[0]),

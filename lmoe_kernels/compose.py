@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.config import LayerConfig
+from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.linears import features_of, weight_of
@@ -32,6 +32,8 @@ def from_lora_adapters(
     renormalize: bool = True,
     gate_bias: bool = True,
     choice_bias: bool = False,
+    router: RouterScope = "layer",
+    router_reads: RouterReads = "token",
     gate_init_std: float | None = None,
     dtype: torch.dtype | None = None,
     dropout: float = 0.0,
@@ -55,6 +57,8 @@ def from_lora_adapters(
         renormalize: see `lmoe`.
         gate_bias: whether the gates have a bias. It is initialised to zero.
         choice_bias: see `LMoELinear`.
+        router: see `LMoELinear`. LoRAs that were trained apart compose best with "block" or "model".
+        router_reads: see `LMoELinear`. LoRAs that were trained apart compose best with "prefix".
         gate_init_std: standard deviation of the gates' initial weights. None for 0: the gates are equal, and the LoRAs are
             averaged. With top_k None is 1 / sqrt(in_features), because equal logits would always choose the first experts.
         dtype: dtype of experts and gates, see `LMoELinear.from_linear`.
@@ -88,6 +92,8 @@ def from_lora_adapters(
         renormalize=renormalize,
         gate_bias=gate_bias,
         choice_bias=choice_bias,
+        router=router,
+        router_reads=router_reads,
         expert_names=list(directories),
         dropout=dropout,
         gate_init_std=(0.0 if top_k is None else None) if gate_init_std is None else gate_init_std,
@@ -114,7 +120,7 @@ def _replace_layers(
         name: _of_rank(config, name, max(lora.a.shape[0] for lora in of_layer.values()), rank)
         for name, of_layer in by_layer.items()
     }
-    layers = wrap_linears(model, {name: linears[name] for name in by_layer}, lambda name: (configs[name], dtype))
+    layers = wrap_linears(_OP, model, {name: linears[name] for name in by_layer}, lambda name: (configs[name], dtype))
     for name, layer in layers.items():
         for index, expert in enumerate(directories):
             _fill(layer.lora_a.data[index], layer.lora_b.data[index], by_layer[name].get(expert))

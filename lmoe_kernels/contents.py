@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lmoe_kernels.adapter import Adapter
 from lmoe_kernels.checks import fail
 from lmoe_kernels.distributed import gathered, lacks_fsdp1_wrapper
+from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.naming import plain_key, plain_modules
+from lmoe_kernels.routers import Router
 from lmoe_kernels.targets import layers_with_experts, linear_layers, lmoe_layers, saved_modules
 
 
@@ -25,7 +27,8 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
     if not layers:
         got = "only those of a PEFT adapter (its save_pretrained saves them)" if layers_with_experts(model) else "none"
         fail(op, "model", "have L-MoE layers (see apply_lmoe)", got)
-    shapes = {f"{name}.{key}": shape for name, layer in layers.items() for key, shape in layer.shapes().items()}
+    own = with_routers(layers)
+    shapes = {f"{name}.{key}": shape for name, part in own.items() for key, shape in part.shapes().items()}
     prefixes = tuple(f"{name}." for name in saved)
 
     def belongs(key: str) -> bool:
@@ -33,7 +36,7 @@ def adapter_of(op: str, model: nn.Module, state_dict: Mapping[str, Tensor] | Non
 
     if state_dict is None:
         check_gatherable(op, model)
-        tensors = {key: t for key, t in gathered(model, {**layers, **parts_of(saved)}).items() if belongs(key)}
+        tensors = {key: t for key, t in gathered(model, {**own, **parts_of(saved)}).items() if belongs(key)}
     else:
         tensors = {plain: t.detach().clone() for key, t in state_dict.items() if belongs(plain := plain_key(key))}
     if missing := next((key for key in shapes if key not in tensors), None):
@@ -57,6 +60,12 @@ def check_gatherable(op: str, model: nn.Module) -> None:
     if lacks_fsdp1_wrapper(model):
         must = "be the module that FullyShardedDataParallel returned"
         fail(op, "model", must, "the module inside it (Accelerate's unwrap_model returns that)")
+
+
+def with_routers(layers: Mapping[str, LMoELinear]) -> dict[str, LMoELinear | Router]:
+    """These layers by their names, and the routers that they have as "<name of the layer>.router"."""
+    routers = {f"{name}.router": layer.router for name, layer in layers.items() if layer.router is not None}
+    return {**layers, **routers}
 
 
 def parts_of(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

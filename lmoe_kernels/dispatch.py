@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
 
 from lmoe_kernels.checks import fail
@@ -51,6 +52,23 @@ def load(name: str) -> Functions:
     package = BACKENDS[name].package
     modules = {part: import_module(f"{package}.{part}") for part in Functions._fields}
     return Functions(*(getattr(module, part) for part, module in modules.items()))
+
+
+class StackFunctions(NamedTuple):
+    """The functions of a backend that computes a stack of projections together, see `lmoe_kernels.stack`."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+@cache
+def load_stack(name: str) -> StackFunctions | None:
+    """Import the functions for stacks of a backend; None if it has none, and projections are computed one by one."""
+    module = f"{BACKENDS[name].package}.stack"
+    if find_spec(module) is None:
+        return None
+    stack = import_module(module)
+    return StackFunctions(stack.forward, stack.backward)
 
 
 def choose(op: str, problem: Problem, backend: str) -> str:

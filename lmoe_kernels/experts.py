@@ -2,6 +2,7 @@
 """Named experts: list, add, remove and export the experts of a model whose layers have them."""
 
 import os
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +10,11 @@ from torch import Tensor, nn
 from lmoe_kernels import checks
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.distributed import how_distributed, is_sharded, lacks_fsdp1_wrapper
+from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.lora_adapter import LoraAdapter, LoraLayer, check_fits, expert_of, lora_of, read_lora, write_lora
 from lmoe_kernels.mixture import LayerWithExperts, Mixture
 from lmoe_kernels.naming import unwrapped
+from lmoe_kernels.routers import Router
 from lmoe_kernels.targets import layers_with_experts, nearest
 
 # The default gate_bias of `add_expert`. With a lower one the gate may not rise. Of ten runs of Adam, five at learning rate
@@ -56,8 +59,8 @@ def add_expert(
 
     With top_k the new expert is not among the k largest: it changes nothing, and a loss on the output does not train it.
     Pass a higher gate_bias, or use `choice_bias`, with which `balance_experts` makes tokens choose it. Layers without a
-    `gate_bias` get one. Parameters are replaced by larger ones: create the optimizer anew. An error leaves the model
-    unchanged.
+    `gate_bias` get one, and so do shared routers. Parameters are replaced by larger ones: create the optimizer anew. An
+    error leaves the model unchanged.
 
     Args:
         model: a model with L-MoE layers, plain or wrapped.
@@ -88,8 +91,11 @@ def add_expert(
         layer_name: _with_expert(mixture, name, loras.get(layer_name) if lora is not None else None, gate_bias, lora is None)
         for layer_name, (_, mixture) in mixtures.items()
     }
+    gates = [(router, _gate_with_expert(router.gate(), gate_bias)) for router in _routers(mixtures)]
     for layer_name, mixture in extended.items():
         mixtures[layer_name][0].set_mixture(adapter, mixture)
+    for router, gate in gates:
+        router.set_gate(**gate)
 
 
 def remove_expert(model: nn.Module, name: str, *, adapter: str | None = None) -> None:
@@ -118,8 +124,12 @@ def remove_expert(model: nn.Module, name: str, *, adapter: str | None = None) ->
             must = "leave an expert" if needed == 1 else f"leave as many experts as top_k = {needed}"
             checks.fail(op, "name", f"{must} in every layer", f"{name!r}, after which {left} are left in {layer_name!r}")
     smaller = {key: _without_expert(mixture, name) for key, (_, mixture) in having.items()}
+    gates = {router: names.index(name) for router, names in _routers(having).items()}
     for layer_name, mixture in smaller.items():
         having[layer_name][0].set_mixture(adapter, mixture)
+    for router, number in gates.items():
+        kept = [i for i in range(router.num_experts) if i != number]
+        router.set_gate(**{key: _rows(parameter, kept) for key, parameter in router.gate().items()})
 
 
 def export_expert(model: nn.Module, name: str, directory: str | os.PathLike[str], *, adapter: str | None = None) -> None:
@@ -239,16 +249,9 @@ def _with_expert(mixture: Mixture, name: str, lora: LoraLayer | None, gate_bias:
         of_lora = expert_of(lora, config.rank, _scaling(config), a.dtype)
         new_a[0].copy_(of_lora[0])
         new_b[0].copy_(of_lora[1])
-    gate, bias = tensors["gate_weight"], tensors.get("gate_bias")
-    if bias is None:
-        bias = torch.zeros_like(gate[:, 0]).requires_grad_(gate.requires_grad)
-    row, lowest = _low_gate(gate, bias, gate_bias)
-    changed = {
-        "lora_a": a if config.shared_a else _extended(a, new_a),
-        "lora_b": _extended(b, new_b),
-        "gate_weight": _extended(gate, row),
-        "gate_bias": _extended(bias, lowest),
-    }
+    changed = {"lora_a": a if config.shared_a else _extended(a, new_a), "lora_b": _extended(b, new_b)}
+    if config.own_gate:
+        changed |= _gate_with_expert(tensors, gate_bias)
     if config.choice_bias:
         of_choice = tensors["choice_bias"]
         changed["choice_bias"] = torch.cat([of_choice, of_choice.mean(dim=0, keepdim=True)])
@@ -263,11 +266,28 @@ def _without_expert(mixture: Mixture, name: str) -> Mixture:
     def of_kept(key: str, tensor: Tensor) -> Tensor:
         if key == "lora_a" and config.shared_a:
             return tensor
-        rows = tensor.detach()[kept]
-        return nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
+        return _rows(tensor, kept) if isinstance(tensor, nn.Parameter) else tensor[kept]
 
     changed = {key: of_kept(key, tensor) for key, tensor in tensors.items()}
     return Mixture(_of_experts(config, [names[i] for i in kept]), changed)
+
+
+def _gate_with_expert(gate: Mapping[str, Tensor], logarithm: float) -> dict[str, nn.Parameter]:
+    """The weight and the bias of a gate with one more expert, see `_low_gate`."""
+    weight, bias = gate["gate_weight"], gate.get("gate_bias")
+    if bias is None:
+        bias = torch.zeros_like(weight[:, 0]).requires_grad_(weight.requires_grad)
+    row, lowest = _low_gate(weight, bias, logarithm)
+    return {"gate_weight": _extended(weight, row), "gate_bias": _extended(bias, lowest)}
+
+
+def _routers(mixtures: _Mixtures) -> dict[Router, tuple[str, ...]]:
+    """The routers that these mixtures share, each once, and the names of its experts, which are those of its layers."""
+    return {
+        router: mixture.config.names()
+        for layer, mixture in mixtures.values()
+        if isinstance(layer, LMoELinear) and (router := layer.shared_router()) is not None
+    }
 
 
 def _of_experts(config: LayerConfig, names: list[str]) -> LayerConfig:
@@ -299,6 +319,11 @@ def _low_gate(gate_weight: Tensor, gate_bias: Tensor, logarithm: float) -> tuple
     bias = gate_bias.detach().to(wide)
     row = bias.softmax(dim=0) @ gate_weight.detach().to(wide)
     return row[None].to(gate_weight.dtype), (bias.logsumexp(dim=0, keepdim=True) + logarithm).to(gate_bias.dtype)
+
+
+def _rows(parameter: Tensor, numbers: list[int]) -> nn.Parameter:
+    """A parameter of these rows of another one."""
+    return nn.Parameter(parameter.detach()[numbers], parameter.requires_grad)
 
 
 def _extended(tensor: Tensor, rows: Tensor) -> nn.Parameter:

@@ -124,11 +124,11 @@ def lmoe(
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     options = Options(scaling, mixing, top_k, renormalize, dropout)
     if ops.autocast_is_on():
-        x, base = _autocast(x), _autocast(base)
+        x, base = autocast(x), autocast(base)
     checks.check_call("lmoe", x, factors, options)
     if base is not None:
         checks.check_base("lmoe", base, x, lora_b.shape[2])
-        base = _flat(base)
+        base = flat(base)
     return _call("lmoe", x, factors, None, base, seed, options, return_router_logits, backend)
 
 
@@ -210,7 +210,7 @@ def lmoe_linear(
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
     options = Options(scaling, mixing, top_k, renormalize, dropout)
     if ops.autocast_is_on():
-        x, weight, bias = _autocast(x), _autocast(weight), _autocast(bias)
+        x, weight, bias = autocast(x), autocast(weight), autocast(bias)
     checks.check_call("lmoe_linear", x, factors, options)
     checks.check_weight("lmoe_linear", weight, bias, x, lora_b.shape[2])
     return _call("lmoe_linear", x, factors, weight, bias, seed, options, return_router_logits, backend)
@@ -245,7 +245,7 @@ def explain(
         TypeError: as `lmoe`.
     """
     factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    x = _autocast(x)
+    x = autocast(x)
     checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize))
     problem = Problem(factors.sizes(x.shape[:-1].numel()), x.dtype, x.device)
     return dispatch.explain_choice("lmoe", problem, dispatch.requested_backend("explain", backend))
@@ -266,7 +266,7 @@ def _call(
     checks.check_bool(op, "return_router_logits", return_router_logits)
     name, outside = dispatch.requested_backend(op, backend), factors.gate_logits
     if outside is not None:
-        factors = factors._replace(gate_logits=_flat(outside))
+        factors = factors._replace(gate_logits=flat(outside))
     if type(options.scaling) is not float or type(options.dropout) is not float:  # the op's schema accepts no other numbers
         options = options._replace(scaling=float(options.scaling), dropout=float(options.dropout))
     if not options.dropout:
@@ -276,30 +276,30 @@ def _call(
     else:
         checks.check_seed(op, seed, x)
     y, logits = autograd.apply(
-        _flat(x), factors, weight, base, seed, options, return_logits=return_router_logits, backend=name
+        flat(x), factors, weight, base, seed, options, return_logits=return_router_logits, backend=name
     )
-    y = _unflat(y, x)
+    y = unflat(y, x)
     if not return_router_logits:
         return y
     if outside is not None:
         return y, outside
     assert logits is not None
-    return y, _unflat(logits, x)
+    return y, unflat(logits, x)
 
 
-def _unflat(t: Tensor, x: Tensor) -> Tensor:
+def unflat(t: Tensor, x: Tensor) -> Tensor:
     """Reshape (T, F) to (..., F) with the leading dims of x."""
     return t if x.dim() == 2 else t.view(*x.shape[:-1], t.shape[1])
 
 
-def _flat(t: _MaybeTensor) -> _MaybeTensor:
+def flat(t: _MaybeTensor) -> _MaybeTensor:
     """Reshape (..., F) to (T, F)."""
     if t is None or t.dim() == 2:
         return t
     return t.flatten(0, -2) if t.dim() > 2 else t.unsqueeze(0)
 
 
-def _autocast(t: _MaybeTensor) -> _MaybeTensor:
+def autocast(t: _MaybeTensor) -> _MaybeTensor:
     """Cast to the autocast dtype if autocast would cast the tensor; otherwise return it unchanged.
 
     Not used for trained parameters and an outside router's logits, which every backend accepts in fp32.

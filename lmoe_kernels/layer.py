@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
-from lmoe_kernels.config import CONFIG_KEYS, LayerConfig, RouterReads, RouterScope, refuse_unknown
+from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
-from lmoe_kernels.linears import features_of, weight_of
+from lmoe_kernels.layer_options import WithOptions
+from lmoe_kernels.linears import InPlaceOfLinear, features_of, weight_of
 from lmoe_kernels.mixture import Choice, LayerWithExperts, Mixture, add_experts, initialise
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.routers import Router
+from lmoe_kernels.stack_group import InGroup
 
 _ADAPTER = "default"  # the name of the only mixture of an `LMoELinear`
 
 
-class LMoELinear(nn.Module, LayerWithExperts):
+class LMoELinear(InGroup, WithOptions, InPlaceOfLinear, LayerWithExperts):
     """A replacement for `nn.Linear` with a frozen weight and a trained mixture of LoRA experts.
 
     Semantics:
@@ -47,8 +49,9 @@ class LMoELinear(nn.Module, LayerWithExperts):
             of the experts. The gates are computed without it. Needs top_k and renormalize=True.
         expert_names: one name for each expert. None for their numbers, "0" and so on.
         router: which layers share a gate: "layer", none; "group", those of a module that read the same input (q, k and v;
-            gate and up); "block", all of a block; "model", all. The gates of a block read the block's input, that of the
-            model the first block's, normalised (RMS). `apply_lmoe` connects the layers; a layer alone has no router.
+            gate and up); "block", all of a block; "model", all of a stack of blocks. The gate of a block reads the block's
+            input, that of the model the input of the first block with such layers, normalised (RMS). `apply_lmoe` connects
+            the layers; a layer alone has no router.
         router_reads: "token", or "prefix" for the running mean of what the gate reads over the sequence up to the token,
             normalised (RMS). It continues with a cache of keys and values, and respects padding and packing.
         dropout: see `lmoe`; in training mode only.
@@ -242,17 +245,6 @@ class LMoELinear(nn.Module, LayerWithExperts):
                 stacklevel=3,
             )
 
-    def _set_options(self, config: LayerConfig) -> None:
-        assert config.alpha is not None
-        self.num_experts, self.rank = config.num_experts, config.rank
-        self.alpha, self.scaling = config.alpha, config.alpha / config.rank
-        self.mixing: Mixing = config.mixing
-        self.top_k, self.renormalize = config.top_k, config.renormalize
-        self.shared_a, self.has_gate_bias, self.gate_init_std = config.shared_a, config.gate_bias, config.gate_init_std
-        self.has_choice_bias, self.expert_names, self.dropout = config.choice_bias, config.names(), config.dropout
-        self.router_scope, self.router_reads = config.router, config.router_reads
-        self.output_router_logits, self.backend = config.output_router_logits, config.backend
-
     def _set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Make these tensors the parameters and buffers of the layer. Those that are parameters already stay the same."""
         of_choice = tensors.get("choice_bias")
@@ -296,6 +288,9 @@ class LMoELinear(nn.Module, LayerWithExperts):
             return base(x)
         if self.training and not torch.compiler.is_compiling():
             self._warn_of_frozen_parameters()
+        if self._stacked is not None and (of_group := self.result_of_group(x)) is not None:
+            y, self.router_logits = of_group
+            return y
         options: dict[str, Any] = {
             "gate_weight": self.gate_weight,
             "gate_bias": self.gate_bias,
@@ -308,7 +303,7 @@ class LMoELinear(nn.Module, LayerWithExperts):
             "return_router_logits": self.output_router_logits,
         }
         if self.gate_weight is None:
-            options["gate_logits"] = self._logits_of_router(x)
+            options["gate_logits"] = self.logits_of_router(x)
         choice = None
         if self.has_choice_bias:  # no buffer is looked up in the usual layer, which has none
             assert self.choice_bias is not None
@@ -323,7 +318,12 @@ class LMoELinear(nn.Module, LayerWithExperts):
         self._uses = (router, layers)
         self.router = router if owns else None
 
-    def _logits_of_router(self, x: Tensor) -> Tensor:
+    def shared_router(self) -> Router | None:
+        """The router outside the layer's own gate, if it is connected to one."""
+        return None if self._uses is None else self._uses[0]
+
+    def logits_of_router(self, x: Tensor) -> Tensor:
+        """The logits (..., E) of the shared router for an input x of this layer."""
         if self._uses is None:
             checks.fail("LMoELinear", "router", f"be connected where it is {self.router_scope!r} (see apply_lmoe)", "none")
         router, layers = self._uses
@@ -341,10 +341,21 @@ class LMoELinear(nn.Module, LayerWithExperts):
         """The only mixture of this layer, see `LayerWithExperts`."""
         return {_ADAPTER: Mixture(self.options(), {key: getattr(self, key) for key in self.shapes()})}
 
+    def gate(self, adapter: str) -> dict[str, Tensor]:
+        """The gate of the layer or of the router that it shares, see `LayerWithExperts`."""
+        router = self.shared_router()
+        return super().gate(adapter) if router is None else dict(router.gate())
+
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         """Replace the experts and the gate of this layer, see `LayerWithExperts`."""
         self._set_options(mixture.config)
         self._set_tensors(mixture.tensors)
+
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        """Set the option output_router_logits, see `LayerWithExperts`."""
+        self.output_router_logits = keep
+        if not keep:
+            self.router_logits = None
 
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits of the last forward, see `LayerWithExperts`."""
@@ -356,7 +367,8 @@ class LMoELinear(nn.Module, LayerWithExperts):
 
     def _warn_of_frozen_parameters(self) -> None:
         """Warn if PEFT may have frozen the experts: get_peft_model freezes all existing parameters without a warning."""
-        trained = (self.lora_a, self.lora_b, self.gate_weight)
+        router = self.shared_router()
+        trained = (self.lora_a, self.lora_b, self.gate_weight if router is None else router.gate_weight)
         frozen = not any(parameter is not None and parameter.requires_grad for parameter in trained)
         if frozen and "peft" in sys.modules and torch.is_grad_enabled():
             warnings.warn(
@@ -366,59 +378,10 @@ class LMoELinear(nn.Module, LayerWithExperts):
                 stacklevel=3,
             )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Accept the frozen layer's tensors also under their names in the plain model, as in its checkpoints."""
-        known = (*self._parameters, *self._buffers, *self._modules)
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            rest = key.removeprefix(prefix)
-            if rest.partition(".")[0] not in known:
-                state_dict.setdefault(f"{prefix}frozen_layer.{rest}", state_dict.pop(key))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    @property
-    def weight(self) -> Any:
-        """The frozen layer's weight. Some models read its dtype (transformers' T5)."""
-        return self.frozen_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        """The frozen layer's bias."""
-        return self.frozen_layer.bias
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Set `weight` and `bias` on the frozen layer, so that code that ties them to an embedding works."""
-        if name in ("weight", "bias"):
-            setattr(self.frozen_layer, name, value)
-        else:
-            super().__setattr__(name, value)
-
     @property
     def num_trainable_parameters(self) -> int:
         """The number of elements of this layer's parameters that require a gradient."""
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
-
-    def config(self) -> dict[str, Any]:
-        """The options that decide what the layer computes, by name. A checkpoint stores these."""
-        options = self.options()
-        stored = {name: getattr(options, name) for name in CONFIG_KEYS}
-        return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
-
-    def options(self) -> LayerConfig:
-        """All options of the layer."""
-        # these names are those of tensors and modules
-        attributes = {"gate_bias": "has_gate_bias", "choice_bias": "has_choice_bias", "router": "router_scope"}
-        options = LayerConfig(**{name: getattr(self, attributes.get(name, name)) for name in LayerConfig._fields})
-        unnamed = options._replace(expert_names=None)
-        return unnamed if options.expert_names == unnamed.names() else options
-
-    def extra_repr(self) -> str:
-        """The sizes and options for `print(model)`, without those that have their defaults."""
-        options, default = self.options(), LayerConfig()
-        others = ("top_k", "renormalize", "shared_a", "gate_bias", "choice_bias", "router", "router_reads", "dropout")
-        names = ["mixing", *(name for name in others if getattr(options, name) != getattr(default, name))]
-        sizes = ("in_features", "out_features", "num_experts", "rank", "scaling")
-        shown = {name: getattr(self, name) for name in sizes} | {name: getattr(options, name) for name in names}
-        return ", ".join(f"{name}={value}" for name, value in shown.items())
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the router logits out of copies, because a tensor with a graph cannot be copied."""

@@ -15,9 +15,11 @@ from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.functional import lmoe, lmoe_linear
 from lmoe_kernels.linears import is_plain_linear
 
+GATE = ("gate_weight", "gate_bias")
+
 
 class Mixture(NamedTuple):
-    """The experts and the gate of one layer: their options, and their tensors by the names of `LayerConfig.shapes`."""
+    """The experts and the gate of a layer: their options, and their tensors by the names of `LayerConfig.shapes`."""
 
     config: LayerConfig
     tensors: dict[str, Tensor]  # parameters, except choice_bias, a buffer
@@ -51,9 +53,17 @@ class LayerWithExperts(ABC):
     def mixtures(self) -> dict[str, Mixture]:
         """The mixtures of the layer by the names of their adapters."""
 
+    def gate(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of an adapter's gate by the names of `LayerConfig.shapes`, also where several layers share it."""
+        return {key: tensor for key, tensor in self.mixtures()[adapter].tensors.items() if key in GATE}
+
     @abstractmethod
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         """Replace the options and the tensors of an adapter, whose numbers of experts may change."""
+
+    @abstractmethod
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        """Set the option output_router_logits of an adapter. Without it, the logits of the last forward are dropped."""
 
     @abstractmethod
     def kept_router_logits(self) -> dict[str, Tensor]:

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import pretrained
-from lmoe_kernels.checks import fail
+from lmoe_kernels.checks import check_bool, fail
 from lmoe_kernels.config import LayerConfig, RouterReads, RouterScope, refuse_unknown
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import how_distributed
 from lmoe_kernels.layer import LMoELinear
+from lmoe_kernels.linears import features_of
 from lmoe_kernels.naming import is_of_peft, plain_modules, set_modules, unwrapped
 from lmoe_kernels.options import Mixing
 from lmoe_kernels.quantised import numel_of
-from lmoe_kernels.routers import disconnect_hooks, scopes_of, share_routers
+from lmoe_kernels.router_scopes import scopes_of
+from lmoe_kernels.routers import disconnect_hooks, share_routers
+from lmoe_kernels.stack_models import stack_layers
 from lmoe_kernels.targets import (
     ALL_LINEAR,
     heads,
@@ -43,6 +46,7 @@ def apply_lmoe(
     *,
     modules_to_save: str | Iterable[str] = (),
     dtype: torch.dtype | None = None,
+    stack: bool = True,
     num_experts: int = 8,
     rank: int = 16,
     alpha: float | None = None,
@@ -78,6 +82,8 @@ def apply_lmoe(
         modules_to_save: one or several names of modules that are trained directly and saved with the experts, for example a
             newly initialised classifier.
         dtype: dtype of experts and gates, see `LMoELinear.from_linear`.
+        stack: whether layers of one module that read the same input by their names, such as q_proj, k_proj and v_proj, are
+            computed together where they can be. Results are the same within rounding. It is not stored in a checkpoint.
 
     Returns:
         the names of the wrapped layers, in the model's order.
@@ -88,6 +94,7 @@ def apply_lmoe(
         TypeError: an argument or an option has the wrong type, or an option has an unknown name.
     """
     refuse_unknown(unknown)
+    check_bool("apply_lmoe", "stack", stack)
     config = LayerConfig(
         num_experts=num_experts,
         rank=rank,
@@ -107,9 +114,9 @@ def apply_lmoe(
         backend=backend,
     )
     targets, linears, saved = _selected(model, target_modules, modules_to_save)
-    layers = wrap_linears(model, linears, lambda name: (config, dtype))
     _warn_of_frozen_weights(model, targets, saved)
-    replace_modules(model, layers, saved)
+    layers = wrap_linears("apply_lmoe", model, linears, lambda name: (config, dtype))
+    replace_modules(model, layers, saved, stack=stack)
     return list(linears)
 
 
@@ -138,21 +145,26 @@ def _selected(
 
 
 def wrap_linears(
+    op: str,
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     options_of: Callable[[str], tuple[LayerConfig, torch.dtype | None]],
 ) -> dict[str, LMoELinear]:
     """Create a layer around each of these linear layers of a model, one for a linear layer with several names.
 
-    The layers fit those that the model has, if they share routers with them. An error leaves the linear layers unchanged.
+    An error leaves the linear layers unchanged, also that layers do not fit those with which they would share a router.
     """
+    options = {name: options_of(name) for name in linears}
+    sizes = {name: (layer.options(), layer.in_features) for name, layer in lmoe_layers(model).items()}
+    firsts = {id(linears[name]): name for name in reversed(list(linears))}
+    sizes |= {name: (options[name][0], (features_of(linears[name]) or (0, 0))[0]) for name in firsts.values()}
+    scopes_of(op, model, sizes)
     trained = [p for linear in linears.values() for p in linear.parameters() if p.requires_grad]
     layers: dict[int, LMoELinear] = {}
     try:
         for name, linear in linears.items():
             if id(linear) not in layers:
-                layers[id(linear)] = LMoELinear.from_config(linear, *options_of(name))
-        scopes_of(model, {**lmoe_layers(model), **{name: layers[id(linear)] for name, linear in linears.items()}})
+                layers[id(linear)] = LMoELinear.from_config(linear, *options[name])
     except BaseException:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -164,18 +176,21 @@ def replace_modules(
     model: nn.Module,
     layers: Mapping[str, LMoELinear],
     modules_to_save: Iterable[str] = (),
-    owners: frozenset[str] = frozenset(),
+    *,
+    stack: bool = True,
 ) -> None:
     """Replace the modules at these names of the plain model by L-MoE layers with their routers, and mark modules_to_save.
 
-    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first. `owners` are the
-    layers that have the routers, see `share_routers`.
+    If the model has no L-MoE layers yet and is not trained by PEFT, all its parameters are frozen first. With `stack`,
+    layers that read the same input are computed together.
     """
     modules = plain_modules(model)
     if layers and not lmoe_layers(model) and not _is_trained_by_peft(model):
         model.requires_grad_(False)
     set_modules(model, layers)
-    share_routers(model, lmoe_layers(model), owners)
+    share_routers(model, lmoe_layers(model))
+    if stack:
+        stack_layers(model)
     for name in modules_to_save:
         mark_saved(modules[name])
     pretrained.install(model)
@@ -243,14 +258,15 @@ def disable_lmoe(model: nn.Module) -> Iterator[None]:
             reference_logits = model(ids).logits
     """
     layers = list(lmoe_layers(model).values())
-    before = [layer.disabled for layer in layers]
+    parts = [*layers, *(layer.router for layer in layers if layer.router is not None)]
+    before = [part.disabled for part in parts]
     try:
-        for layer in layers:
-            layer.disabled = True
+        for part in parts:
+            part.disabled = True
         yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+        for part, disabled in zip(parts, before, strict=True):
+            part.disabled = disabled
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
@@ -303,9 +319,8 @@ def kept_router_logits(model: nn.Module) -> list[KeptLogits]:
             continue
         mixtures = layer.mixtures()
         for adapter, logits in of_layer.items():
-            mixture = mixtures[adapter]
-            kept.append(KeptLogits(name, adapter, mixture.config.top_k, logits))
-            gate = mixture.tensors.get("gate_weight", mixture.tensors["lora_a"])
+            kept.append(KeptLogits(name, adapter, mixtures[adapter].config.top_k, logits))
+            gate = layer.gate(adapter)["gate_weight"]
             is_trained = getattr(layer, "training", False) and gate.requires_grad
             without_graph |= is_trained and not logits.requires_grad
     if without_graph and torch.is_grad_enabled():

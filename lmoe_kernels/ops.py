@@ -108,13 +108,17 @@ def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     the profiler, and a tensor of a subclass or without memory. A call of an op costs 14 us more than one of its body while
     weights stream through the caches between calls (Intel Xeon, 2 cores, 2026-11-26).
     """
+    return profiler._is_profiler_enabled or is_traced(x, tensors)
+
+
+def is_traced(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether anything but the profiler may give a call another meaning than its results, see `_something_sees_ops`."""
     return (
         is_dynamo_compiling()
         or _len_torch_dispatch_stack() > 0
         or _len_torch_function_stack() > 0
         or _are_functorch_transforms_active()
         or _is_tracing()
-        or profiler._is_profiler_enabled
         or not _PLAIN.issuperset(map(type, tensors))
         or x.is_meta
     )
@@ -135,12 +139,12 @@ def _compute_forward(
     backend: str,  # a name or "auto"
 ) -> tuple[Tensor, Saved | None, str]:
     """Compute y = x weight^T + base + delta and, with `save`, what the backward needs; name the chosen backend."""
-    x, factors = _with_contiguous_rows(x), _all_contiguous(factors)
+    x, factors = with_contiguous_rows(x), all_contiguous(factors)
     problem = Problem(factors.sizes(x.shape[0]), x.dtype, x.device)
     name = dispatch.choose("lmoe" if weight is None else "lmoe_linear", problem, backend)
-    with _no_autocast_or_autograd(x):
+    with no_autocast_or_autograd(x):
         functions = dispatch.load(name) if seed is None else dropout.around(dispatch.load(name), seed)
-        y, saved = functions.forward(x, factors, _with_contiguous_rows(base), options, save=save)
+        y, saved = functions.forward(x, factors, with_contiguous_rows(base), options, save=save)
         if weight is not None:
             y.addmm_(x, weight.t())  # [T, I] @ [I, O] -> [T, O]
     return y, saved, name
@@ -160,13 +164,13 @@ def _compute_backward(
     backend: str,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients that are wanted; the others are None. A named backend is one that took the forward."""
-    dy, x, factors = _with_contiguous_rows(dy), _with_contiguous_rows(x), _all_contiguous(factors)
+    dy, x, factors = with_contiguous_rows(dy), with_contiguous_rows(x), all_contiguous(factors)
     name = backend
     if name == dispatch.AUTO:
         name = dispatch.choose("lmoe", Problem(factors.sizes(dy.shape[0]), dy.dtype, dy.device), name)
     dlogits = _contiguous(dlogits)
     *of_factors, of_weight = wanted
-    with _no_autocast_or_autograd(dy):
+    with no_autocast_or_autograd(dy):
         functions = dispatch.load(name) if seed is None else dropout.around(dispatch.load(name), seed)
         grads: Gradients = functions.backward(dy, dlogits, x, factors, saved, options, wanted=Wanted(*of_factors))
         if grads.x is not None and weight is not None:
@@ -235,7 +239,7 @@ def _complete(saved: Saved, x: Tensor, factors: Factors, options: Options) -> Sa
     return saved
 
 
-def _with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
+def with_contiguous_rows(t: _MaybeTensor) -> _MaybeTensor:
     """The tensor itself if its last dim is contiguous and no two rows overlap in memory, else a contiguous copy."""
     if t is None:
         return t
@@ -249,7 +253,8 @@ def _contiguous(t: _MaybeTensor) -> _MaybeTensor:
     return t if t is None else t.contiguous().resolve_neg()
 
 
-def _all_contiguous(factors: Factors) -> Factors:
+def all_contiguous(factors: Factors) -> Factors:
+    """The factors themselves if all of them are contiguous, else with contiguous copies."""
     for t in factors:
         if t is not None and (not t.is_contiguous() or t.is_neg()):
             lora_a, lora_b, *rest = factors
@@ -262,7 +267,7 @@ def autocast_is_on() -> bool:
     return _is_any_autocast_enabled() or (_HAS_MPS and torch.is_autocast_enabled("mps"))
 
 
-def _no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
+def no_autocast_or_autograd(x: Tensor) -> nullcontext | ExitStack:
     """Disable autocast, which would cast the fp32 tensors inside an op, and gradients.
 
     Gradients are enabled if an op is called directly, for example by an exported model. In most calls both are disabled.

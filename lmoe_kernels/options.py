@@ -108,6 +108,15 @@ class Saved(NamedTuple):
         return logits
 
 
+class StackSaved(NamedTuple):
+    """What the forward of a stack of n projections saves for its backward. The row t n + i is projection i of token t."""
+
+    logits: Tensor | None  # (T n, E) in fp32 (fp64 for fp64); None if outside routers computed them
+    u: Tensor  # (T n, E, R) in x's dtype
+    rows: Tensor  # (n E R + n E, I) in x's dtype: all A, then all gates if there are gates
+    lora_b: tuple[Tensor, ...]  # (E, R, O) of each projection in x's dtype
+
+
 class Wanted(NamedTuple):
     """Which gradients a backward must compute."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lmoe_kernels.adapter import WEIGHTS, read_adapter, write_adapter
 from lmoe_kernels.checks import fail
-from lmoe_kernels.contents import adapter_of, parts_of
+from lmoe_kernels.contents import adapter_of, parts_of, with_routers
 from lmoe_kernels.distributed import fill, gathered
 from lmoe_kernels.naming import actual_names, is_of_peft
 from lmoe_kernels.targets import lmoe_layers, saved_modules
@@ -64,7 +64,7 @@ def _load(model: Any, model_id: str | os.PathLike[str], *args: Any, **options: A
     if not layers or not Path(model_id, WEIGHTS).is_file():
         return original(model, model_id, *args, **options)
     adapter = read_adapter(_LOAD, model_id)
-    parts = {**layers, **parts_of(saved_modules(model))}
+    parts = {**with_routers(layers), **parts_of(saved_modules(model))}
     shapes = {key: tensor.shape for key, tensor in gathered(model, parts).items()}
     same_options = adapter.layers == {name: layer.config() for name, layer in layers.items()}
     if not same_options or shapes != {key: tensor.shape for key, tensor in adapter.tensors.items()}:

@@ -17,7 +17,11 @@ def linear_wide(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def weight_gradient(coefficients: Tensor, rows: Tensor, parameter: Tensor) -> Tensor:
     """coefficients^T rows: (T, C) and (T, F) to the parameter's shape, in its dtype, out of the accumulators."""
-    left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
-    same = parameter.dtype == rows.dtype
-    grad = torch.mm(left, rows) if same else linear_wide(left, rows.t()).to(parameter.dtype)
+    grad = rows_gradient(coefficients, rows, parameter.dtype)
     return grad if parameter.dim() == 2 else grad.view(parameter.shape)
+
+
+def rows_gradient(coefficients: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """coefficients^T rows: (T, C) and (T, F) to (C, F), in this dtype, out of the accumulators."""
+    left = coefficients.t()  # [C, T] @ [T, F] -> [C, F]
+    return torch.mm(left, rows) if dtype == rows.dtype else linear_wide(left, rows.t()).to(dtype)

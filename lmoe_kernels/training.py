@@ -11,8 +11,6 @@ from lmoe_kernels.frozen_experts import frozen_experts_of
 from lmoe_kernels.mixture import LayerWithExperts
 from lmoe_kernels.targets import layers_with_experts, nearest
 
-_GATE = ("gate_weight", "gate_bias")
-
 
 def parameter_groups(
     model: nn.Module, *, lr: float, gate_lr: float | None = None, weight_decay: float = 0.0
@@ -46,8 +44,9 @@ def parameter_groups(
         check_finite(op, name, number, "be a number of at least 0", at_least=0)
     kinds: dict[int, str] = {}
     for layer in layers_with_experts(model).values():
-        for mixture in layer.mixtures().values():
-            kinds |= {id(tensor): "gates" if key in _GATE else "experts" for key, tensor in mixture.tensors.items()}
+        for adapter, mixture in layer.mixtures().items():
+            kinds |= {id(tensor): "experts" for tensor in mixture.tensors.values()}
+            kinds |= {id(tensor): "gates" for tensor in layer.gate(adapter).values()}
     of_kind: dict[str, list[nn.Parameter]] = {"experts": [], "gates": [], "others": [], "biases and norms": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -68,7 +67,7 @@ def parameter_groups(
 
 
 def freeze_gates(model: nn.Module, frozen: bool = True) -> None:
-    """Freeze the gates of all layers, or train them again. The experts stay as they are.
+    """Freeze the gates of all layers, shared routers included, or train them again. The experts stay as they are.
 
     It sets `requires_grad` of the gates' weights and biases, so call it before the optimizer is created. Checkpoints do not
     contain it. In a model of PEFT the gates of the active adapters are meant; its `set_adapter` makes them trainable again.
@@ -84,11 +83,9 @@ def freeze_gates(model: nn.Module, frozen: bool = True) -> None:
         freeze_gates(model)  # the experts learn at fixed gates
     """
     for layer in _layers("freeze_gates", model).values():
-        mixtures = layer.mixtures()
         for adapter in layer.active():
-            for key, tensor in mixtures[adapter].tensors.items():
-                if key in _GATE:
-                    tensor.requires_grad_(not frozen)
+            for tensor in layer.gate(adapter).values():
+                tensor.requires_grad_(not frozen)
 
 
 def freeze_expert(model: nn.Module, name: str, frozen: bool = True, *, adapter: str | None = None) -> None:

@@ -53,6 +53,9 @@ class TwoAdapters(nn.Module, LayerWithExperts):
         self._configs[adapter] = mixture.config
         self.get_submodule(adapter).update(mixture.tensors)
 
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        self._configs[adapter] = self._configs[adapter]._replace(output_router_logits=keep)
+
     def kept_router_logits(self) -> dict[str, Tensor]:
         return self._logits
 

@@ -175,6 +175,12 @@ class LMoETunerLinear(nn.Module, BaseTunerLayer, LayerWithExperts):
         self._set(adapter, mixture.config, tensors)
         self._configs[adapter] = self._configs[adapter].with_layer(self._name, mixture.config)
 
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        """Set the option output_router_logits of an adapter, see `LayerWithExperts`."""
+        self.lmoe_options[adapter] = self.lmoe_options[adapter]._replace(output_router_logits=keep)
+        if not keep:
+            self._router_logits.pop(adapter, None)
+
     def kept_router_logits(self) -> dict[str, Tensor]:
         """The router logits of the last forward by adapter, see `LayerWithExperts`."""
         return dict(self._router_logits)

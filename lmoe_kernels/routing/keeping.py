@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,26 +20,13 @@ def keeping(layers: Mapping[str, LayerWithExperts]) -> Iterator[None]:
         if not mixture.config.output_router_logits
     ]
     for layer, adapter in changed:
-        _set(layer, adapter, True)
+        layer.keep_router_logits(adapter, True)
     try:
         yield
     finally:
         for layer, adapter in changed:
             if adapter in layer.mixtures():  # it may have been deleted
-                _set(layer, adapter, False)
-
-
-def _set(layer: LayerWithExperts, adapter: str, keep: bool) -> None:
-    """Set the option of one adapter. Without it, the logits of the last forward are dropped."""
-    changed = cast(Any, layer)  # the two kinds of layers have the option in different places
-    if hasattr(layer, "lmoe_options"):
-        changed.lmoe_options[adapter] = changed.lmoe_options[adapter]._replace(output_router_logits=keep)
-        if not keep:
-            changed._router_logits.pop(adapter, None)
-    else:
-        changed.output_router_logits = keep
-        if not keep:
-            changed.router_logits = None
+                layer.keep_router_logits(adapter, False)
 
 
 def shares(logits: Tensor, top_k: int | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

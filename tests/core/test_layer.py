@@ -230,7 +230,8 @@ BAD = [
         {"r": 8, "lora_alpha": 16},
         TypeError,
         "options must be among 'num_experts', 'rank', 'alpha', 'mixing', 'top_k', 'renormalize', 'shared_a', "
-        "'gate_bias', 'choice_bias', 'expert_names', 'dropout', 'gate_init_std', 'output_router_logits', 'backend', "
+        "'gate_bias', 'choice_bias', 'expert_names', 'router', 'router_reads', 'dropout', 'gate_init_std', "
+        "'output_router_logits', 'backend', "
         "got 'r' (did you mean 'rank'?), 'lora_alpha' (did you mean 'alpha'?)",
     ),
     (

@@ -347,6 +347,9 @@ class Tuned(nn.Module, LayerWithExperts):
     def set_mixture(self, adapter: str, mixture: Mixture) -> None:
         self.layers[adapter].set_mixture("default", mixture)
 
+    def keep_router_logits(self, adapter: str, keep: bool) -> None:
+        self.layers[adapter].keep_router_logits("default", keep)
+
     def kept_router_logits(self) -> dict[str, torch.Tensor]:
         return {}
 
