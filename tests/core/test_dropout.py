@@ -34,7 +34,7 @@ def test_results_are_no_worse_than_plain_pytorch(case: Case, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [WITH_DROPOUT[0], WITH_DROPOUT[4], WITH_DROPOUT[8]], ids=str)
+@pytest.mark.parametrize("case", [WITH_DROPOUT[0], WITH_DROPOUT[4], replace(WITH_DROPOUT[8], T=80)], ids=str)
 def test_fp32_parameters_get_fp32_gradients(case: Case, dtype: torch.dtype, backend: str, watch) -> None:
     leaves = _compare(make_problem(case, dtype, param_dtype=torch.float32), backend)
     assert {leaves[name].dtype for name in ("lora_a", "lora_b")} == {torch.float32}

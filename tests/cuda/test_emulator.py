@@ -16,7 +16,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("kind", build.PROGRAMS)
-@pytest.mark.parametrize(("target", "problems"), [("plain", 20), ("address", 4)])
+@pytest.mark.parametrize(("target", "problems"), [("plain", 10), ("address", 2)])
 def test_kernels_are_clean(target: str, problems: int, kind: str, cache: Path, request: pytest.FixtureRequest) -> None:
     done = build.run_driver(build.build_driver(cache, kind, target), request.config.option.seed, problems)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -25,7 +25,7 @@ def test_kernels_are_clean(target: str, problems: int, kind: str, cache: Path, r
 def test_every_bug_has_its_place_in_the_kernels(tmp_path: Path) -> None:
     names = [bug.name for bug in BUGS]
     assert len(set(names)) == len(names)
-    assert len(SOME_BUGS) == 12, "a name in SOME_BUGS is that of no bug"
+    assert len(SOME_BUGS) == 6, "a name in SOME_BUGS is that of no bug"
     for number, bug in enumerate(BUGS):
         bug.plant(tmp_path / str(number))
 

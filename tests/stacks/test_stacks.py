@@ -7,13 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,9 +31,21 @@ Reports = dict[str, list[Outcome]]
 
 
 @pytest.fixture(scope="module")
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reports]:
-    """The outcome of every check: on each of two processes, or in this one."""
-    folder, seed = tmp_path_factory.mktemp("stacks"), request.config.option.seed
+def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """The outcome of every check: on each of two processes, or in this one. The workers of pytest-xdist share one run."""
+    if not hasattr(request.config, "workerinput"):
+        return _outcomes(tmp_path_factory.mktemp("stacks"), request.config.option.seed)
+    shared = tmp_path_factory.getbasetemp().parent / "stacks"
+    with FileLock(f"{shared}.lock"):
+        file = shared / "outcomes.json"
+        if not file.exists():
+            shared.mkdir(exist_ok=True)
+            file.write_text(json.dumps(_outcomes(shared, request.config.option.seed)))
+        return json.loads(file.read_text())
+
+
+def _outcomes(folder: Path, seed: int) -> Reports:
+    """Run every check, in two processes and in this one."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.stacks.worker"]
     address = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "WORLD_SIZE": str(WORLD)}
     environment = {**os.environ, **address, "OMP_NUM_THREADS": "1"}

@@ -33,10 +33,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
 @pytest.mark.parametrize("plan", ["few processors", "many processors"])
-def test_every_plan(plan: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, watch) -> None:
+def test_every_plan(plan: str, number: int, monkeypatch: pytest.MonkeyPatch, watch) -> None:
+    """Each case under each plan, one of them in fp32 and the other in bf16, in turn."""
+    case, dtype = CASES[number], (torch.float32, torch.bfloat16)[(number + (plan == "few processors")) % 2]
     plans.force("triton", plan, monkeypatch)
     problem = make_problem(case, dtype)
     leaves = leaves_of(problem.tensors)
