@@ -52,9 +52,11 @@ gpu: ## Test, measure and tune on this machine's GPU, without a network; again: 
 	$(PYTHON) -m benchmarks.gpu $(if $(PARTS),--parts $(PARTS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 static: $(READY) ## Compile every Triton kernel for every chip and read the machine code (minutes); WITH=python of another Triton
+	$(BIN)/python -m pytest -m slow tests/triton
 	$(or $(WITH),$(BIN)/python) -m benchmarks.inspect.static --out benchmarks/results/static
 
 racecheck: $(READY) ## Run the CUDA kernels' emulation under the thread sanitizer on many schedules (minutes)
+	$(BIN)/python -m pytest -m slow tests/cuda
 	$(BIN)/python -m tools.emulator.racecheck
 
 check: lint types test ## Run all checks that a change must pass

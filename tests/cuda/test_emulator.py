@@ -16,7 +16,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.mark.parametrize("kind", build.PROGRAMS)
-@pytest.mark.parametrize(("target", "problems"), [("plain", 10), ("address", 2)])
+@pytest.mark.parametrize(("target", "problems"), [("plain", 10), pytest.param("address", 4, marks=pytest.mark.slow)])
 def test_kernels_are_clean(target: str, problems: int, kind: str, cache: Path, request: pytest.FixtureRequest) -> None:
     done = build.run_driver(build.build_driver(cache, kind, target), request.config.option.seed, problems)
     assert done.returncode == 0, done.stdout[-4000:]
@@ -30,6 +30,7 @@ def test_every_bug_has_its_place_in_the_kernels(tmp_path: Path) -> None:
         bug.plant(tmp_path / str(number))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", SOME_BUGS, ids=str)
 def test_bug_is_caught(bug: Bug, cache: Path, tmp_path: Path) -> None:
     driver = build.build_driver(cache, bug.kind, bug.target, bug.plant(tmp_path))

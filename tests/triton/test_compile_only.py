@@ -59,6 +59,7 @@ def test_three_calls_on_hopper() -> None:
     assert_tiles_come_by_cp_async(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_one_call_elsewhere(arch: str) -> None:
     rows, complaints = compiled("--one", "--arch", arch)
