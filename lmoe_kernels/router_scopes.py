@@ -18,7 +18,7 @@ GROUPS = (
     ("wq", "wk", "wv"), ("gate_proj", "up_proj"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
 # Cross-attention is part of the decoder, but computes its keys and values from the encoder's tokens.
-_CROSS_ATTENTION = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
+CROSS_ATTENTION = re.compile(r"cross|encoder_att|enc_?dec", re.IGNORECASE)
 _KEYS_OR_VALUES = re.compile(r"(k|v|kv|key|value)(_proj|_lin)?|w[kv]")
 
 
@@ -80,7 +80,7 @@ def stack_of(block: str) -> str:
 def reads_encoder(name: str) -> bool:
     """Whether a layer's name is that of keys or values of cross-attention, which are computed from the encoder's tokens."""
     parts = name.split(".")
-    return any(map(_CROSS_ATTENTION.search, parts)) and _KEYS_OR_VALUES.fullmatch(parts[-1]) is not None
+    return any(map(CROSS_ATTENTION.search, parts)) and _KEYS_OR_VALUES.fullmatch(parts[-1]) is not None
 
 
 def _key(op: str, model: nn.Module, name: str, config: LayerConfig, modules: Mapping[str, nn.Module]) -> str:

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the layers of a model that can be computed as stacks, and makes groups of them."""
 
-import re
-
 from torch import nn
 
 from lmoe_kernels.layer import LMoELinear
-from lmoe_kernels.router_scopes import GROUPS
+from lmoe_kernels.router_scopes import CROSS_ATTENTION, GROUPS
 from lmoe_kernels.stack_group import StackGroup
 from lmoe_kernels.targets import lmoe_layers
-
-_CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_attn", re.IGNORECASE)  # its q reads another tensor than its k and v
 
 
 def stack_layers(model: nn.Module) -> None:
@@ -23,7 +19,7 @@ def stack_layers(model: nn.Module) -> None:
         parent, _, own = name.rpartition(".")
         by_parent.setdefault(parent, {})[own] = layer
     for parent, children in by_parent.items():
-        if _CROSS_ATTENTION.search(".".join(parent.split(".")[-2:])):
+        if CROSS_ATTENTION.search(".".join(parent.split(".")[-2:])):  # its q reads another tensor than its k and v
             continue
         for group in GROUPS:
             members = [children[own] for own in group if own in children]

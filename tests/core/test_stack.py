@@ -43,6 +43,20 @@ def projections(stacked: list[dict[str, Tensor]]) -> list[Projection]:
     return [Projection(*(tensors.get(name) for name in Projection._fields)) for tensors in stacked]
 
 
+def applied(
+    case: Case, backend: str, *, return_logits: bool = True
+) -> tuple[list[Problem], list[dict[str, Tensor]], list[tuple[Tensor, Tensor | None]]]:
+    """A stack of problems in fp64, its leaves, of which the first x is that of all, and the results of a backend."""
+    problems = make_stack(case, torch.float64)
+    leaves = [leaves_of(problem.tensors) for problem in problems]
+    options = problems[0].case.options
+    return (
+        problems,
+        leaves,
+        stack.apply(leaves[0]["x"], projections(leaves), options, backend=backend, return_logits=return_logits),
+    )
+
+
 def run(problems: list[Problem], backend: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     """y, router_logits and gradients of each projection, by name; the gradient of x is the sum, with the first one."""
     leaves = [leaves_of(problem.tensors) for problem in problems]
@@ -118,10 +132,8 @@ def test_strided_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", STACKING)
 @pytest.mark.parametrize("unused", [0, 2])
 def test_a_projection_that_the_loss_does_not_use_has_no_gradient(unused: int, name: str) -> None:
-    problems = make_stack(Case(T=700), torch.float64)
-    leaves = [leaves_of(problem.tensors) for problem in problems]
+    problems, leaves, results = applied(Case(T=700), name)
     x = leaves[0]["x"]
-    results = stack.apply(x, projections(leaves), problems[0].case.options, backend=name, return_logits=True)
     used = [i for i in range(3) if i != unused]
     separate = [problems[i].call(name, **leaves[i] | {"x": x}) for i in used]
     ours = sum(results[i][0].square().sum() for i in used)
@@ -137,10 +149,8 @@ def test_a_projection_that_the_loss_does_not_use_has_no_gradient(unused: int, na
 
 @pytest.mark.parametrize("name", STACKING)
 def test_a_loss_on_the_logits_alone(name: str) -> None:
-    problems = make_stack(Case(T=700), torch.float64)
-    leaves = [leaves_of(problem.tensors) for problem in problems]
+    problems, leaves, results = applied(Case(T=700), name)
     x = leaves[0]["x"]
-    results = stack.apply(x, projections(leaves), problems[0].case.options, backend=name, return_logits=True)
     logits = results[1][1]
     assert logits is not None
     tensors = [x, leaves[1]["gate_weight"]]
@@ -211,20 +221,14 @@ def test_few_tokens_are_a_stack_where_the_factors_are_cast_anyway() -> None:
 
 
 def test_no_second_derivatives() -> None:
-    problems = make_stack(Case(T=9), torch.float64)
-    leaves = [leaves_of(problem.tensors) for problem in problems]
-    x = leaves[0]["x"]
-    (y, _), *_ = stack.apply(x, projections(leaves), problems[0].case.options, backend="torch", return_logits=False)
+    _, leaves, ((y, _), *_) = applied(Case(T=9), "torch", return_logits=False)
     with pytest.raises(RuntimeError, match="create_graph must be False, got True: there are no second derivatives"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+        torch.autograd.grad(y.sum(), leaves[0]["x"], create_graph=True)
 
 
 @pytest.mark.parametrize("name", STACKING)
 def test_results_can_be_changed_in_place(name: str) -> None:
-    problems = make_stack(Case(T=9), torch.float64)
-    leaves = [leaves_of(problem.tensors) for problem in problems]
-    x = leaves[0]["x"]
-    results = stack.apply(x, projections(leaves), problems[0].case.options, backend=name, return_logits=True)
+    problems, _, results = applied(Case(T=9), name)
     for y, logits in results:
         y.mul_(2)
         assert logits is not None

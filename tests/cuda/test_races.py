@@ -10,8 +10,9 @@ from tools.emulator.bugs import BUGS
 # Calls of the driver with few tokens: races do not depend on sizes, and each emulated thread costs time. In one pass the
 # bf16 problem has several steps of v, the fp32 problem several tiles of features, too.
 PATHS = {"stages in bf16": 8, "one pass in bf16": 56, "one pass in fp32": 51, "parts in fp32": 20, "decode in fp16": 41}
-pytestmark = pytest.mark.slow
 PRODUCTS = {"shrink from two buffers": 6, "expand over several tiles": 34, "wgrad": 8}
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
