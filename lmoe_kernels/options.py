@@ -144,7 +144,7 @@ class Block(NamedTuple):
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What the gates and the blend of a block depend on, but for the scaling: blocks of one kind can be mixed together."""
+        """What the gates and the blend depend on, but for the scaling: blocks of one kind can be mixed together."""
         return self.num_experts, self.rank, self.shared_a, self.mixing, self.top_k, self.renormalize
 
 
