@@ -15,16 +15,7 @@ import torch
 
 from lmoe_kernels.backends.triton import cost, hopper
 from lmoe_kernels.backends.triton.cost import Traffic, ceil_div
-from lmoe_kernels.backends.triton.plans import (
-    BackwardPlan,
-    Chip,
-    ForwardPlan,
-    GroupedPlan,
-    StackedPlan,
-    StackedTiles,
-    Tile,
-    WgradPlan,
-)
+from lmoe_kernels.backends.triton.plans import BackwardPlan, Chip, ForwardPlan, GroupedPlan, Tile, WgradPlan
 from lmoe_kernels.options import Options, Sizes
 
 REDUCE_TILE = Tile(T=16, F=1024, ER=16)  # of the kernel that adds up partial sums, whose speed depends on memory alone
@@ -197,40 +188,6 @@ def wgrad_bytes(plan: WgradPlan, features: int, heights: tuple[int, ...], dtype:
     columns = plan.tile.F + plan.tile.ER + (plan.tile.E if len(heights) == 2 else 0)
     loaded = ceil_div(programs, chip.processors) * chip.processors * plan.tokens * columns * dtype.itemsize
     return loaded + (8 * plan.splits * sum(heights) * features if plan.splits > 1 else 0)
-
-
-@cached_plan
-def stacked_plan(
-    tokens: int, features: int, rows: int, kinds: tuple[Sizes, ...], dtype: torch.dtype, chip: Chip
-) -> StackedPlan:
-    """The tiles for several mixtures that read the same x, with so many rows of A and of the gates in all.
-
-    The gates are further rows of the factor: the shrink has none of its own. `kinds` are the blocks that share a launch of
-    the mix and of expand, with the sum of their features.
-    """
-    one = Sizes(tokens, features, 0, 1, rows, 1)
-    least = stacked_mix_tile(kinds[0], chip)
-    ways = shrinks(one, features, rows, dtype, chip)
-
-    def seconds(way: tuple[Tile, int]) -> float:
-        tile, splits = way
-        shrink = cost.shrink(tokens, features, rows, 0, tile.T, tile.ER, splits, dtype.itemsize)
-        shrink = shrink._replace(slots=slots_of(shrink_bytes(tile, dtype), chip))
-        mix = cost.mix_fwd(tokens, rows, rows, 0, least.T, splits, dtype.itemsize)._replace(slots=SLOTS_OF_MIX)
-        return seconds_of({"_stacked_shrink_fwd_kernel": shrink, "_stacked_mix_fwd_kernel": mix}, chip)
-
-    shrink, splits = min(ways, key=seconds)
-    tiles = []
-    for kind in kinds:
-        expand = expand_tile(kind._replace(T=tokens, E=1), kind.E * kind.R, kind.O, dtype, chip)
-        tiles.append(StackedTiles(stacked_mix_tile(kind, chip), expand, expand.chunks(kind.O)[1]))
-    return StackedPlan(splits, shrink, tuple(tiles))
-
-
-def stacked_mix_tile(sizes: Sizes, chip: Chip) -> Tile:
-    """The tile of a mix with a dimension for the experts: 4096 elements at most, 32 of each thread."""
-    tokens, experts = 16 if chip.arch == "interpreter" else 4, block_of(sizes.E, least=1)
-    return Tile(T=tokens, F=16, ER=16, E=experts, R=block_of(sizes.R, 1, max(1, 4096 // (tokens * experts))))
 
 
 def shrinks(sizes: Sizes, features: int, columns: int, dtype: torch.dtype, chip: Chip) -> list[tuple[Tile, int]]:

@@ -12,21 +12,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmoe_kernels.backends.triton import configs, host
+from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.mix import Constants, gate_constants
 from lmoe_kernels.backends.triton.stacked import Table, stacked_expand_fwd, stacked_mix_fwd, stacked_shrink_fwd
+from lmoe_kernels.backends.triton.stacked_configs import stacked_plan
 from lmoe_kernels.options import Block, Place, Sizes, StackedFactors, TokenGroups, places_of
 
 _Placed = list[tuple[Block, Place]]
 
 
 class _Stack(NamedTuple):
-    """What calls with the same blocks have in common, for each launch of mix and expand."""
+    """What calls with the same blocks have in common. Each launch of mix and expand has a table, constants and sizes."""
 
     row_groups: Tensor  # (rows of A and of the gates) int64, the group of each row's block
+    groups: int
     tables: tuple[Table, ...]
     constants: tuple[Constants, ...]
-    sizes: tuple[Sizes, ...]  # without tokens and in_features; O is the sum over the blocks
+    sizes: tuple[Sizes, ...]  # without tokens and in_features; O is that of all blocks of one group
 
 
 def add_stacked(
@@ -46,7 +48,8 @@ def add_stacked(
         groups = groups._replace(scale=groups.scale.contiguous())
     stack = _stack_of(blocks, groups is not None, x.device, host.accumulator(x))
     rows = factors.lora_a.shape[0] + (0 if gate is None else gate.shape[0])
-    plan = configs.stacked_plan(tokens, features, rows, stack.sizes, x.dtype, host.chip_of(x.device))
+    # As if each tile of tokens had one group: more programs than a chip runs at once cost less than idle processors.
+    plan = stacked_plan(tokens, features, -(-rows // stack.groups), stack.sizes, x.dtype, host.chip_of(x.device))
     with host.on_device_of(x):
         parts = stacked_shrink_fwd(x, factors, groups, stack.row_groups, plan.splits, plan.shrink)
         for table, constants, sizes, tiles in zip(stack.tables, stack.constants, stack.sizes, plan.tiles, strict=True):
@@ -66,22 +69,21 @@ def _stack_of(blocks: tuple[Block, ...], in_groups: bool, device: torch.device, 
         RuntimeError: the first call is captured by a CUDA graph.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("lmoe_stacked_: experts must be called once before a CUDA graph captures a call, got a first call")
+        must = "have been called once before a CUDA graph captures a call"
+        raise RuntimeError(f"lmoe_stacked_: experts must {must}, got a first call")
     placed = list(zip(blocks, places_of(blocks), strict=True))
     row_groups = [block.group for block in blocks for _ in range(block.rows_of_a)]
     row_groups += [block.group for block in blocks for _ in range(block.num_experts)]
-    launches = list(_launches(placed, in_groups))
-    sizes = []
-    for same in launches:
-        block = same[0][0]
-        columns = sum(one.out_features for one, _ in same)
-        sizes.append(Sizes(0, 0, columns, block.num_experts, block.rank, block.rows_of_a // block.rank))
-    return _Stack(
-        torch.tensor(row_groups, dtype=torch.int64, device=device),
-        tuple(_table_of(same, device, acc) for same in launches),
-        tuple(gate_constants(one, same[0][0].options) for one, same in zip(sizes, launches, strict=True)),
-        tuple(sizes),
-    )
+    groups = len({block.group for block in blocks}) if in_groups else 1
+    tables, constants, sizes = [], [], []
+    for same in _launches(placed, in_groups):
+        block, columns = same[0][0], sum(one.out_features for one, _ in same)
+        of_launch = Sizes(0, 0, -(-columns // groups), block.num_experts, block.rank, block.rows_of_a // block.rank)
+        tables.append(_table_of(same, device, acc))
+        constants.append(gate_constants(of_launch, block.options))
+        sizes.append(of_launch)
+    of_rows = torch.tensor(row_groups, dtype=torch.int64, device=device)
+    return _Stack(of_rows, groups, tuple(tables), tuple(constants), tuple(sizes))
 
 
 def _launches(placed: _Placed, in_groups: bool) -> Iterator[_Placed]:
