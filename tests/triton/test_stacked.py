@@ -109,8 +109,8 @@ def test_groups_that_do_not_occur_cost_nothing() -> None:
     assert loaded["gate"] == tensors.gate_weight.numel() * 2, "the tile of all gates, once"
     assert loaded["y"] == stored["y"] == 32 * y.shape[1] * 2
     assert stored["v"] == 32 * 2 * 4 * 8 * 2, "of two blocks"
-    rows = tensors.lora_a.shape[0] + tensors.gate_weight.shape[0]
-    assert stored["parts"] == 32 * rows / 4 * 4
+    assert loaded["x"] == 2 * 32 * 40 * 2, "by the tile of A, and by that of the gates"
+    assert stored["parts"] == 32 * (64 + tensors.gate_weight.shape[0]) * 4
 
 
 def test_the_last_tokens_of_many(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def _stacked_shrink_fwd_kernel(
 ):  # fmt: skip
     """The partial sum of one tile of tokens over one split of the features, for some rows of A or of the gates.
 
-    Where tokens have groups, it is written only for the rows of their own group, and not computed if there are none.
+    Where tokens have groups, those are left out whose group is not between the first and the last one of the rows.
     """
     wait_for_previous_kernel(PDL)
     COLUMNS: tl.constexpr = ROWS_OF_A + ROWS_OF_GATE  # pyright: ignore[reportAssignmentType]
@@ -135,7 +135,11 @@ def _stacked_shrink_fwd_kernel(
             factor_ptr = gate_ptr
     needed = True
     if group_ptr is not None:
-        needed = tl.max(_meet(group_ptr, row_groups_ptr + column, t, row, T, rows).to(tl.int32)) > 0
+        # A range of groups: to compare each token with each row would spill, on gfx942 and on sm_90.
+        of_rows = tl.load(row_groups_ptr + column + tl.minimum(row, rows - 1))
+        group = tl.load(group_ptr + t, mask=t < T, other=0)
+        t = tl.where((group >= tl.min(of_rows, axis=0)) & (group <= tl.max(of_rows, axis=0)), t, T)
+        needed = tl.min(t, axis=0) < T
     if needed:
         split = tl.program_id(2)
         f_from = split * features_of_split
@@ -148,10 +152,7 @@ def _stacked_shrink_fwd_kernel(
         )
         let_next_kernel_start(PDL)
         out = parts_ptr + split.to(tl.int64) * T * COLUMNS + column
-        if group_ptr is not None:
-            mask = _meet(group_ptr, row_groups_ptr + column, t, row, T, rows)  # again: held in the loop, it spills on sm_90
-        else:
-            mask = (t < T)[:, None] & (row < rows)[None, :]
+        mask = (t < T)[:, None] & (row < rows)[None, :]
         tl.store(out + t.to(tl.int64)[:, None] * COLUMNS + row[None, :], part, mask=mask)
 
 
@@ -261,21 +262,6 @@ def _stacked_expand_fwd_kernel(
             y_at = y_ptr + t.to(tl.int64)[:, None] * stride_t + f[None, :]
             y = tl.load(y_at, mask=mask, other=0.0).to(ACC) + acc * factor
             tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _meet(
-    group_ptr,  # (T)
-    row_groups_ptr,  # the groups of the factor's rows
-    t,  # (BLOCK_T) tokens
-    row,  # (BLOCK_ER) rows of the factor
-    T,
-    rows,
-):
-    """Whether a row belongs to a block of the token's group: (BLOCK_T, BLOCK_ER)."""
-    group = tl.load(group_ptr + t, mask=t < T, other=0)
-    of_row = tl.load(row_groups_ptr + row, mask=row < rows, other=0)
-    return (group[:, None] == of_row[None, :]) & (t < T)[:, None] & (row < rows)[None, :]
 
 
 @triton.jit
