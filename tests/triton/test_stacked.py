@@ -144,7 +144,9 @@ def test_a_first_call_within_a_capture_is_refused(monkeypatch: pytest.MonkeyPatc
         serving._stack_of(blocks, False, torch.device("cuda", 0), torch.float32)
 
 
-@pytest.mark.parametrize("numbers, alignment", [((64, 0, 128), 16), ((64, 8, 48), 8), ((24, 0, 16), 8), ((17, 0, 64), 1)])
+@pytest.mark.parametrize(
+    "numbers, alignment", [((64, 0, 128), 16), ((64, 0, 17), 1), ((64, 8, 48), 8), ((24, 0, 16), 8), ((17, 0, 64), 1)]
+)
 def test_kernels_are_given_an_alignment_that_every_block_has(numbers: tuple[int, int, int], alignment: int) -> None:
     """The interpreter ignores the hints that a GPU relies on: blocks begin at multiples of it in B and in y."""
     first, column, second = numbers
