@@ -1,4 +1,4 @@
-"""Stacks of projections on a GPU, on every backend that computes them: the rule for errors, and the same as separate calls."""
+"""Stacks of projections on a GPU, on every backend that computes them: the rule for errors against float64."""
 
 from dataclasses import replace
 
