@@ -21,12 +21,16 @@ from lmoe_kernels.model import (
     remove_lmoe,
     train_lmoe,
 )
+from lmoe_kernels.options import Block
+from lmoe_kernels.serving import StackedExperts, explain_stacked, lmoe_stacked_
 from lmoe_kernels.targets import lmoe_layers
 from lmoe_kernels.training import freeze_expert, freeze_gates, parameter_groups
 from lmoe_kernels.version import __version__
 
 __all__ = [
+    "Block",
     "LMoELinear",
+    "StackedExperts",
     "__version__",
     "add_auxiliary_loss",
     "add_expert",
@@ -39,6 +43,7 @@ __all__ = [
     "disable_lmoe",
     "expert_names",
     "explain",
+    "explain_stacked",
     "export_expert",
     "fit_router",
     "freeze_expert",
@@ -47,6 +52,7 @@ __all__ = [
     "lmoe",
     "lmoe_layers",
     "lmoe_linear",
+    "lmoe_stacked_",
     "load_lmoe",
     "parameter_groups",
     "print_trainable_parameters",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of backends, and the choice of the backend that computes a call.
 
-Every backend is a folder with the same four modules. `availability` has two functions, which return a reason or None:
+Every backend is a folder with the same five modules. `availability` has two functions, which return a reason or None:
 `why_not`, why the backend cannot take a call, and `why_not_by_default`, why it is not selected automatically. `forward`,
-`backward` and `dropout` compute. The automatic choice is the first backend of the table for which both functions return
-None. The package imports `availability` at once, the others at the first call.
+`backward`, `dropout` and `serving` compute. The automatic choice is the first backend of the table for which both functions
+return None. The package imports `availability` at once, the others at the first call.
 """
 
 import threading
@@ -52,6 +52,12 @@ def load(name: str) -> Functions:
     package = BACKENDS[name].package
     modules = {part: import_module(f"{package}.{part}") for part in Functions._fields}
     return Functions(*(getattr(module, part) for part, module in modules.items()))
+
+
+@cache
+def load_serving(name: str) -> Callable[..., None]:
+    """Import the function of a backend that adds stacked mixtures in place, see `lmoe_kernels.serving`."""
+    return import_module(f"{BACKENDS[name].package}.serving").add_stacked
 
 
 class StackFunctions(NamedTuple):

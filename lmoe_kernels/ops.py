@@ -9,7 +9,7 @@ The ops do the work that is the same for all backends: they make rows contiguous
 the frozen product last. The backend writes the delta, and the frozen GEMM adds to it with beta = 1. A compute-bound GEMM can
 overlap that read of y with its products, and only the delta is rounded before the sum.
 
-A call that nothing else sees runs the body of an op and not the op, see `_something_sees_ops`.
+A call that nothing else sees runs the body of an op and not the op, see `something_sees_ops`.
 
 The backend is chosen inside the op, from the actual sizes. A choice during tracing by torch.compile would depend on the
 traced sizes. It would be wrong for other sizes if the guards are dropped, and impossible for sizes that are unknown then.
@@ -75,7 +75,7 @@ def run_forward(
     It is the chosen one, so that the backward need not choose again; the requested one if the op ran, which chooses inside.
     """
     tensors = (x, *factors, weight, base, seed)
-    if _something_sees_ops(x, tensors):
+    if something_sees_ops(x, tensors):
         return forward(*tensors, save, backend, *options), backend
     y, saved, name = _compute_forward(x, factors, weight, base, seed, options, save=save, backend=backend)
     return (y, *(saved or _NOTHING_SAVED)), name
@@ -96,12 +96,12 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:
     """The results of the op `backward`, likewise."""
     tensors = (dy, dlogits, x, *factors, weight, seed, *saved)
-    if _something_sees_ops(dy, tensors):
+    if something_sees_ops(dy, tensors):
         return backward(*tensors, wanted, backend, *options)
     return _compute_backward(dy, dlogits, x, factors, weight, seed, saved, options, wanted=wanted, backend=backend)
 
 
-def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
+def something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether anything but the caller may see which op is called, or give it another meaning.
 
     That is torch.compile, a mode (of a tracer, a fake tensor, a default device), a transform of torch.func, torch.jit.trace,
@@ -112,7 +112,7 @@ def _something_sees_ops(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def is_traced(x: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether anything but the profiler may give a call another meaning than its results, see `_something_sees_ops`."""
+    """Whether anything but the profiler may give a call another meaning than its results, see `something_sees_ops`."""
     return (
         is_dynamo_compiling()
         or _len_torch_dispatch_stack() > 0

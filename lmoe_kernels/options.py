@@ -5,6 +5,7 @@
 places: at the schema of the ops, which accepts tensors and numbers, and at the launch of a kernel.
 """
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,6 +116,87 @@ class StackSaved(NamedTuple):
     u: Tensor  # (T n, E, R) in x's dtype
     rows: Tensor  # (n E R + n E, I) in x's dtype: all A, then all gates if there are gates
     lora_b: tuple[Tensor, ...]  # (E, R, O) of each projection in x's dtype
+
+
+class Block(NamedTuple):
+    """One of the mixtures that `lmoe_stacked_` adds in one call: its sizes, its options, its columns of y, its tokens."""
+
+    num_experts: int
+    rank: int
+    out_features: int
+    column: int = 0  # the first of its columns of y
+    shared_a: bool = False
+    scaling: float = 1.0
+    mixing: Mixing = "factors"
+    top_k: int | None = None
+    renormalize: bool = True
+    group: int = 0  # it is added to the tokens of this group; to all tokens if the call has no groups
+
+    @property
+    def options(self) -> Options:
+        """The options of the mixture as those of a call of `lmoe`."""
+        return Options(float(self.scaling), self.mixing, self.top_k, self.renormalize)
+
+    @property
+    def rows_of_a(self) -> int:
+        """The rows of the block in `StackedFactors.lora_a`."""
+        return self.rank if self.shared_a else self.num_experts * self.rank
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the gates and the blend depend on, but for the scaling: blocks of one kind can be mixed together."""
+        return self.num_experts, self.rank, self.shared_a, self.mixing, self.top_k, self.renormalize
+
+
+class Place(NamedTuple):
+    """Where a block is in the stacked tensors, and in the columns of y."""
+
+    a: slice  # rows of lora_a
+    experts: slice  # rows of gate_weight, elements of gate_bias, columns of gate_logits
+    b: slice  # elements of lora_b
+    columns: slice
+
+
+@lru_cache(4096)
+def places_of(blocks: tuple[Block, ...]) -> tuple[Place, ...]:
+    """The place of each block: the blocks follow one another in every stacked tensor."""
+    places, a, experts, b = [], 0, 0, 0
+    for block in blocks:
+        numbers = block.num_experts * block.rank * block.out_features
+        ends = a + block.rows_of_a, experts + block.num_experts, b + numbers
+        columns = slice(block.column, block.column + block.out_features)
+        places.append(Place(slice(a, ends[0]), slice(experts, ends[1]), slice(b, ends[2]), columns))
+        a, experts, b = ends
+    return tuple(places)
+
+
+class StackedFactors(NamedTuple):
+    """The experts and gates of all blocks, one block after the other. A, B have x's dtype, see `StackedExperts`."""
+
+    lora_a: Tensor  # (sum of E R, or R where A is shared, I)
+    lora_b: Tensor  # (sum of E R O): (E, R, O) of each block
+    gate_weight: Tensor | None  # (sum of E, I); exactly one of it and gate_logits is given
+    gate_bias: Tensor | None  # (sum of E), fp32, added to the logits
+    gate_logits: Tensor | None  # (T, sum of E), fp32
+
+    def of_block(self, block: Block, place: Place) -> Factors:
+        """The factors of one block, with gate_logits in place of the gate where they are given."""
+        lora_a, lora_b, gate_weight, gate_bias, logits = self
+        experts, rank = block.num_experts, block.rank
+        return Factors(
+            lora_a[place.a].unflatten(0, (-1, rank)),
+            lora_b[place.b].view(experts, rank, block.out_features),
+            None if gate_weight is None else gate_weight[place.experts],
+            None if gate_bias is None else gate_bias[place.experts],
+            None if logits is None else logits[:, place.experts],
+        )
+
+
+class TokenGroups(NamedTuple):
+    """Which blocks are added to which token, and with which factor."""
+
+    group: Tensor  # (T) int32 or int64; a token whose number no block has gets no delta
+    scale: Tensor | None  # (T), fp32
 
 
 class Wanted(NamedTuple):

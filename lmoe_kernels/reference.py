@@ -37,7 +37,7 @@ Letters: T tokens, I in_features, O out_features, E experts, R rank. Source: L-M
 import torch
 from torch import Tensor
 
-from lmoe_kernels.options import Factors, Gradients, Options, Saved, Wanted
+from lmoe_kernels.options import Block, Factors, Gradients, Options, Saved, StackedFactors, TokenGroups, Wanted, places_of
 
 
 def gate_softmax(logits: Tensor, top_k: int | None = None, renormalize: bool = True) -> Tensor:
@@ -116,6 +116,33 @@ def forward(
         return y.to(x.dtype), None
     u = torch.einsum("ti,eri->ter", xw, a)
     return y.to(x.dtype), Saved(logits if factors.gate_weight is not None else None, u.to(x.dtype))
+
+
+def add_stacked(
+    y: Tensor,  # (T, N), changed in place; rows may lie apart
+    x: Tensor,  # (T, I)
+    factors: StackedFactors,
+    blocks: tuple[Block, ...],
+    groups: TokenGroups | None,
+) -> None:
+    """Add the delta of every block to its columns of y, with the matrices of every token.
+
+    Semantics:
+        for block in blocks:
+            delta = lmoe(x, lora_a, lora_b, gate_weight=gate_weight, gate_bias=gate_bias, ...)  # those of the block
+            y[:, columns] += where(group == block.group, scale * delta, 0)
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for block, place in zip(blocks, places_of(blocks), strict=True):
+        of_block = factors.of_block(block, place)
+        if of_block.gate_logits is not None and of_block.gate_bias is not None:
+            of_block = of_block._replace(gate_logits=of_block.gate_logits + of_block.gate_bias)
+        delta, _ = forward(x.to(wide), of_block, None, block.options, save=False)
+        if groups is not None:
+            if groups.scale is not None:
+                delta = groups.scale.to(wide)[:, None] * delta
+            delta = delta.where((groups.group == block.group)[:, None], 0.0)
+        y[:, place.columns] += delta
 
 
 def backward(

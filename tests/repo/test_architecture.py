@@ -26,7 +26,7 @@ LEVELS = [
     {"layer"},
     {"layer_options", "mixture", "routers", "stack_group"},
     {"router_scopes"},
-    {"config", "files", "functional", "losses", "running_means"},
+    {"config", "files", "functional", "losses", "running_means", "serving"},
     {"autograd", "stack"},
     {"ops"},
     {"dropout"},
@@ -129,7 +129,9 @@ def test_every_backend_has_the_same_files_and_a_row_in_the_table() -> None:
     assert folders.keys() == dispatch.BACKENDS.keys()
     for folder in folders.values():
         files = {path.name for path in folder.iterdir()}
-        assert {"__init__.py", "availability.py", "forward.py", "backward.py", "dropout.py"} <= files, folder.name
+        assert {"__init__.py", "availability.py", "forward.py", "backward.py", "dropout.py", "serving.py"} <= files, (
+            folder.name
+        )
 
 
 @pytest.mark.parametrize("path", _sources("tools"), ids=lambda p: str(p.relative_to(ROOT)))
