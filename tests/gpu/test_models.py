@@ -100,7 +100,8 @@ def clear_batch(model: nn.Module, *, padded: bool = False) -> dict[str, Tensor]:
 def outcome(model: nn.Module, inputs: dict[str, Tensor]) -> Outcome:
     """The loss, the logits and all gradients of a training step."""
     inputs = {name: t.to(next(model.parameters()).device) for name, t in inputs.items()}
-    labels = inputs["input_ids"].masked_fill(inputs.get("attention_mask", torch.ones(())) == 0, -100)
+    labels, mask = inputs["input_ids"], inputs.get("attention_mask")
+    labels = labels if mask is None else labels.masked_fill(mask == 0, -100)
     model.zero_grad()
     results = model(**inputs, labels=labels)
     results.loss.backward()
@@ -116,10 +117,13 @@ def error(ours: Tensor, true: Tensor) -> float:
 
 
 def assert_near(ours: Outcome, plain: Outcome, true: Outcome, dtype: torch.dtype) -> None:
-    """The errors of a model are sums of many roundings, in another order on another device: allow twice plain PyTorch's."""
+    """The errors of a model are sums of many roundings, in another order on another device: allow four times plain's.
+
+    In bf16 the errors of plain PyTorch are as large as some small gradients, in fp32 at most a hundredth of any.
+    """
     assert ours.keys() == true.keys()
     for name, t in true.items():
-        allowed = 2 * error(plain[name], t) + 4 * torch.finfo(dtype).eps
+        allowed = 4 * error(plain[name], t) + 4 * torch.finfo(dtype).eps
         assert error(ours[name], t) <= allowed, f"{name}: {error(ours[name], t):.2e}, allowed {allowed:.2e}"
 
 
