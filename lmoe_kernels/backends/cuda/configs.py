@@ -162,12 +162,12 @@ class Columns(NamedTuple):
     """Neighbouring columns of y that belong to the same blocks of a stacked call."""
 
     first: int
-    count: int
+    width: int
     blocks: int  # a bit for each
 
     def tiles(self, column_tile: int) -> int:
         """How many tiles of y they are."""
-        return ceil_div(self.count, column_tile)
+        return ceil_div(self.width, column_tile)
 
 
 class StackedPlan(NamedTuple):
@@ -198,7 +198,7 @@ def stacked_plan(
         sizes = ((block.num_experts, block.rows_of_a // block.rank, block.rank) for block in blocks)
         return max(_decode_smem(tokens, *size_of_block, column_tile, size) for size_of_block in sizes)
 
-    column_tile = padded(max(16, ceil_div(sum(some.count for some in columns), processors)))
+    column_tile = padded(max(16, ceil_div(sum(some.width for some in columns), processors)))
     while tiles(column_tile) > max(processors, len(columns)):  # a second tile would take a processor twice the time
         column_tile += 8
     while smem(column_tile) > most:
