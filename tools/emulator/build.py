@@ -13,7 +13,12 @@ from types import ModuleType
 
 from filelock import FileLock
 
-PROGRAMS = {"calls": "driver.cpp", "products": "products.cpp", "dropout": "dropout.cpp", "stacked": "stacked.cpp"}  # by the kind of their problems
+PROGRAMS = {
+    "calls": "driver.cpp",
+    "products": "products.cpp",
+    "dropout": "dropout.cpp",
+    "stacked": "stacked.cpp",
+}  # by the kind of their problems
 # Launchers that a kind does not need; all need device.cu, which asks about the kernel of decode.cu.
 OF_CALLS = ("backward.cu", "forward.cu", "fused.cu", "mix.cu")
 PRODUCTS = ("expand.cu", "shrink.cu", "wgrad.cu")
