@@ -5,9 +5,19 @@ from tools.emulator.bug import Bug
 OUTSIDE = "AddressSanitizer: heap-buffer-overflow"
 
 
-def _bug(name: str, function: str, right: str, wrong: str, **others: object) -> Bug:
-    """A bug of stacked.cuh that gives wrong numbers, unless `others` say something else."""
-    return Bug(name, "cuda/stacked.cuh", function, right, wrong, kind="stacked", **{"caught_as": "y is off by"} | others)
+def _bug(
+    name: str,
+    function: str,
+    right: str,
+    wrong: str,
+    caught_as: str = "y is off by",
+    target: str = "quick",
+    is_race: bool = False,
+    first_problem: int = 1,
+) -> Bug:
+    """A bug of stacked.cuh."""
+    file = "cuda/stacked.cuh"
+    return Bug(name, file, function, right, wrong, caught_as, target, is_race, "stacked", first_problem)
 
 
 STACKED_BUGS = (
@@ -67,6 +77,7 @@ STACKED_BUGS = (
         "UsedRows(const StackedParams& p, uint32_t used)",
         "gate_end = is_used ? gate + own.E : gate;",
         "gate_end = gate;",
+        first_problem=5,
     ),
     _bug(
         "the first tiles of all columns",
@@ -79,6 +90,8 @@ STACKED_BUGS = (
         "bool next(",
         "smaller(own.count - begin, p.column_tile)",
         "p.column_tile",
+        caught_as=OUTSIDE,
+        target="address",
     ),
     _bug(
         "mixtures copied from a row of lora_b that is too far",
