@@ -71,9 +71,7 @@ def is_plain(tensor: Any) -> TypeGuard[Tensor]:
 def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
     """Check x and the factors one by one, each for all that may be wrong with it."""
     lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
-    check_dense(op, "x", x)
-    if x.dim() == 0:
-        fail(op, "x", "have shape (..., I)", "a tensor without dimensions")
+    check_x(op, x)
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         check_parameter(op, name, factor, x)
         if factor.dim() != 3 or 0 in factor.shape[:2]:
@@ -97,6 +95,24 @@ def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
     if gate_logits is not None:
         check_parameter(op, "gate_logits", gate_logits, x)
         check_shape(op, "gate_logits", gate_logits, "(..., E)", (*x.shape[:-1], experts))
+
+
+def check_x(op: str, x: Tensor) -> None:
+    """Check the tensor of tokens."""
+    check_dense(op, "x", x)
+    if x.dim() == 0:
+        fail(op, "x", "have shape (..., I)", "a tensor without dimensions")
+
+
+def check_gate(op: str, x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> None:
+    """Check a gate that is given without experts."""
+    check_x(op, x)
+    check_parameter(op, "gate_weight", gate_weight, x)
+    if gate_weight.dim() != 2 or len(gate_weight) == 0 or gate_weight.shape[1] != x.shape[-1]:
+        fail(op, "gate_weight", f"have shape (E, I) with E >= 1 and I = {x.shape[-1]}", tuple(gate_weight.shape))
+    if gate_bias is not None:
+        check_parameter(op, "gate_bias", gate_bias, x)
+        check_shape(op, "gate_bias", gate_bias, "(E)", (len(gate_weight),))
 
 
 def check_options(op: str, num_experts: int, options: Options) -> None:
