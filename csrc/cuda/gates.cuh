@@ -142,11 +142,18 @@ __device__ __forceinline__ Softmax softmax_of(const ForwardParams& p, int lane, 
 }
 
 // The gates of some tokens: gates[t * E + e] from logits[first + t * E + e]. All threads of the block call it; it
-// ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token.
+// ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token. Given gates are copied.
 template <class S>
 __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tensor& logits, int64_t first, float* gates,
                                              int tokens) {
     const int E = static_cast<int>(p.E);
+    if (p.gates_given) {
+        for (int i = static_cast<int>(threadIdx.x); i < tokens * E; i += static_cast<int>(blockDim.x)) {
+            gates[i] = load<S>(logits, first + i);
+        }
+        __syncthreads();  // all threads see the gates
+        return;
+    }
     int lanes = 1;  // for one token, a power of two
     while (lanes < E && lanes < 32) lanes *= 2;
     const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
