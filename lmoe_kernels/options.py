@@ -104,7 +104,7 @@ class Saved(NamedTuple):
     cast: Tensor | None = None  # the buffer of `casting.cast_factors`; None if nothing was cast, or not by this backend
 
     def router_logits(self, factors: Factors) -> Tensor:
-        """The logits that the gates were computed from: those of the forward or of the outside router."""
+        """The logits that the gates were computed from, of the forward or of an outside router; or gates that were given."""
         logits = factors.gate_logits if self.logits is None else self.logits
         assert logits is not None
         return logits
