@@ -62,12 +62,12 @@ Rows to_rows_or_vector(py::handle tensor) {
     return rows;
 }
 
-// The first fields of a tuple of options.py, in their order. `Options` may have more, which have no meaning for the kernels.
+// The fields of a tuple of options.py, in their order.
 template <size_t COUNT>
-std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple, bool more = false) {
-    if (tuple.size() < COUNT || (tuple.size() > COUNT && !more)) {
-        throw py::type_error(std::string("lmoe: ") + name + " must have " + (more ? "at least " : "") +
-                             std::to_string(COUNT) + " fields, got " + std::to_string(tuple.size()));
+std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple) {
+    if (tuple.size() != COUNT) {
+        throw py::type_error(std::string("lmoe: ") + name + " must have " + std::to_string(COUNT) + " fields, got " +
+                             std::to_string(tuple.size()));
     }
     std::array<py::handle, COUNT> result;
     for (size_t i = 0; i < COUNT; ++i) result[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
@@ -91,13 +91,15 @@ Params params_of(int dtype, const py::tuple& sizes) {
     return p;
 }
 
-// `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
+// `logits` are those of the gate; an outside router's come with the factors, and so do given gates. A backward has neither
+// base nor y. Of the options, dropout has no meaning for the kernels.
 void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& factors, py::handle x, py::handle base,
                  py::handle logits, py::handle u, py::handle y) {
-    const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options, true);
+    const auto [scaling, mixing, top_k, renormalize, dropout, softmax] = fields<6>("Options", options);
     p.scaling = scaling.cast<float>(), p.mixing = to_mixing(mixing);
     p.top_k = top_k.is_none() ? p.E : std::min(to_int(top_k), p.E);
-    p.renormalize = PyObject_IsTrue(renormalize.ptr()) == 1 || p.top_k == p.E;
+    p.gates_given = PyObject_IsTrue(softmax.ptr()) == 0;
+    p.renormalize = !p.gates_given && (PyObject_IsTrue(renormalize.ptr()) == 1 || p.top_k == p.E);
     const auto [lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<5>("Factors", factors);
     p.lora_a = to_tensor(lora_a), p.lora_b = to_tensor(lora_b);
     p.gate_weight = to_tensor(gate_weight), p.gate_bias = to_tensor(gate_bias);

@@ -35,6 +35,7 @@ struct ForwardParams {
     Mixing mixing;
     int64_t top_k;     // experts that each token keeps, 1 ... E
     bool renormalize;  // the softmax runs over the experts kept; otherwise over all, and the gates kept sum to less than one
+    bool gates_given;  // `logits` holds the gates: there is no softmax, and their sum need not be one; renormalize is false
 
     Rows x;              // (T, I); null in a backward that computes neither dlora_a nor dgate_weight
     Tensor lora_a;       // (experts_of_a, R, I)
@@ -43,7 +44,7 @@ struct ForwardParams {
     Tensor gate_bias;    // (E), or null
     Rows base;           // (T, O), or (O) where its stride is 0, or null: what the delta is added to
 
-    Tensor logits;  // (T, E): an outside router's are read, a gate's are written by forward, in fp32
+    Tensor logits;  // (T, E): an outside router's, or given gates, are read; a gate's are written by forward, in fp32
     void* u;        // (T, experts_of_a, R); u and a gate's logits may be null in one pass and in decode: nothing is saved
     void* y;        // (T, O)
 
