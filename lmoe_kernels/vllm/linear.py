@@ -18,7 +18,7 @@ from lmoe_kernels.options import Block, places_of
 from lmoe_kernels.products import linear_wide
 from lmoe_kernels.serving import StackedExperts, explain_stacked
 from lmoe_kernels.vllm import layouts
-from lmoe_kernels.vllm.layouts import Cut, Output, ShardId
+from lmoe_kernels.vllm.layouts import Cut, ShardId
 
 logger = init_logger("vllm.lmoe_kernels")  # vLLM shows what is logged under its own name
 _KINDS = (
@@ -164,17 +164,15 @@ class LMoELinearMethod(linear.LinearMethodBase):
 def cut_of(layer: Any, rows: int, columns: list[int], in_features: int) -> Cut:
     """What this rank holds of a layer, as vLLM cuts its weight."""
     if isinstance(layer, linear.RowParallelLinear):
-        start = layer.tp_rank * rows if rows < in_features else 0
-        return Cut(in_features, slice(start, start + rows), tuple(Output(size, 0, size) for size in columns))
+        return layouts.row_cut(in_features, rows, layer.tp_rank, columns)
+    if isinstance(layer, linear.ReplicatedLinear):
+        return layouts.column_cut(in_features, columns, columns, [0] * len(columns))
     whole, ranks = [size * layer.tp_size for size in columns], [layer.tp_rank] * len(columns)
     if isinstance(layer, linear.QKVParallelLinear):
         keys = layer.total_num_kv_heads
         whole = [layer.total_num_heads * layer.head_size, keys * layer.head_size, keys * layer.v_head_size]
-        ranks[1:] = [layer.tp_rank // layer.num_kv_head_replicas] * 2  # more ranks than heads: some hold the same one
-    elif isinstance(layer, linear.ReplicatedLinear):
-        whole, ranks = columns, [0] * len(columns)
-    outputs = tuple(Output(n, rank * size, size) for n, rank, size in zip(whole, ranks, columns, strict=True))
-    return Cut(in_features, slice(0, rows), outputs)
+        ranks[1:] = [layer.tp_rank // layer.num_kv_head_replicas] * 2
+    return layouts.column_cut(in_features, whole, columns, ranks)
 
 
 def why_not_served(layer: nn.Module, prefix: str) -> str | None:
