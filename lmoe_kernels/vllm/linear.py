@@ -11,7 +11,6 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
-from vllm.model_executor.utils import set_weight_attrs
 
 from lmoe_kernels.mixture import Choice, of_chosen
 from lmoe_kernels.options import Block, places_of
@@ -32,7 +31,33 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 _ABSORBED = ("kv_b_proj",)
 
 
-class LayerExperts(StackedExperts):
+class ExpertsParameter(nn.Parameter):
+    """A parameter that vLLM's weight stream fills in place, part by part, by a loader that stays.
+
+    vLLM's reload of weights replaces loaders and parameters, and copies a new parameter over the old one as a whole: of a
+    stream that holds some of the experts of a layer it would leave the others undefined.
+    """
+
+    weight_loader_numel = 0  # how many numbers a reload waits for, and without which it warns
+
+    def __new__(cls, data: Tensor, loader: Callable[..., None]) -> "ExpertsParameter":
+        """Make a parameter of this tensor that requires no gradient."""
+        return super().__new__(cls, data, requires_grad=False)
+
+    def __init__(self, data: Tensor, loader: Callable[..., None]) -> None:
+        self._loader = loader
+
+    @property
+    def weight_loader(self) -> Callable[..., None]:
+        """The function (parameter, tensor, shard) that vLLM calls for each tensor of its stream."""
+        return self._loader
+
+    @weight_loader.setter
+    def weight_loader(self, loader: Callable[..., None]) -> None:
+        pass
+
+
+class LMoEExperts(StackedExperts):
     """The experts of a layer, with the biases of the choice of experts (sum of E) in fp32, where a mixture has one."""
 
     choice_bias: Tensor | None
@@ -46,8 +71,8 @@ class LayerExperts(StackedExperts):
 class LMoELinearMethod(linear.LinearMethodBase):
     """The method of a layer that has experts, around the method of the base model.
 
-    The experts are a child module of the layer, `layer.lmoe`: vLLM reloads weights module by module, so that it can load
-    the experts alone, or the base alone.
+    The experts are a child module of the layer, `layer.lmoe`, because vLLM reloads weights module by module: it can reload
+    the base alone, and `register` excepts modules of the class `LMoEExperts`, which their loaders fill in place.
     """
 
     def __init__(
@@ -82,12 +107,12 @@ class LMoELinearMethod(linear.LinearMethodBase):
         self.places = places_of(blocks)
         configs = [member.layer.config for member in self.members]
         gate_bias, choice_bias = (any(getattr(config, key) for config in configs) for key in ("gate_bias", "choice_bias"))
-        experts = LayerExperts(blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias)
-        for key, parameter in experts.named_parameters():
-            set_weight_attrs(parameter, {"weight_loader": self._loader(experts, key)})
+        experts = LMoEExperts(blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias)
+        for key, parameter in list(experts.named_parameters()):
+            experts.register_parameter(key, ExpertsParameter(parameter.data, self._loader(experts, key)))
         layer.lmoe = experts
 
-    def _loader(self, experts: LayerExperts, key: str) -> Callable[..., None]:
+    def _loader(self, experts: LMoEExperts, key: str) -> Callable[..., None]:
         def weight_loader(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
             shard = getattr(loaded_weight, "shard_id", None) if loaded_shard_id is None else loaded_shard_id
             for index in layouts.addressed(self.members, key, shard):
@@ -95,7 +120,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
 
         return weight_loader
 
-    def _fill(self, experts: LayerExperts, index: int, key: str, tensor: Tensor) -> None:
+    def _fill(self, experts: LMoEExperts, index: int, key: str, tensor: Tensor) -> None:
         """Copy this rank's part of a tensor to its place."""
         part = layouts.part_of(self.members[index], key, tensor, self.cut)
         if key == "choice_bias":
@@ -117,7 +142,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
         self.filled = True
         self._explain(layer.lmoe)
 
-    def _explain(self, experts: LayerExperts) -> None:
+    def _explain(self, experts: LMoEExperts) -> None:
         """Log once for each kind of layer which backend computes one token, 64 and as many as a batch may have."""
         if (kind := (experts.layout, experts.in_features)) in self.config.explained:
             return
@@ -138,7 +163,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
         layer.lmoe.add_(flat_y, flat_x, gate_logits=logits, token_group=group, token_scale=scale)
         return flat_y.view(y.shape)
 
-    def _gate_logits(self, experts: LayerExperts, x: Tensor) -> Tensor | None:
+    def _gate_logits(self, experts: LMoEExperts, x: Tensor) -> Tensor | None:
         """The router logits where the op cannot compute them: summed over the ranks, or of the chosen experts alone."""
         choice_bias = experts.choice_bias
         if not self.cut.cuts_inputs and choice_bias is None:
