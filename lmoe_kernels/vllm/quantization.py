@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from lmoe_kernels.checks import fail
 from lmoe_kernels.reader import saved_layers
+from lmoe_kernels.version import __version__
 from lmoe_kernels.vllm import layouts
 from lmoe_kernels.vllm.layouts import OP, ServedAdapter
 from lmoe_kernels.vllm.linear import LMoELinearMethod, why_not_served
@@ -88,7 +89,7 @@ class LMoEConfig(QuantizationConfig):
         self.adapters = [layouts.served_adapter(name, directory) for name, directory in directories.items()]
         self._names = {name: name for adapter in self.adapters for name in adapter.layers}
         # The options are constants of compiled graphs, which vLLM keeps on the disk under a hash of hf_config.
-        hf_config.lmoe_digest = [adapter.digest for adapter in self.adapters]
+        hf_config.lmoe_digest = [__version__, *(adapter.digest for adapter in self.adapters)]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Translate the names of the plain model to those of vLLM's."""
