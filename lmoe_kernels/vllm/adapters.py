@@ -5,6 +5,8 @@ vLLM brings the choice to the worker as a LoRA id for each token of the batch. H
 `lmoe_stacked_`: `AdapterManager` takes the place of vLLM's own manager of LoRA adapters and writes the group and the scale
 of each token to tensors that the layers read. No layer of vLLM's LoRA runs.
 """
+# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,22 +37,26 @@ class Choice(NamedTuple):
 _NONE = Choice(-1, 1.0)
 
 
-def directories_of(adapters: object) -> tuple[str, ...]:
-    """The directories of `lmoe_adapters`, as absolute paths, each once: two names may share one.
+def directories_of(adapters: object) -> dict[str, str]:
+    """The directories of `lmoe_adapters` as absolute paths, by name. Two names may share a directory: the first stays.
 
     Raises:
-        ValueError: it is empty.
+        ValueError: it is empty, or a directory does not exist.
         TypeError: it is not a dict of str.
     """
-    must = "map names of adapters to directories"
+    argument, must = "lmoe_adapters of --hf-overrides", "map names of adapters to directories"
     if not isinstance(adapters, Mapping):
-        fail(_OP, "lmoe_adapters", must, type(adapters).__name__, TypeError)
+        fail(_OP, argument, must, type(adapters).__name__, TypeError)
+    if not adapters:
+        fail(_OP, argument, must, "none")
+    names: dict[str, str] = {}
     for name, directory in adapters.items():
         if not isinstance(name, str) or not isinstance(directory, str) or not directory:
-            fail(_OP, "lmoe_adapters", must, f"{name!r}: {directory!r}", TypeError)
-    if not adapters:
-        fail(_OP, "lmoe_adapters", must, "none")
-    return tuple(dict.fromkeys(_absolute(directory) for directory in adapters.values()))
+            fail(_OP, argument, must, f"{name!r}: {directory!r}", TypeError)
+        if not Path(absolute := _absolute(directory)).is_dir():
+            fail(_OP, argument, "name directories that save_lmoe wrote", f"{name!r}: {directory!r}")
+        names.setdefault(absolute, name)
+    return {name: directory for directory, name in names.items()}
 
 
 def choice_of(path: str, directories: Sequence[str]) -> Choice:
@@ -87,14 +93,14 @@ class TokenChoices:
 
     Args:
         max_tokens: the most tokens of a batch.
-        device: of the model.
         directories: of the adapters; a group is an index into them.
+        device: of the model; None: PyTorch's default device.
     """
 
     group: Tensor  # (max_tokens) int32; -1: no adapter
     scale: Tensor  # (max_tokens), fp32
 
-    def __init__(self, max_tokens: int, device: torch.device | str, directories: Sequence[str]) -> None:
+    def __init__(self, max_tokens: int, directories: Sequence[str], device: torch.device | str | None = None) -> None:
         self.directories = tuple(directories)
         self._both = torch.empty(2, max_tokens, dtype=torch.int32, device=device)
         self.group, self.scale = self._both[0], self._both[1].view(torch.float32)
@@ -105,7 +111,7 @@ class TokenChoices:
 
         Each batch gets host memory of its own: PyTorch reuses pinned memory only after the copy from it has ended.
         """
-        host = torch.empty(self._both.shape, dtype=torch.int32, pin_memory=self._both.is_cuda)
+        host = torch.empty(self._both.shape, dtype=torch.int32, device="cpu", pin_memory=self._both.is_cuda)
         group, scale = host[0].numpy(), host[1].view(torch.float32).numpy()
         group[:], scale[:] = _NONE
         numbers = np.asarray(ids, dtype=np.int64)
@@ -259,10 +265,10 @@ def check_interface() -> None:
     Raises:
         ValueError: it does not.
     """
-    import vllm
     from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+    from vllm.version import __version__
 
     differs = [name for name in _public(LRUCacheWorkerLoRAManager) if not hasattr(AdapterManager, name)]
     for owner, name, arguments in (
@@ -274,7 +280,7 @@ def check_interface() -> None:
         if function is None or list(inspect.signature(function).parameters) != arguments:
             differs.append(name)
     if differs:
-        got = f"{vllm.__version__}, where {', '.join(differs)} differ"
+        got = f"{__version__}, where {', '.join(differs)} differ"
         fail(_OP, "vLLM", f"choose LoRA adapters as version {_KNOWN} does, for lmoe_adapters", got)
 
 
@@ -299,10 +305,10 @@ def install() -> None:
     load_of_vllm, check_of_vllm = LoRAModelRunnerMixin.load_lora_model, InputProcessor._validate_lora
 
     def load_lora_model(self: Any, model: nn.Module, vllm_config: Any, device: torch.device) -> nn.Module:
-        tokens = getattr(vllm_config.quant_config, "tokens", None)
-        if tokens is None:
+        if not getattr(vllm_config.quant_config, "directories", ()):
             return load_of_vllm(self, model, vllm_config, device)
-        self.lora_manager = AdapterManager(tokens, partial(vllm_config.quant_config.reload, model))
+        config = vllm_config.quant_config
+        self.lora_manager = AdapterManager(config.tokens, partial(config.reload, model))
         return self.lora_manager.create_lora_manager(model, vllm_config)
 
     def validate_lora(self: Any, lora_request: Any | None) -> None:

@@ -50,7 +50,7 @@ def batch(*ids: int) -> Any:
 
 @pytest.fixture
 def tokens() -> TokenChoices:
-    return TokenChoices(8, "cpu", (MATH, CODE))
+    return TokenChoices(8, (MATH, CODE))
 
 
 @pytest.fixture
@@ -69,8 +69,9 @@ def test_a_directory_is_known_by_any_of_its_paths(tmp_path: Path, monkeypatch: p
     (tmp_path / "link").symlink_to(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    directories = directories_of({"math": "math", "code": f"{code}/", "again": "./math", "linked": "link"})
-    assert directories == (str(math), str(code))
+    named = directories_of({"math": "math", "code": f"{code}/", "again": "./math", "linked": "link"})
+    assert named == {"math": str(math), "code": str(code)}
+    directories = tuple(named.values())
     for path, group in ((f"{math}", 0), ("math", 0), (f"{code}/../code", 1), ("link", 1), ("~/math", 0)):
         assert choice_of(path, directories) == Choice(group, 1.0)
         assert choice_of(f"{path}#scale=-0.25", directories) == Choice(group, -0.25)
@@ -87,8 +88,15 @@ def test_a_directory_is_known_by_any_of_its_paths(tmp_path: Path, monkeypatch: p
     ],
 )
 def test_adapters_must_be_names_and_directories(adapters: object, error: type[Exception], got: str) -> None:
-    with pytest.raises(error, match=f"^lmoe: lmoe_adapters must map names of adapters to directories, {got}$"):
+    must = "lmoe_adapters of --hf-overrides must map names of adapters to directories"
+    with pytest.raises(error, match=f"^lmoe: {must}, {got}$"):
         directories_of(adapters)
+
+
+def test_every_directory_must_exist(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError, match=f"^lmoe: .* must name directories that save_lmoe wrote, got 'code': '{missing}'$"):
+        directories_of({"math": str(tmp_path), "code": missing})
 
 
 @pytest.mark.parametrize("text", ["", "half", "nan", "inf", "-inf", "1e39", "0.5#scale=", "1" * 400])
