@@ -6,7 +6,6 @@ vLLM brings the choice to the worker as a LoRA id for each token of the batch. H
 of each token to tensors that the layers read. No layer of vLLM's LoRA runs.
 """
 # pyright: reportMissingImports=false
-# pyright: reportMissingImports=false
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
