@@ -2,7 +2,7 @@
 """A linear layer of vLLM with experts: the base's method computes y, then the experts of the layer are added to it."""
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -110,11 +110,17 @@ class LMoELinearMethod(linear.LinearMethodBase):
             return
         self.config.check_served()
         tensors = self.config.tensors_for(self.prefix)
-        for index, member in enumerate(self.members):
-            for key, tensor in tensors[member.adapter][member.name].items():
-                self._fill(layer.lmoe, index, key, tensor)
+        for adapter, of_adapter in enumerate(tensors):
+            self.fill(layer, adapter, of_adapter)
         self.filled = True
         self._explain(layer.lmoe)
+
+    def fill(self, layer: Any, adapter: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill the experts of one adapter with its tensors, by layer and name."""
+        for index, member in enumerate(self.members):
+            if member.adapter == adapter:
+                for key, tensor in tensors[member.name].items():
+                    self._fill(layer.lmoe, index, key, tensor)
 
     def _explain(self, experts: LayerExperts) -> None:
         """Log once for each kind of layer which backend computes one token, 64 and as many as a batch may have."""
