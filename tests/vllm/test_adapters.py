@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from lmoe_kernels import lmoe_layers
+from lmoe_kernels.vllm.adapters import check_interface, install
 from tests.vllm import tiny
 from tests.vllm.server import BASE_NAME, Server
 from tests.vllm.tiny import Generated
@@ -78,8 +80,8 @@ def assert_each_alone(models: Models, names: Sequence[str | None], results: Sequ
         of_name = [result for other, result in zip(names, results, strict=True) if other == name]
         assert of_name, name
         tiny.assert_generated_by(models[name], of_name)
-        if name is not None:
-            assert tiny.agreement(models[None], of_name) < 0.5
+    others = [result for name, result in zip(names, results, strict=True) if name is not None]
+    assert tiny.agreement(models[None], others) < 0.5
 
 
 def mixed(models: Models, *lengths: int) -> tuple[list[list[int]], list[str | None]]:
@@ -225,9 +227,40 @@ def test_a_server_knows_adapters_by_the_names_of_models(serving: Callable[..., S
     complete_all(running, {**models, "new": scaled(models["text"], 0.25)})
 
 
-def test_adapters_in_the_transformers_backend(serving: Callable[..., Server], saved: tuple[Path, Models]) -> None:
-    complete_all(serving("--model-impl", "transformers"), saved[1])
+def test_adapters_in_the_transformers_backend_on_two_ranks(
+    serving: Callable[..., Server], saved: tuple[Path, Models]
+) -> None:
+    complete_all(serving("--model-impl", "transformers", "--tensor-parallel-size", "2"), saved[1])
 
 
-def test_adapters_on_two_tensor_parallel_ranks(serving: Callable[..., Server], saved: tuple[Path, Models]) -> None:
-    complete_all(serving("--tensor-parallel-size", "2"), saved[1])
+def test_a_server_without_lora_does_not_start(engine: Callable[..., Any], saved: tuple[Path, Models]) -> None:
+    overrides = {"lmoe_adapters": {"math": str(saved[0] / "math")}}
+    with pytest.raises(ValueError, match=r"^lmoe: enable_lora must be True with lmoe_adapters: .*, got False$"):
+        engine(quantization="lmoe", hf_overrides=overrides)
+
+
+def test_other_models_keep_the_manager_of_vllm() -> None:
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    install()
+    config: Any = SimpleNamespace(quant_config=None)
+    with pytest.raises(ValueError, match="Linear does not support LoRA yet"):  # vLLM's own check
+        LoRAModelRunnerMixin().load_lora_model(nn.Linear(1, 1), config, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("change", ["a new method", "a renamed argument", "a removed method"])
+def test_a_vllm_that_differs_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    if change == "a new method":
+        name = "swap_adapter"
+        monkeypatch.setattr(LRUCacheWorkerLoRAManager, name, lambda self: None, raising=False)
+    elif change == "a renamed argument":
+        name = "set_active_adapters"
+        monkeypatch.setattr(LRUCacheWorkerLoRAManager, name, lambda self, requests, tokens: None)
+    else:
+        name = "_validate_lora"
+        monkeypatch.delattr(InputProcessor, name)
+    with pytest.raises(ValueError, match=f"^lmoe: vLLM must choose LoRA adapters as version .*, where {name} differ"):
+        check_interface()
