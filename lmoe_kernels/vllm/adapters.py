@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in one vLLM server: each request chooses one of them, or none, by a LoRARequest.
 
-    vllm serve BASE --quantization lmoe --hf-overrides '{"lmoe_adapters": {"math": "DIR", "code": "DIR2"}}' \\
+    vllm serve BASE --quantization lmoe --hf-overrides '{"lmoe_adapters": {"math": "DIR", "code": "DIR2"}}'
         --enable-lora --max-loras 3 --lora-modules math=DIR code=DIR2 half=DIR#scale=0.5
 
 vLLM brings the choice to the worker as a LoRA id for each token of the batch. Here the ids become the groups of
