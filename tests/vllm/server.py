@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -75,6 +76,16 @@ class Server:
             else:
                 break
         raise AssertionError(f"the server is not ready:\n{self.output()[-3000:]}")
+
+    def wait_until_it_computes(self, requests: int, seconds: float = 60) -> None:
+        """Wait until so many requests are in progress."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+                counts = re.findall(r"^vllm:num_requests_running\S* ([\d.]+)$", answer.read().decode(), re.MULTILINE)
+            if sum(map(float, counts)) >= requests:
+                return
+        raise AssertionError(f"{requests} requests are not in progress")
 
     def output_at_its_end(self, seconds: float = 180) -> str:
         """Wait until a server that cannot start has stopped, and return its output."""

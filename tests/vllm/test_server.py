@@ -1,17 +1,152 @@
-"""The OpenAI-compatible server: equal to transformers, after a crash too; what it refuses."""
+"""The OpenAI-compatible server: equal to transformers, after a crash too; what it refuses, and what stops its start."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
-from transformers import LlamaForCausalLM
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lmoe_kernels import apply_lmoe, save_lmoe
 from tests.vllm import tiny
+from tests.vllm.server import BASE_NAME, Server
+
+Models = dict[str, LlamaForCausalLM]
 
 
-def test_completions_equal_transformers(base: Path, adapter: tuple[Path, LlamaForCausalLM], server) -> None:
+@pytest.fixture(scope="module")
+def several(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Models]]:
+    """A server with two adapters, and the models of transformers by the names in requests."""
+    folder = tmp_path_factory.mktemp("several")
+    directories = {"math": str(folder / "math"), "code": str(folder / "code")}
+    models = {BASE_NAME: LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
+    models["math"] = tiny.save_adapter(base, folder / "math")
+    models["code"] = tiny.save_adapter(base, folder / "code", ["q_proj", "down_proj"], num_experts=3, top_k=2)
+    modules = [f"{name}={directory}" for name, directory in directories.items()]
+    extension = ("--worker-extension-cls", "lmoe_kernels.vllm.WorkerExtension")
+    with Server(
+        base, {"lmoe_adapters": directories}, folder / "log", "--enable-lora", "--lora-modules", *modules, *extension,
+        environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
+    ) as server:  # fmt: skip
+        yield server.wait_until_ready(), models
+
+
+def test_each_request_gets_its_adapter(several: tuple[Server, Models]) -> None:
+    server, models = several
+    with ThreadPoolExecutor(6) as threads:
+        running = {name: threads.submit(server.complete, tiny.prompts(1, 40), 16, name) for name in models}
+    for name, request in running.items():
+        tiny.assert_generated_by(models[name], request.result())
+        others = [model for other, model in models.items() if other != name]
+        assert max(tiny.agreement(model, request.result()) for model in others) < 0.6
+
+
+def test_an_unknown_adapter_harms_no_other_request(several: tuple[Server, Models], tmp_path: Path) -> None:
+    server, models = several
+    with ThreadPoolExecutor(6) as threads:
+        running = {name: threads.submit(server.complete, tiny.prompts(3, 30), 60, name) for name in models}
+        server.wait_until_it_computes(len(models))
+        unknown, _ = server.post("/v1/completions", {"model": "poetry", "prompt": [5, 6], "max_tokens": 2})
+        foreign, answer = server.post("/v1/load_lora_adapter", {"lora_name": "poetry", "lora_path": str(tmp_path)})
+    assert unknown == 404
+    assert 400 <= foreign < 500, answer
+    for name, request in running.items():
+        tiny.assert_generated_by(models[name], request.result())
+
+
+def test_new_experts_over_http(several: tuple[Server, Models], tmp_path: Path) -> None:
+    server, models = several
+    model, prompts = models["math"], tiny.prompts(3, 40)
+    tiny.change_experts(model)
+    save_lmoe(model, tmp_path)
+    body = {"method": "load_lmoe", "args": [str(tmp_path), "math"]}
+    assert server.post("/collective_rpc", body)[0] == 200
+    assert server.post("/reset_prefix_cache", {})[0] == 200
+    for name in models:
+        tiny.assert_generated_by(models[name], server.complete(prompts, 8, name))
+
+
+def test_a_server_killed_under_load_restarts_with_the_same_tokens(
+    base: Path, adapter: tuple[Path, LlamaForCausalLM], server: Callable[..., Server]
+) -> None:
     directory, model = adapter
-    running = server({"lmoe_adapter": str(directory)}).wait_until_ready()
-    results = running.complete(tiny.prompts(1, 17, 40))
-    tiny.assert_generated_by(model, results)
+    prompts = tiny.prompts(1, 17, 40)
+    first = server({"lmoe_adapter": str(directory)}).wait_until_ready()
+    before = first.complete(prompts)
+    tiny.assert_generated_by(model, before)
     alone = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    assert tiny.agreement(alone, results) < 0.5
+    assert tiny.agreement(alone, before) < 0.5
+
+    def complete(prompt: list[int]) -> bool:
+        """Whether a long request is answered."""
+        try:
+            return len(first.complete([prompt], 240)) == 1
+        except (OSError, HTTPException):
+            return False
+
+    with ThreadPoolExecutor(8) as threads:
+        requests = threads.map(complete, tiny.prompts(*[8] * 8))
+        first.wait_until_it_computes(4)
+        first.kill()
+        assert not all(requests)
+    second = server({"lmoe_adapter": str(directory)}).wait_until_ready()
+    after = second.complete(prompts)
+    tiny.assert_generated_by(model, after)
+    assert [one.tokens for one in after] == [one.tokens for one in before]
+
+
+def _of_another_base(folder: Path, hidden: int, **options: Any) -> None:
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=hidden, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    apply_lmoe(model, ["q_proj"], num_experts=2, rank=2, **options)
+    save_lmoe(model, folder)
+
+
+def _break(how: str, folder: Path, base: Path) -> None:
+    """Write an adapter that must not be served."""
+    if how in ("missing", "damaged"):
+        tiny.save_adapter(base, folder)
+        weights = folder / "lmoe.safetensors"
+        if how == "missing":
+            weights.unlink()
+        else:
+            weights.write_bytes(weights.read_bytes()[: 8 + weights.stat().st_size // 2])
+    elif how == "other shapes":
+        _of_another_base(folder, hidden=32)
+    elif how == "unknown layer":
+        _of_another_base(folder, hidden=64)  # it has a fourth block
+    else:
+        model: nn.Module = LlamaForCausalLM.from_pretrained(base)
+        apply_lmoe(model, ["q_proj"], num_experts=2, rank=2, modules_to_save=["lm_head"])
+        save_lmoe(model, folder)
+
+
+BROKEN = {
+    "missing": "lmoe.safetensors does not exist",
+    "damaged": "must be a safetensors file",
+    "other shapes": "must have 32 features in and 128 out, as the base model of its adapter, got 64 and 128",
+    "unknown layer": "'model.layers.3.self_attn.q_proj' of an adapter must be a linear layer of the model in vLLM",
+    "modules_to_save": "an adapter must contain no other trained modules (modules_to_save), got 'lm_head'",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_adapter_stops_the_start(how: str, base: Path, tmp_path: Path, engine: Callable[..., Any]) -> None:
+    _break(how, tmp_path, base)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        engine(tmp_path)
+    [line] = [line for line in str(error.value).splitlines() if "lmoe: " in line]
+    assert BROKEN[how] in line
+
+
+def test_a_broken_adapter_stops_the_server_with_one_line(base: Path, tmp_path: Path, server: Callable[..., Server]) -> None:
+    _break("other shapes", tmp_path / "adapter", base)
+    output = server({"lmoe_adapter": str(tmp_path / "adapter")}).output_at_its_end()
+    assert any(line.rstrip().endswith(BROKEN["other shapes"]) for line in output.splitlines()), output[-3000:]
