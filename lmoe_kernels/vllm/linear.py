@@ -90,6 +90,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
         adapters = self.config.adapters
         self.members = layouts.members_of(adapters, self.modules, self.prefix, len(output_partition_sizes))
         blocks = layouts.blocks_of(self.members, self.cut)
+        self.places = places_of(blocks)
         configs = [member.layer.config for member in self.members]
         gate_bias, choice_bias = (any(getattr(config, key) for config in configs) for key in ("gate_bias", "choice_bias"))
         kept_tokens = self.most_tokens + layer.tp_size if self.config.keeps_router_logits else 0  # vLLM pads to a multiple
@@ -113,7 +114,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
         part = layouts.part_of(self.members[index], key, tensor, self.cut)
         if key == "choice_bias":
             assert experts.choice_bias is not None
-            experts.choice_bias.data[places_of(experts.blocks)[index].experts].copy_(part)
+            experts.choice_bias.data[self.places[index].experts].copy_(part)
         else:
             experts.fill(index, key, part)
 
@@ -172,7 +173,7 @@ class LMoELinearMethod(linear.LinearMethodBase):
         if choice_bias is None:
             return logits
         parts = []
-        for member, place in zip(self.members, places_of(experts.blocks), strict=True):
+        for member, place in zip(self.members, self.places, strict=True):
             config, of_block = member.layer.config, logits[:, place.experts]
             if config.choice_bias:
                 assert config.top_k is not None
