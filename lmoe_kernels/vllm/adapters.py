@@ -6,7 +6,6 @@ vLLM brings the choice to the worker as a LoRA id for each token of the batch. H
 of each token to tensors that the layers read. No layer of vLLM's LoRA runs.
 """
 # pyright: reportMissingImports=false
-# pyright: reportMissingImports=false
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -139,13 +138,17 @@ class AdapterManager:
         self._choices: dict[int, Choice] = {}
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
-        """Check that the tokens of every layer with experts are those of the batch; no layer is replaced.
+        """Check that no adapter names a layer of an encoder of images or sound, whose tokens are not those of the batch.
 
         Raises:
-            ValueError: they may be others.
+            ValueError: an adapter does.
         """
-        check_setup(vllm_config)
-        _check_towers(model)
+        if hasattr(model, "get_mm_mapping"):
+            mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
+            towers = (*mapping.tower_model, *mapping.connector)
+            for name, module in model.named_modules():
+                if hasattr(module, "lmoe") and name.startswith(towers):
+                    fail(_OP, "the adapters of lmoe_adapters", "name layers of the language model only", name)
         return model
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
@@ -237,17 +240,6 @@ def check_setup(vllm_config: Any) -> None:
     ):
         if splits_tokens:
             fail(_OP, name, "be off with lmoe_adapters: layers get other tokens than those of the batch", "on")
-
-
-def _check_towers(model: nn.Module) -> None:
-    """Check that no adapter names a layer of an encoder of images or sound, whose tokens the batch does not count."""
-    if not hasattr(model, "get_mm_mapping"):
-        return
-    mapping: Any = model.get_mm_mapping()  # pyright: ignore[reportCallIssue]
-    towers = (*mapping.tower_model, *mapping.connector)
-    for name, module in model.named_modules():
-        if hasattr(module, "lmoe") and name.startswith(towers):
-            fail(_OP, "the adapters of lmoe_adapters", "name layers of the language model only", name)
 
 
 def _not_found(request: Any, error: Exception) -> Exception:

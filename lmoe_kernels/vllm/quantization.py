@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -20,6 +21,8 @@ from lmoe_kernels.vllm import layouts
 from lmoe_kernels.vllm.adapters import TokenChoices, check_setup, install
 from lmoe_kernels.vllm.layouts import OP, ServedAdapter
 from lmoe_kernels.vllm.linear import LMoELinearMethod, why_not_served
+
+logger = init_logger("vllm.lmoe_kernels")  # vLLM shows what is logged under its own name
 
 
 class LMoEConfig(QuantizationConfig):
@@ -106,6 +109,8 @@ class LMoEConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The base's method, with experts if an adapter names the layer or one of its modules."""
+        if self.directories and self.tokens is None:
+            self._prepare_choices()
         base = self._method_of_base(layer, prefix)
         if not isinstance(layer, linear.LinearBase) or base is None:
             return base
@@ -117,8 +122,6 @@ class LMoEConfig(QuantizationConfig):
             return base
         if reason := why_not_served(layer, prefix):
             fail(OP, f"layer {next(iter(names))!r}", "be one that vLLM computes as a linear layer", reason)
-        if self.directories and self.tokens is None:
-            self._prepare_choices()
         self.served |= names
         self._waiting.add(prefix)
         return LMoELinearMethod(base, plain, prefix, self)
@@ -128,6 +131,10 @@ class LMoEConfig(QuantizationConfig):
         install()
         current = get_current_vllm_config()
         check_setup(current)
+        if (most := current.lora_config.max_loras) < len(self.directories):
+            logger.warning(
+                "lmoe: a batch holds requests of %d of %d adapters; --max-loras sets it", most, len(self.directories)
+            )
         ranks = current.parallel_config.tensor_parallel_size  # vLLM may pad a batch to a multiple of it
         self.tokens = TokenChoices(current.scheduler_config.max_num_batched_tokens + ranks, self.directories)
 

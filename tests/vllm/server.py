@@ -106,14 +106,15 @@ class Server:
         except OSError:
             return None
 
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON of a POST request. Raises OSError if the connection breaks."""
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """The status and the JSON or text of a POST request. Raises OSError if the connection breaks."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.loads(answer.read() or b"{}")
+                text = answer.read().decode()
+                return answer.status, json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"{}")
 
