@@ -13,88 +13,69 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmoe_kernels import apply_lmoe, save_lmoe
 from tests.vllm import tiny
-from tests.vllm.server import BASE_NAME, Server
+from tests.vllm.server import Server
+from tests.vllm.tiny import LENGTH
 
-Models = dict[str, LlamaForCausalLM]
+Served = tuple[Server, LlamaForCausalLM]
+DEVELOPER = {"VLLM_SERVER_DEV_MODE": "1"}  # for /collective_rpc and /reset_prefix_cache
 
 
 @pytest.fixture(scope="module")
-def several(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Models]]:
-    """A server with two adapters, and the models of transformers by the names in requests."""
-    folder = tmp_path_factory.mktemp("several")
-    directories = {"math": str(folder / "math"), "code": str(folder / "code")}
-    models = {BASE_NAME: LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
-    models["math"] = tiny.save_adapter(base, folder / "math")
-    models["code"] = tiny.save_adapter(base, folder / "code", ["q_proj", "down_proj"], num_experts=3, top_k=2)
-    modules = [f"{name}={directory}" for name, directory in directories.items()]
+def served(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with an adapter, and the model of transformers with it."""
+    folder = tmp_path_factory.mktemp("served")
+    model = tiny.save_adapter(base, folder / "adapter")
     extension = ("--worker-extension-cls", "lmoe_kernels.vllm.WorkerExtension")
     with Server(
-        base, {"lmoe_adapters": directories}, folder / "log", "--enable-lora", "--lora-modules", *modules, *extension,
-        environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
-    ) as server:  # fmt: skip
-        yield server.wait_until_ready(), models
+        base, {"lmoe_adapter": str(folder / "adapter")}, folder / "log", *extension, environment=DEVELOPER
+    ) as server:
+        yield server.wait_until_ready(), model
 
 
-def test_each_request_gets_its_adapter(several: tuple[Server, Models]) -> None:
-    server, models = several
-    with ThreadPoolExecutor(6) as threads:
-        running = {name: threads.submit(server.complete, tiny.prompts(1, 40), 16, name) for name in models}
-    for name, request in running.items():
-        tiny.assert_generated_by(models[name], request.result())
-        others = [model for other, model in models.items() if other != name]
-        assert max(tiny.agreement(model, request.result()) for model in others) < 0.6
+def test_completions_equal_transformers_while_others_are_refused(base: Path, served: Served) -> None:
+    server, model = served
+    with ThreadPoolExecutor(2) as threads:
+        requests = [threads.submit(server.complete, tiny.prompts(1, 17, 40), 60) for _ in range(2)]
+        server.wait_until_it_computes(6)
+        status, _ = server.post("/v1/completions", {"model": "unknown", "prompt": [5, 6], "max_tokens": 2})
+    assert status == 404
+    alone = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for request in requests:
+        tiny.assert_generated_by(model, request.result())
+        assert tiny.agreement(alone, request.result()) < 0.5
 
 
-def test_an_unknown_adapter_harms_no_other_request(several: tuple[Server, Models], tmp_path: Path) -> None:
-    server, models = several
-    with ThreadPoolExecutor(6) as threads:
-        running = {name: threads.submit(server.complete, tiny.prompts(3, 30), 60, name) for name in models}
-        server.wait_until_it_computes(len(models))
-        unknown, _ = server.post("/v1/completions", {"model": "poetry", "prompt": [5, 6], "max_tokens": 2})
-        foreign, answer = server.post("/v1/load_lora_adapter", {"lora_name": "poetry", "lora_path": str(tmp_path)})
-    assert unknown == 404
-    assert 400 <= foreign < 500, answer
-    for name, request in running.items():
-        tiny.assert_generated_by(models[name], request.result())
-
-
-def test_new_experts_over_http(several: tuple[Server, Models], tmp_path: Path) -> None:
-    server, models = several
-    model, prompts = models["math"], tiny.prompts(3, 40)
+def test_new_experts_over_http(served: Served, tmp_path: Path) -> None:
+    server, model = served
+    prompts = tiny.prompts(3, 40)
     tiny.change_experts(model)
     save_lmoe(model, tmp_path)
-    body = {"method": "load_lmoe", "args": [str(tmp_path), "math"]}
-    assert server.post("/collective_rpc", body)[0] == 200
+    assert server.post("/collective_rpc", {"method": "load_lmoe", "args": [str(tmp_path)]})[0] == 200
     assert server.post("/reset_prefix_cache", {})[0] == 200
-    for name in models:
-        tiny.assert_generated_by(models[name], server.complete(prompts, 8, name))
+    tiny.assert_generated_by(model, server.complete(prompts, 8))
 
 
 def test_a_server_killed_under_load_restarts_with_the_same_tokens(
-    base: Path, adapter: tuple[Path, LlamaForCausalLM], server: Callable[..., Server]
+    adapter: tuple[Path, LlamaForCausalLM], server: Callable[..., Server]
 ) -> None:
     directory, model = adapter
     prompts = tiny.prompts(1, 17, 40)
     first = server({"lmoe_adapter": str(directory)}).wait_until_ready()
     before = first.complete(prompts)
     tiny.assert_generated_by(model, before)
-    alone = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    assert tiny.agreement(alone, before) < 0.5
 
-    def complete(prompt: list[int]) -> bool:
-        """Whether a long request is answered."""
+    def is_answered(prompt: list[int]) -> bool:
         try:
-            return len(first.complete([prompt], 240)) == 1
+            return len(first.complete([prompt], LENGTH - len(prompt))) == 1
         except (OSError, HTTPException):
             return False
 
     with ThreadPoolExecutor(8) as threads:
-        requests = threads.map(complete, tiny.prompts(*[8] * 8))
+        answered = threads.map(is_answered, tiny.prompts(*[8] * 8))
         first.wait_until_it_computes(4)
         first.kill()
-        assert not all(requests)
-    second = server({"lmoe_adapter": str(directory)}).wait_until_ready()
-    after = second.complete(prompts)
+        assert not all(answered)
+    after = server({"lmoe_adapter": str(directory)}).wait_until_ready().complete(prompts)
     tiny.assert_generated_by(model, after)
     assert [one.tokens for one in after] == [one.tokens for one in before]
 

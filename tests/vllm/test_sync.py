@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lmoe_kernels.vllm import sync_weights
-from tests.vllm import tiny
+from lmoe_kernels.vllm import record_routing, sync_weights
+from tests.vllm import mixed, tiny
+from tests.vllm.rollouts import assert_recorded, sampled
 
 Adapter = tuple[Path, LlamaForCausalLM]
 Q = "model.layers.0.self_attn.q_proj"
@@ -18,8 +19,9 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def tensors_of(model: LlamaForCausalLM) -> dict[str, Tensor]:
     """The experts and gates by their names in training."""
-    keys = ("lora_a", "lora_b", "gate_weight", "gate_bias")
-    return {name: p.detach() for name, p in model.named_parameters() if name.rpartition(".")[2] in keys}
+    keys = ("lora_a", "lora_b", "gate_weight", "gate_bias", "choice_bias")
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: tensor.detach() for name, tensor in named if name.rpartition(".")[2] in keys}
 
 
 @pytest.fixture
@@ -28,17 +30,18 @@ def running(engine: Callable[..., Any], adapter: Adapter) -> Any:
 
 
 def test_the_tokens_after_a_sync_are_those_of_the_model_in_training(
-    running: Any, base: Path, adapter: Adapter, generate: Callable[..., Any]
+    engine: Callable[..., Any], base: Path, tmp_path: Path, generate: Callable[..., Any]
 ) -> None:
-    model, prompts = tiny.with_experts(base), tiny.prompts(3, 40)
-    tiny.assert_generated_by(adapter[1], generate(running, prompts))
+    older, model = mixed.save_adapter(base, tmp_path / "1"), mixed.save_adapter(base, tmp_path / "2")
+    running, prompts = engine(tmp_path / "1"), tiny.prompts(3, 40)
+    tiny.assert_generated_by(older, generate(running, prompts, 12))
     sync_weights(running, model)
-    after = generate(running, prompts)
+    after = generate(running, prompts, 12)
     tiny.assert_generated_by(model, after)
-    assert tiny.agreement(adapter[1], after) < 0.5
+    assert tiny.agreement(older, after) < 0.5
     tiny.change_experts(model)
     sync_weights(running, tensors_of(model))
-    tiny.assert_generated_by(model, generate(running, prompts))
+    tiny.assert_generated_by(model, generate(running, prompts, 12))
 
 
 def test_a_sync_resets_the_prefix_cache(running: Any, base: Path, adapter: Adapter, generate: Callable[..., Any]) -> None:
@@ -131,27 +134,23 @@ def _sampling() -> Any:
     return SamplingParams(max_tokens=4)
 
 
-def test_layers_that_share_a_router(
-    engine: Callable[..., Any], base: Path, tmp_path: Path, generate: Callable[..., Any]
+def test_two_ranks_in_other_processes(
+    engine: Callable[..., Any],
+    base: Path,
+    adapter: Adapter,
+    generate: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options: dict[str, Any] = {"router": "group", "gate_bias": True, "top_k": 2}
-    older = tiny.save_adapter(base, tmp_path, **options)
-    running, prompts = engine(tmp_path), tiny.prompts(3, 40)
-    tiny.assert_generated_by(older, generate(running, prompts, 8))
-    for weights in (model := tiny.with_experts(base, **options)), tensors_of(model):
-        sync_weights(running, weights)
-        tiny.assert_generated_by(model, generate(running, prompts, 8))
-        tiny.change_experts(model)
-
-
-def test_an_engine_in_another_process(
-    engine: Callable[..., Any], base: Path, adapter: Adapter, generate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its workers need the extension; without it, one line says so."""
+    """Workers of an engine in another process need the extension, for a sync and for a recording."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    running = engine(adapter[0], worker_extension_cls="lmoe_kernels.vllm.WorkerExtension")
+    running = engine(
+        adapter[0],
+        tensor_parallel_size=2,
+        worker_extension_cls="lmoe_kernels.vllm.WorkerExtension",
+        enable_prefix_caching=False,
+        hf_overrides={"lmoe_router_logits": True},
+    )
     model, prompts = tiny.with_experts(base), tiny.prompts(3, 40)
-    tiny.assert_generated_by(adapter[1], generate(running, prompts, 8))
     parallel = running.llm_engine.vllm_config.parallel_config
     with monkeypatch.context() as without:
         without.setattr(parallel, "worker_extension_cls", "")
@@ -160,3 +159,6 @@ def test_an_engine_in_another_process(
     tiny.assert_generated_by(adapter[1], generate(running, prompts, 8))
     sync_weights(running, model)
     tiny.assert_generated_by(model, generate(running, prompts, 8))
+    with record_routing(running) as routing:
+        outputs = sampled(running, prompts, max_tokens=8)
+    assert_recorded(model, outputs, routing)
