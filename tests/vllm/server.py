@@ -64,7 +64,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def wait_until_ready(self, seconds: float = 180) -> "Server":
+    def wait_until_ready(self, seconds: float = 420) -> "Server":
         """Wait until it answers. Raise with the end of its output if it stops instead."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -87,7 +87,7 @@ class Server:
                 return
         raise AssertionError(f"{requests} requests are not in progress")
 
-    def output_at_its_end(self, seconds: float = 180) -> str:
+    def output_at_its_end(self, seconds: float = 420) -> str:
         """Wait until a server that cannot start has stopped, and return its output."""
         assert self.process.wait(seconds) != 0
         return self.output()

@@ -1,4 +1,4 @@
-"""Recorded router logits are those of the model of transformers on the same tokens, and training can use the same experts."""
+"""Recorded router logits are those of transformers on the same tokens, and training can use the same experts."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -114,7 +114,7 @@ BROKEN = {
     "damaged": "must be a safetensors file",
     "other shapes": "must have 32 features in and 128 out, as the base model of its adapter, got 64 and 128",
     "unknown layer": "'model.layers.3.self_attn.q_proj' of an adapter must be a linear layer of the model in vLLM",
-    "modules_to_save": "an adapter must contain no other trained modules (modules_to_save), got 'lm_head'",
+    "modules_to_save": "an adapter must contain no other trained modules (modules_to_save), got 'lm_head",
 }
 
 

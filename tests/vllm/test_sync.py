@@ -113,7 +113,10 @@ def test_what_does_not_fit_is_one_line_and_changes_nothing(
         assert reason in str(error.value)
         assert str(error.value).startswith("sync_weights: ")
         assert "\n" not in str(error.value)
-    for other, reason in (({"num_experts": 3}, "num_experts=3 in place of 4"), ({"top_k": 2}, "top_k=2 in place of None")):
+    for other, reason in (
+        ({"num_experts": 3}, "num_experts=3 in place of 4"),
+        ({"top_k": 2, "alpha": 64.0}, "top_k=2 in place of None"),
+    ):
         with pytest.raises(ValueError, match=reason):
             sync_weights(running, tiny.with_experts(base, **other))
     with pytest.raises(ValueError, match="adapter must be one of 'default', got 'math'"):

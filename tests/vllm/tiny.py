@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lmoe_kernels import apply_lmoe, lmoe_layers, save_lmoe
 
 ALL_SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-ERR = 1
 LENGTH = 256  # the longest sequence
 
 
@@ -87,7 +86,6 @@ def assert_generated_by(model: nn.Module, results: Sequence[Generated], toleranc
         expected = logprobs_of(model, result.prompt, result.tokens)
         of_tokens = expected[torch.arange(len(result.tokens)), torch.tensor(result.tokens)]
         assert (expected.amax(-1) - of_tokens).amax() <= tolerance, f"another token after {len(result.prompt)} tokens"
-        ERR and print("ERR", (of_tokens - torch.tensor(result.logprobs)).abs().amax())
         error = (of_tokens - torch.tensor(result.logprobs)).abs().amax()
         assert error <= tolerance, f"log-probabilities differ by {error:.2e} after {len(result.prompt)} tokens"
 
