@@ -20,7 +20,10 @@ __all__ = ["Routing", "WorkerExtension", "record_routing", "register", "replay_r
 def register() -> None:
     """Register the quantization method "lmoe". vLLM calls it in each of its processes, perhaps more than once."""
     from vllm.model_executor.layers.quantization import register_quantization_config
+    from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 
+    from lmoe_kernels.vllm.linear import LMoEExperts
     from lmoe_kernels.vllm.quantization import LMoEConfig
 
     register_quantization_config("lmoe")(LMoEConfig)
+    SKIP_MODULES.add(LMoEExperts.__name__)

@@ -84,6 +84,26 @@ class Cut(NamedTuple):
         return self.rows < self.in_features
 
 
+def column_cut(in_features: int, whole: Sequence[int], sizes: Sequence[int], ranks: Sequence[int]) -> Cut:
+    """The cut of a layer whose outputs are divided. Each output has its own rank: with more ranks than heads of keys and
+    values, several ranks hold the same head.
+
+    Args:
+        in_features: I.
+        whole: the columns of each output.
+        sizes: how many of them a rank holds.
+        ranks: which of the parts this rank holds.
+    """
+    outputs = tuple(Output(n, rank * size, size) for n, size, rank in zip(whole, sizes, ranks, strict=True))
+    return Cut(in_features, slice(0, in_features), outputs)
+
+
+def row_cut(in_features: int, rows: int, rank: int, outputs: Sequence[int]) -> Cut:
+    """The cut of a layer whose inputs are divided into parts of this many rows."""
+    start = rank * rows if rows < in_features else 0
+    return Cut(in_features, slice(start, start + rows), tuple(Output(size, 0, size) for size in outputs))
+
+
 class Member(NamedTuple):
     """One mixture of a layer: one adapter's experts of one module."""
 
