@@ -96,6 +96,7 @@ def mixed(models: Models, *lengths: int) -> tuple[list[list[int]], list[str | No
     [
         {"max_num_batched_tokens": 64, "block_size": BLOCK},  # prompts in several pieces, next to tokens of other requests
         {"max_loras": 1},  # vLLM runs requests of one adapter at a time, and those without one
+        {"model_impl": "transformers", "tensor_parallel_size": 2},  # in processes of their own
     ],
     ids=str,
 )
@@ -187,20 +188,6 @@ def test_load_inplace_reads_a_directory_again(
             path.write_bytes(content)
 
 
-@pytest.fixture
-def serving(server: Callable[..., Server], saved: tuple[Path, Models]) -> Callable[..., Server]:
-    """A function that starts a server with all adapters and waits until it answers."""
-    root, _ = saved
-    overrides = {"lmoe_adapters": {name: str(root / name) for name in ADAPTERS}}
-    named = [f"{name}={path}" for name, path in paths(root).items()]
-
-    def start(*arguments: str) -> Server:
-        settings = ("--enable-lora", "--max-loras", "5", "--lora-modules", *named, *arguments)
-        return server(overrides, *settings, environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}).wait_until_ready()
-
-    return start
-
-
 def complete_all(running: Server, models: Models) -> None:
     """Complete prompts for all names at the same time, and check them."""
     prompts, names = mixed(models, 4, 70)
@@ -209,9 +196,13 @@ def complete_all(running: Server, models: Models) -> None:
         assert_each_alone(models, names, list(results))
 
 
-def test_a_server_knows_adapters_by_the_names_of_models(serving: Callable[..., Server], saved: tuple[Path, Models]) -> None:
+def test_a_server_knows_adapters_by_the_names_of_models(server: Callable[..., Server], saved: tuple[Path, Models]) -> None:
     root, models = saved
-    running = serving()
+    overrides = {"lmoe_adapters": {name: str(root / name) for name in ADAPTERS}}
+    named = [f"{name}={path}" for name, path in paths(root).items()]
+    settings = ["--enable-lora", "--max-loras", "5", "--lora-modules", *named]
+    running = server(overrides, *settings, environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"})
+    running.wait_until_ready()
     with ThreadPoolExecutor(1) as others:
         unknown = {"model": "unknown", "prompt": [5, 6, 7], "max_tokens": 4}
         refused = others.submit(lambda: [running.post("/v1/completions", unknown)[0] for _ in range(20)])
@@ -225,12 +216,6 @@ def test_a_server_knows_adapters_by_the_names_of_models(serving: Callable[..., S
     quarter = {"lora_name": "new", "lora_path": f"{root / 'text'}#scale=0.25"}
     assert running.post("/v1/load_lora_adapter", quarter)[0] == 200
     complete_all(running, {**models, "new": scaled(models["text"], 0.25)})
-
-
-def test_adapters_in_the_transformers_backend_on_two_ranks(
-    serving: Callable[..., Server], saved: tuple[Path, Models]
-) -> None:
-    complete_all(serving("--model-impl", "transformers", "--tensor-parallel-size", "2"), saved[1])
 
 
 def test_a_server_without_lora_does_not_start(engine: Callable[..., Any], saved: tuple[Path, Models]) -> None:
