@@ -1,17 +1,16 @@
 """The OpenAI-compatible server: equal to transformers, after a crash too; what it refuses, and what stops its start."""
 
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from lmoe_kernels import apply_lmoe, save_lmoe
+from lmoe_kernels import save_lmoe
 from tests.vllm import tiny
 from tests.vllm.server import Server
 from tests.vllm.tiny import LENGTH
@@ -80,54 +79,9 @@ def test_a_server_killed_under_load_restarts_with_the_same_tokens(
     assert [one.tokens for one in after] == [one.tokens for one in before]
 
 
-def _of_another_base(folder: Path, hidden: int, **options: Any) -> None:
-    config = LlamaConfig(
-        vocab_size=258, hidden_size=hidden, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    apply_lmoe(model, ["q_proj"], num_experts=2, rank=2, **options)
-    save_lmoe(model, folder)
-
-
-def _break(how: str, folder: Path, base: Path) -> None:
-    """Write an adapter that must not be served."""
-    if how in ("missing", "damaged"):
-        tiny.save_adapter(base, folder)
-        weights = folder / "lmoe.safetensors"
-        if how == "missing":
-            weights.unlink()
-        else:
-            weights.write_bytes(weights.read_bytes()[: 8 + weights.stat().st_size // 2])
-    elif how == "other shapes":
-        _of_another_base(folder, hidden=32)
-    elif how == "unknown layer":
-        _of_another_base(folder, hidden=64)  # it has a fourth block
-    else:
-        model: nn.Module = LlamaForCausalLM.from_pretrained(base)
-        apply_lmoe(model, ["q_proj"], num_experts=2, rank=2, modules_to_save=["lm_head"])
-        save_lmoe(model, folder)
-
-
-BROKEN = {
-    "missing": "lmoe.safetensors does not exist",
-    "damaged": "must be a safetensors file",
-    "other shapes": "must have 32 features in and 128 out, as the base model of its adapter, got 64 and 128",
-    "unknown layer": "'model.layers.3.self_attn.q_proj' of an adapter must be a linear layer of the model in vLLM",
-    "modules_to_save": "an adapter must contain no other trained modules (modules_to_save), got 'lm_head",
-}
-
-
-@pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_adapter_stops_the_start(how: str, base: Path, tmp_path: Path, engine: Callable[..., Any]) -> None:
-    _break(how, tmp_path, base)
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        engine(tmp_path)
-    [line] = [line for line in str(error.value).splitlines() if "lmoe: " in line]
-    assert BROKEN[how] in line
-
-
-def test_a_broken_adapter_stops_the_server_with_one_line(base: Path, tmp_path: Path, server: Callable[..., Server]) -> None:
-    _break("other shapes", tmp_path / "adapter", base)
-    output = server({"lmoe_adapter": str(tmp_path / "adapter")}).output_at_its_end()
-    assert any(line.rstrip().endswith(BROKEN["other shapes"]) for line in output.splitlines()), output[-3000:]
+def test_a_broken_adapter_stops_the_start_with_one_line(base: Path, tmp_path: Path, server: Callable[..., Server]) -> None:
+    tiny.save_adapter(base, tmp_path)
+    weights = tmp_path / "lmoe.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    output = server({"lmoe_adapter": str(tmp_path)}).output_at_its_end()
+    assert re.search(rf"lmoe: {re.escape(str(weights))} must be a safetensors file, got \S", output), output[-3000:]

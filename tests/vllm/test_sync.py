@@ -58,32 +58,6 @@ def test_a_sync_resets_the_prefix_cache(running: Any, base: Path, adapter: Adapt
     tiny.assert_generated_by(older, generate(running, prompts))
 
 
-def test_the_names_of_training_in_calls_of_vllm(
-    running: Any, base: Path, adapter: Adapter, generate: Callable[..., Any]
-) -> None:
-    """Trainers that stream weights use these calls, for the experts alone, the base alone, and both."""
-    frozen = list(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).named_parameters())
-    model, prompts = adapter[1], tiny.prompts(3, 40)
-
-    def stream(weights: list[tuple[str, Tensor]]) -> None:
-        running.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-
-    def load(weights: list[tuple[str, Tensor]]) -> None:
-        running.apply_model(lambda served: len(served.load_weights(iter(weights))))
-
-    for call, with_experts, with_base in (
-        (load, True, False),
-        (stream, True, False),
-        (stream, False, True),
-        (stream, True, True),
-    ):
-        if with_experts:
-            model = tiny.with_experts(base)
-        call((frozen if with_base else []) + (list(tensors_of(model).items()) if with_experts else []))
-        running.reset_prefix_cache()
-        tiny.assert_generated_by(model, generate(running, prompts, 8))
-
-
 def _wrong(model: LlamaForCausalLM) -> Iterator[tuple[Any, str]]:
     """What sync_weights refuses, and its reason."""
     tensors = tensors_of(model)
