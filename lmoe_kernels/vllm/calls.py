@@ -29,7 +29,9 @@ def on_workers(op: str, llm: Any, method: Callable[..., None], *args: Any) -> No
         return
     extension = llm.llm_engine.vllm_config.parallel_config.worker_extension_cls
     if not extension or not issubclass(resolve_obj_by_qualname(extension), WorkerExtension):
-        must = f"be created with worker_extension_cls={_EXTENSION!r}, or run in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)"
+        must = (
+            f"be created with worker_extension_cls={_EXTENSION!r}, or run in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)"
+        )
         fail(op, "llm", must, f"worker_extension_cls={extension!r}")
     llm.collective_rpc(method.__name__, args=args)
 

@@ -58,12 +58,23 @@ class ExpertsParameter(nn.Parameter):
 
 
 class LMoEExperts(StackedExperts):
-    """The experts of a layer, with the biases of the choice of experts (sum of E) in fp32, where a mixture has one."""
+    """The experts of a layer, with what only vLLM's layers need.
+
+    Attributes:
+        choice_bias: (sum of E) in fp32, the biases of the choice of experts, or None if no mixture has one.
+        router_logits: (kept_tokens, sum of E) in fp32, those of the last step, or None if they are not kept. The address
+            never changes, because CUDA graphs hold it.
+    """
 
     choice_bias: Tensor | None
+    router_logits: Tensor | None
 
-    def __init__(self, blocks: tuple[Block, ...], in_features: int, *, choice_bias: bool, **options: Any) -> None:
+    def __init__(
+        self, blocks: tuple[Block, ...], in_features: int, *, choice_bias: bool, kept_tokens: int, **options: Any
+    ) -> None:
         super().__init__(blocks, in_features, **options)
+        kept = torch.zeros(kept_tokens, self.gate_weight.shape[0], dtype=torch.float32) if kept_tokens else None
+        self.register_buffer("router_logits", kept, persistent=False)
         bias = torch.zeros(self.gate_weight.shape[0], dtype=torch.float32)
         self.choice_bias = nn.Parameter(bias, requires_grad=False) if choice_bias else None
 
@@ -107,7 +118,10 @@ class LMoELinearMethod(linear.LinearMethodBase):
         self.places = places_of(blocks)
         configs = [member.layer.config for member in self.members]
         gate_bias, choice_bias = (any(getattr(config, key) for config in configs) for key in ("gate_bias", "choice_bias"))
-        experts = LMoEExperts(blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias)
+        kept_tokens = self.most_tokens + layer.tp_size if self.config.keeps_router_logits else 0  # vLLM pads to a multiple
+        experts = LMoEExperts(
+            blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias, kept_tokens=kept_tokens
+        )
         for key, parameter in list(experts.named_parameters()):
             experts.register_parameter(key, ExpertsParameter(parameter.data, self._loader(experts, key)))
         layer.lmoe = experts
@@ -170,13 +184,17 @@ class LMoELinearMethod(linear.LinearMethodBase):
         return flat_y.view(y.shape)
 
     def _gate_logits(self, experts: LMoEExperts, x: Tensor) -> Tensor | None:
-        """The router logits where the op cannot compute them: summed over the ranks, or of the chosen experts alone."""
-        choice_bias = experts.choice_bias
-        if not self.cut.cuts_inputs and choice_bias is None:
+        """The router logits where the op cannot compute them (summed over the ranks, or of the chosen experts alone), or
+        where they are kept.
+        """
+        choice_bias, kept = experts.choice_bias, experts.router_logits
+        if not self.cut.cuts_inputs and choice_bias is None and kept is None:
             return None
         logits = linear_wide(x, experts.gate_weight)
         if self.cut.cuts_inputs:
             logits = tensor_model_parallel_all_reduce(logits)
+        if kept is not None:
+            kept[: len(logits)].copy_(logits if experts.gate_bias is None else logits + experts.gate_bias)
         if choice_bias is None:
             return logits
         parts = []

@@ -33,6 +33,7 @@ class LMoEConfig(QuantizationConfig):
         adapters: what is served.
         directories: those among which requests choose by a LoRARequest; empty if all tokens get the one adapter.
         tokens: which adapter each token gets, and its scale; None if all tokens get the one adapter, or before the model.
+        keeps_router_logits: whether the layers keep the router logits of each step, for `record_routing`.
         served: the names of the modules, in the plain model, that layers of vLLM's model have got experts for.
     """
 
@@ -42,6 +43,7 @@ class LMoEConfig(QuantizationConfig):
         self.adapters: list[ServedAdapter] = []
         self.directories: tuple[str, ...] = ()
         self.tokens: TokenChoices | None = None
+        self.keeps_router_logits = False
         self.served: set[str] = set()
         self.explained: set[object] = set()  # the kinds of layers that were logged
         self._names: dict[str, str] = {}  # names in the plain model by those in vLLM's
@@ -92,6 +94,7 @@ class LMoEConfig(QuantizationConfig):
         directories = layouts.adapter_directories(hf_config)
         self.adapters = [layouts.served_adapter(name, directory) for name, directory in directories.items()]
         self._names = {name: name for adapter in self.adapters for name in adapter.layers}
+        self.keeps_router_logits = layouts.keeps_router_logits(hf_config)
         if getattr(hf_config, layouts.SEVERAL, None) is not None:
             self.directories = tuple(directories.values())
             install()

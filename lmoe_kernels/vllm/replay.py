@@ -24,7 +24,8 @@ def replay_routing(model: nn.Module, rollout: Sequence[Mapping[str, Tensor]]) ->
     Rounding can change which experts are the best k of a token, for example between the kernels of vLLM and those of
     training. The policy whose log-probabilities are compared then computes another function. With replay the experts are
     those of the rollout, and the gates are the softmax of the training's own logits of these experts, with gradients.
-    Layers without `top_k` use all experts, so that nothing is replayed there.
+    Layers without `top_k` use all experts, so that nothing is replayed there. With activation checkpointing, the backward
+    belongs in the block, too: it repeats the forward.
 
     Args:
         model: a model with L-MoE layers, which is called with batches of the shape (sequences, tokens).
@@ -45,12 +46,12 @@ def replay_routing(model: nn.Module, rollout: Sequence[Mapping[str, Tensor]]) ->
     layers = {name: layer for name, layer in lmoe_layers(model).items() if layer.top_k is not None}
     chosen = {name: _chosen(name, layer, rollout) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.forward = _forward(layer, chosen[name])
+        vars(layer)["forward"] = _forward(layer, chosen[name])
     try:
         yield
     finally:
         for layer in layers.values():
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 def _chosen(name: str, layer: LMoELinear, rollout: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:

@@ -110,8 +110,8 @@ class _Recorder:
             positions += range(starts[request], starts[request] + count) if count else ()
         tokens = self._runner.vllm_config.quant_config.tokens
         total = len(requests)
-        adapters = torch.zeros(total, dtype=torch.int32) if tokens is None else tokens.group[:total].cpu()
-        return _Rows(requests, positions, adapters, {name: take()[:total].cpu() for name, take in self._blocks})
+        adapters = torch.zeros(total, dtype=torch.int32) if tokens is None else _copied(tokens.group[:total])
+        return _Rows(requests, positions, adapters, {name: _copied(take()[:total]) for name, take in self._blocks})
 
     def write(self, path: Path) -> None:
         """Write all rows, one after the other, with the ids of the requests in the metadata."""
@@ -125,6 +125,11 @@ class _Recorder:
         for name, _ in self._blocks if self._steps else ():
             tensors[name] = torch.cat([step.logits[name] for step in self._steps])
         safetensors("record_routing").save_file(tensors, path, metadata={"requests": json.dumps(ids)})
+
+
+def _copied(rows: Tensor) -> Tensor:
+    """A copy on the CPU, also of a tensor on the CPU: the next step writes to the same memory."""
+    return rows.to("cpu", copy=True)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
