@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several adapters in one vLLM server: each request chooses one of them, or none, by a LoRARequest.
 
+    vllm serve BASE --quantization lmoe --hf-overrides '{"lmoe_adapters": {"math": "DIR", "code": "DIR2"}}'
+        --enable-lora --max-loras 3 --lora-modules math=DIR code=DIR2 half=DIR#scale=0.5
+
 vLLM brings the choice to the worker as a LoRA id for each token of the batch. Here the ids become the groups of
 `lmoe_stacked_`: `AdapterManager` takes the place of vLLM's own manager of LoRA adapters and writes the group and the scale
 of each token to tensors that the layers read. No layer of vLLM's LoRA runs.
@@ -231,15 +234,17 @@ def check_setup(vllm_config: Any) -> None:
     parallel, cache_config = vllm_config.parallel_config, vllm_config.cache_config
     if vllm_config.lora_config is None:
         fail(_OP, "enable_lora", "be True with lmoe_adapters: a request chooses its adapter by a LoRARequest", False)
-    for name, splits_tokens in (
+    why = "with lmoe_adapters: layers get other tokens than those of the batch"
+    for name, other_tokens in (
         ("enable_dbo or ubatch_size", getattr(parallel, "use_ubatching", False)),
-        ("prefill_context_parallel_size", getattr(parallel, "prefill_context_parallel_size", 1) > 1),
-        ("expert parallelism over sequences", getattr(parallel, "use_sequence_parallel_moe", False)),
+        ("prefill_context_parallel_size > 1", getattr(parallel, "prefill_context_parallel_size", 1) > 1),
+        ("enable_expert_parallel on several ranks", getattr(parallel, "use_sequence_parallel_moe", False)),
         ("kv_sharing_fast_prefill", getattr(cache_config, "kv_sharing_fast_prefill", False)),
-        ("an encoder and a decoder", vllm_config.model_config.is_encoder_decoder),
     ):
-        if splits_tokens:
-            fail(_OP, name, "be off with lmoe_adapters: layers get other tokens than those of the batch", "on")
+        if other_tokens:
+            fail(_OP, name, f"be off {why}", "on")
+    if vllm_config.model_config.is_encoder_decoder:
+        fail(_OP, "the base model", f"be a decoder alone {why}", "an encoder and a decoder")
 
 
 def _not_found(request: Any, error: Exception) -> Exception:

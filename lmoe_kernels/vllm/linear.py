@@ -12,6 +12,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
 
+from lmoe_kernels.checks import fail
 from lmoe_kernels.mixture import Choice, of_chosen
 from lmoe_kernels.options import Block, places_of
 from lmoe_kernels.products import linear_wide
@@ -128,6 +129,9 @@ class LMoELinearMethod(linear.LinearMethodBase):
 
     def _loader(self, experts: LMoEExperts, key: str) -> Callable[..., None]:
         def weight_loader(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            if self.config.directories:
+                must = "be of the adapter of lmoe_adapter (sync_weights replaces one of several)"
+                fail(layouts.OP, f"{key} among the weights of a model", must, "several adapters")
             shard = getattr(loaded_weight, "shard_id", None) if loaded_shard_id is None else loaded_shard_id
             for index in layouts.addressed(self.members, key, shard):
                 self._fill(experts, index, key, loaded_weight)

@@ -18,6 +18,7 @@ from lmoe_kernels.vllm.adapters import (
     choice_of,
     directories_of,
 )
+from lmoe_kernels.vllm.layouts import adapter_directories
 
 MATH, CODE = "/adapters/math", "/adapters/code"
 
@@ -199,7 +200,7 @@ def test_a_failed_read_keeps_the_choice(tokens: TokenChoices) -> None:
     manager.add_adapter(Request(1, MATH))
     with pytest.raises(ValueError, match="damaged"):
         manager.add_adapter(Request(1, f"{MATH}#scale=2", load_inplace=True))
-    manager.set_active_adapters({Request(1, MATH)}, batch(1))
+    manager.set_active_adapters(set(), batch(1))
     assert tokens.scale[0] == 1.0
 
 
@@ -230,10 +231,10 @@ def vllm_config(**settings: Any) -> Any:
     [
         ({"lora_config": None}, "enable_lora"),
         ({"use_ubatching": True}, "enable_dbo or ubatch_size"),
-        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size"),
-        ({"use_sequence_parallel_moe": True}, "expert parallelism over sequences"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size > 1"),
+        ({"use_sequence_parallel_moe": True}, "enable_expert_parallel on several ranks"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill"),
-        ({"is_encoder_decoder": True}, "an encoder and a decoder"),
+        ({"is_encoder_decoder": True}, "the base model"),
     ],
 )
 def test_settings_that_give_layers_other_tokens_are_refused(setting: dict[str, Any], argument: str) -> None:
@@ -256,3 +257,12 @@ def test_no_adapter_may_name_a_layer_of_an_encoder(manager: AdapterManager) -> N
     for name in ("visual", "merger"):
         with pytest.raises(ValueError, match=f"^lmoe: .* must name layers of the language model only, got {name}$"):
             manager.create_lora_manager(model("language", name), vllm_config())
+
+
+def test_one_adapter_or_several(tmp_path: Path) -> None:
+    path = str(tmp_path)
+    several = SimpleNamespace(lmoe_adapters={"math": path})
+    assert adapter_directories(several) == {"math": path}
+    both = SimpleNamespace(lmoe_adapter=path, lmoe_adapters={"math": path})
+    with pytest.raises(ValueError, match=r"^lmoe: --hf-overrides must name lmoe_adapter or lmoe_adapters, got both$"):
+        adapter_directories(both)

@@ -166,6 +166,10 @@ def test_load_inplace_reads_a_directory_again(
     prompts, names = mixed(models, 5, 20)
     requests = [request(root, name) for name in names]
     assert_each_alone(models, names, generate(llm, prompts, 8, lora_request=requests))
+    name, layer = next(iter(lmoe_layers(models["math"]).items()))
+    with pytest.raises(ValueError, match=r"^lmoe: lora_a among the weights .*, got several adapters$"):
+        llm.apply_model(lambda model: model.load_weights([(f"{name}.lora_a", layer.lora_a)]))
+
     again = request(root, "math", load_inplace=True)
     targets, options = ADAPTERS["math"]
     old = {path: path.read_bytes() for path in (root / "math").iterdir()}
