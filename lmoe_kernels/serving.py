@@ -7,7 +7,7 @@ adapters, each for its own tokens. `StackedExperts` prepares their tensors once:
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -75,6 +75,10 @@ class StackedExperts(nn.Module):
         self.dtype, experts = dtype, last.experts.stop
         of_experts, of_gate = _kept_dtypes(dtype, torch.empty(0, device=device).device)
         wide = torch.promote_types(dtype, torch.float32)
+        # On a CPU, whose only backend it is, torch.compile traces the ATen calls of the torch backend instead of one op, and
+        # Inductor fuses all but the products. Decoding one token, the experts of a layer took half the time that they take
+        # in the op (Intel Xeon, 1 thread, torch 2.13, 2026-11-26).
+        self._to_trace = dispatch.load_serving("torch")
 
         def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
@@ -128,7 +132,7 @@ class StackedExperts(nn.Module):
         """`lmoe_stacked_` without its checks, for callers that call often with the same shapes."""
         factors = self.factors(gate_logits)
         if token_group is None and backend in (dispatch.AUTO, "torch") and is_dynamo_compiling() and x.device.type == "cpu":
-            _add_traced(y, x, factors, self.layout)
+            self._to_trace(y, x, factors, _constant_blocks(self.layout), None)
         elif ops.something_sees_ops(x, (y, x, token_group, token_scale, gate_logits)):
             add_stacked(y, x, *factors, token_group, token_scale, self.layout, backend)
         else:
@@ -288,20 +292,6 @@ def _compute(
     groups = None if token_group is None else TokenGroups(token_group.contiguous(), token_scale)
     with ops.no_autocast_or_autograd(x):
         dispatch.load_serving(name)(y, ops.with_contiguous_rows(x), factors, blocks, groups)
-
-
-def _add_traced(y: Tensor, x: Tensor, factors: StackedFactors, layout: str) -> None:
-    """Let torch.compile trace the ATen calls of the torch backend, the only one for CPUs, instead of one op.
-
-    Inductor fuses all but the products. Decoding one token, the experts of a layer took half the time that they take in the
-    op (Intel Xeon, 1 thread, torch 2.13, 2026-11-26).
-    """
-    _torch_backend()(y, x, factors, _constant_blocks(layout), None)
-
-
-@torch.compiler.assume_constant_result
-def _torch_backend() -> Callable[..., None]:
-    return dispatch.load_serving("torch")
 
 
 def _op(*args: Any) -> None:

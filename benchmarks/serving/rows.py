@@ -11,33 +11,27 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.serving.labels import EXPERTS, RANK, TARGETS
 from lmoe_kernels import apply_lmoe, lmoe_layers, save_lmoe
 
 VOCABULARY, LENGTH = 4096, 512
-EXPERTS, RANK = 8, 16
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-MODEL = (
-    "a random Llama of 94 M parameters in bf16 (8 layers, hidden size 1024, MLP 2816, 16 heads, 4 of keys and values); "
-    f"E={EXPERTS}, R={RANK} on {', '.join(TARGETS)}"
-)
 
 
 class Row(NamedTuple):
     """An engine."""
 
-    label: str
     adapter: str  # "", "lmoe" or "lora"
     eager: bool
     on: tuple[str, ...] = ("cpu", "cuda")  # devices
 
 
 ROWS = {
-    "base": Row("the base model, compiled", "", eager=False),
-    "lmoe": Row("L-MoE, compiled", "lmoe", eager=False),
-    "lora": Row(f"one LoRA of rank {RANK} by vLLM, compiled", "lora", eager=False, on=("cuda",)),
-    "base-eager": Row("the base model, eager", "", eager=True),
-    "lmoe-eager": Row("L-MoE, eager", "lmoe", eager=True),
-    "lora-eager": Row(f"one LoRA of rank {RANK} by vLLM, eager", "lora", eager=True),
+    "base": Row("", eager=False),
+    "lmoe": Row("lmoe", eager=False),
+    "lora": Row("lora", eager=False, on=("cuda",)),
+    "base-eager": Row("", eager=True),
+    "lmoe-eager": Row("lmoe", eager=True),
+    "lora-eager": Row("lora", eager=True),
 }
 
 
@@ -56,16 +50,19 @@ def options_of(row: Row, folder: Path, device: str) -> dict[str, Any]:
     return options
 
 
-def write_models(folder: Path) -> dict[str, LlamaForCausalLM]:
+def write_models(
+    folder: Path, *, layers: int = 8, width: int = 1024, vocabulary: int = VOCABULARY
+) -> dict[str, LlamaForCausalLM]:
     """Write the base and the adapters; return what they should compute, in fp32, by the name of the adapter."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
-        num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=True, initializer_range=0.04,
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
+        max_position_embeddings=LENGTH, tie_word_embeddings=True, initializer_range=0.04,
         bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    base = LlamaForCausalLM(config).to(torch.bfloat16)
+    base = LlamaForCausalLM(config).bfloat16()
     base.save_pretrained(folder / "base")
-    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCABULARY)}, unk_token="w0"))
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(vocabulary)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1").save_pretrained(folder / "base")
     models = {name: LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32) for name in ("", "lmoe", "lora")}
     _save_experts(models["lmoe"], folder / "lmoe")

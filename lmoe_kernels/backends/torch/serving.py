@@ -7,20 +7,28 @@ Neighbouring blocks of one kind are mixed together, as if they were more tokens.
 
 from functools import lru_cache
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import gate_softmax, in_dtype, of_kept
-from lmoe_kernels.options import Block, Place, StackedFactors, TokenGroups, places_of
+from lmoe_kernels.options import Block, Options, Place, StackedFactors, TokenGroups, places_of
 from lmoe_kernels.products import linear_wide
 
 # 1024 tokens took 17 % less time in parts of 256 than all at once: the intermediate results stay in the cache (Intel Xeon, 1
 # thread, 2026-11-26).
 _PART = 256
 
-_Blocks = tuple[tuple[Block, Place], ...]
+_Placed = tuple[tuple[Block, Place], ...]
+
+
+class _Kind(NamedTuple):
+    """Neighbouring blocks with the same sizes of experts and the same options, which are mixed together."""
+
+    options: Options
+    placed: _Placed
 
 
 def add_stacked(
@@ -41,23 +49,23 @@ def add_stacked(
 
 
 @torch.compiler.assume_constant_result
-def _by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Blocks, ...]], ...]:
+def _by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Kind, ...]], ...]:
     return _cached_by_group(blocks)  # torch.compile does not trace a cache
 
 
 @lru_cache(4096)
-def _cached_by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Blocks, ...]], ...]:
-    """The neighbouring blocks of one group, and in it those of one kind and scaling, with their places."""
+def _cached_by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Kind, ...]], ...]:
+    """The neighbouring blocks of one group, by kind."""
     placed = zip(blocks, places_of(blocks), strict=True)
     groups = []
     for group, of_group in groupby(placed, lambda pair: pair[0].group):
-        kinds = groupby(of_group, lambda pair: (pair[0].kind, pair[0].scaling))
-        groups.append((group, tuple(tuple(of_kind) for _, of_kind in kinds)))
+        of_kinds = (tuple(of_kind) for _, of_kind in groupby(of_group, lambda pair: (pair[0].kind, pair[0].options)))
+        groups.append((group, tuple(_Kind(placed[0][0].options, placed) for placed in of_kinds)))
     return tuple(groups)
 
 
 def _add_to_some(
-    y: Tensor, x: Tensor, factors: StackedFactors, kinds: tuple[_Blocks, ...], groups: TokenGroups, chosen: Tensor
+    y: Tensor, x: Tensor, factors: StackedFactors, kinds: tuple[_Kind, ...], groups: TokenGroups, chosen: Tensor
 ) -> None:
     """Add the blocks of a group to the tokens that are chosen: the other tokens cost nothing."""
     tokens = chosen.nonzero().squeeze(1)
@@ -76,7 +84,7 @@ def _add_group(
     y: Tensor,  # (T, N), changed in place
     x: Tensor,  # (T, I)
     factors: StackedFactors,
-    kinds: tuple[_Blocks, ...],
+    kinds: tuple[_Kind, ...],
     scale: Tensor | None,  # (T)
     off: Tensor | None,  # (T) bool, the tokens that get nothing
 ) -> None:
@@ -87,7 +95,7 @@ def _add_group(
             of_part = factors._replace(gate_logits=logits)
             _add_group(y[part], x[part], of_part, kinds, None if scale is None else scale[part], None)
         return
-    (_, first), (_, last) = kinds[0][0], kinds[-1][-1]
+    (_, first), (_, last) = kinds[0].placed[0], kinds[-1].placed[-1]
     lora_a, lora_b, gate_weight, gate_bias, logits = factors
     x, experts = in_dtype(x, lora_a.dtype), slice(first.experts.start, last.experts.stop)
     u = F.linear(x, lora_a[first.a.start : last.a.stop])  # [T, I] @ [I, sum E R] -> [T, sum E R]
@@ -98,11 +106,11 @@ def _add_group(
         logits = logits[:, experts]
     if gate_bias is not None:
         logits = logits + gate_bias[experts]
-    for same in kinds:
-        v = _mix(u, logits, same, first, scale)
+    for kind in kinds:
+        v = _mix(u, logits, kind, first, scale)
         if off is not None:
             v = v.masked_fill(off[:, None, None], 0.0)
-        for (block, place), of_block in zip(same, in_dtype(v, lora_b.dtype).unbind(1), strict=True):
+        for (block, place), of_block in zip(kind.placed, in_dtype(v, lora_b.dtype).unbind(1), strict=True):
             b = lora_b[place.b].view(-1, block.out_features)
             columns = y[:, place.columns]
             if b.dtype is y.dtype:
@@ -114,14 +122,14 @@ def _add_group(
 def _mix(
     u: Tensor,  # (T, sum of E R)
     logits: Tensor,  # (T, sum of E)
-    same: _Blocks,  # n blocks of one kind and scaling
+    kind: _Kind,  # n blocks
     start: Place,  # of the first block in u and logits
     scale: Tensor | None,  # (T)
 ) -> Tensor:
     """v (T, n, E R) of these blocks, scaled, in the dtype of the gates."""
-    (block, first), (_, last) = same[0], same[-1]
-    tokens, experts, rank, count = len(u), block.num_experts, block.rank, len(same)
-    options = block.options
+    options, placed = kind
+    (block, first), (_, last) = placed[0], placed[-1]
+    tokens, experts, rank, count = len(u), block.num_experts, block.rank, len(placed)
     of_u = u[:, first.a.start - start.a.start : last.a.stop - start.a.start].reshape(tokens * count, -1, rank)
     of_logits = logits[:, first.experts.start - start.experts.start : last.experts.stop - start.experts.start]
     softmax, dropped = gate_softmax(of_logits.reshape(tokens * count, experts), u.dtype, options)
