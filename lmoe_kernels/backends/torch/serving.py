@@ -127,7 +127,7 @@ def _mix(
     scale: Tensor | None,  # (T)
 ) -> Tensor:
     """v (T, n, E R) of these blocks, scaled, in the dtype of the gates."""
-    options, placed = kind
+    options, placed = kind.options, kind.placed  # torch.compile cannot unpack a named tuple that is a constant (torch 2.11)
     (block, first), (_, last) = placed[0], placed[-1]
     tokens, experts, rank, count = len(u), block.num_experts, block.rank, len(placed)
     of_u = u[:, first.a.start - start.a.start : last.a.stop - start.a.start].reshape(tokens * count, -1, rank)
