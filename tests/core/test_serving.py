@@ -165,6 +165,11 @@ def test_under_torch_compile(name: str, groups: str) -> None:
     assert ("add_stacked" in graph.code) == bool(groups)
 
 
+def test_gates_that_do_not_sum_to_one_over_a_shared_a(backend: str, exact: torch.dtype) -> None:
+    call = make_call([Block(5, 3, 16, shared_a=True, top_k=2, renormalize=False, scaling=0.5)], exact)
+    assert_no_worse("y", call.run(backend), call.plain(), call.true())
+
+
 def test_more_tokens_than_are_computed_at_once(exact: torch.dtype) -> None:
     for groups in ("", "with scale"):
         call = make_call(ADAPTERS[:4], exact, tokens=1000, groups=groups)
