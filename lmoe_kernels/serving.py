@@ -76,8 +76,8 @@ class StackedExperts(nn.Module):
         of_experts, of_gate = _kept_dtypes(dtype, torch.empty(0, device=device).device)
         wide = torch.promote_types(dtype, torch.float32)
         # On a CPU, whose only backend it is, torch.compile traces the ATen calls of the torch backend instead of one op, and
-        # Inductor fuses all but the products. Decoding one token, the experts of a layer took half the time that they take
-        # in the op (Intel Xeon, 1 thread, torch 2.13, 2026-11-26).
+        # Inductor fuses all but the products. 8 tokens of a layer with I=1024 took 420 us instead of 780 (E=8, R=16, bf16,
+        # Intel Xeon, 1 thread, busy, torch 2.13, 2026-11-26).
         self._to_trace = dispatch.load_serving("torch")
 
         def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
