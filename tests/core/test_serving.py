@@ -139,3 +139,14 @@ def test_every_backend_adds_what_the_definition_adds(
 def test_any_number_of_tokens(tokens: int, backend: str, exact: torch.dtype) -> None:
     call = make_call(MIXED, exact, tokens=tokens)
     assert_no_worse("y", call.run(backend), call.plain(), call.true())
+
+
+def test_the_op_under_torch_compile() -> None:
+    call = make_call(QKV, torch.float32)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(y: Tensor, x: Tensor) -> Tensor:
+        call.experts.add_(y, x, backend="torch")
+        return y * 2
+
+    torch.testing.assert_close(run(call.y.clone(), call.x), 2 * call.run("torch"))
