@@ -17,7 +17,7 @@ from torch.compiler import is_dynamo_compiling
 
 from lmoe_kernels import checks, dispatch, ops
 from lmoe_kernels.dispatch import BackendName
-from lmoe_kernels.options import Block, Problem, Sizes, StackedFactors, TokenGroups, places_of
+from lmoe_kernels.options import Block, Problem, Sizes, StackedFactors, TokenGroups, constant_when_traced, places_of
 
 _OP = "lmoe_stacked_"
 _library = torch.library.Library("lmoe_kernels", "FRAGMENT")
@@ -249,9 +249,11 @@ def _blocks_of(layout: str) -> tuple[Block, ...]:
     return tuple(Block(*fields) for fields in json.loads(layout))
 
 
-@torch.compiler.assume_constant_result
 def _constant_blocks(layout: str) -> tuple[Block, ...]:
-    return _blocks_of(layout)  # torch.compile does not trace a cache
+    return _blocks_of(layout)
+
+
+constant_when_traced(_constant_blocks)  # torch.compile does not trace a cache
 
 
 def _kept_dtypes(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:

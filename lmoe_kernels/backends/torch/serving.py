@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import gate_softmax, in_dtype, of_kept
-from lmoe_kernels.options import Block, Options, Place, StackedFactors, TokenGroups, places_of
+from lmoe_kernels.options import Block, Options, Place, StackedFactors, TokenGroups, constant_when_traced, places_of
 from lmoe_kernels.products import linear_wide
 
 # 1024 tokens took 17 % less time in parts of 256 than all at once: the intermediate results stay in the cache (Intel Xeon, 1
@@ -48,9 +48,11 @@ def add_stacked(
             _add_to_some(y, x, factors, kinds, groups, groups.group == group)
 
 
-@torch.compiler.assume_constant_result
 def _by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Kind, ...]], ...]:
-    return _cached_by_group(blocks)  # torch.compile does not trace a cache
+    return _cached_by_group(blocks)
+
+
+constant_when_traced(_by_group)  # torch.compile does not trace a cache
 
 
 @lru_cache(4096)
