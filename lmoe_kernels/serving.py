@@ -131,7 +131,7 @@ class StackedExperts(nn.Module):
     ) -> None:
         """`lmoe_stacked_` without its checks, for callers that call often with the same shapes."""
         factors = self.factors(gate_logits)
-        if token_group is None and backend in (dispatch.AUTO, "torch") and is_dynamo_compiling() and x.device.type == "cpu":
+        if is_dynamo_compiling() and token_group is None and backend in (dispatch.AUTO, "torch") and _is_plain_on_cpu(x):
             self._to_trace(y, x, factors, _constant_blocks(self.layout), None)
         elif ops.something_sees_ops(x, (y, x, token_group, token_scale, gate_logits)):
             add_stacked(y, x, *factors, token_group, token_scale, self.layout, backend)
@@ -254,6 +254,11 @@ def _constant_blocks(layout: str) -> tuple[Block, ...]:
 
 
 constant_when_traced(_constant_blocks)  # torch.compile does not trace a cache
+
+
+def _is_plain_on_cpu(x: Tensor) -> bool:
+    """Whether ATen calls with x on a CPU mean what they mean in the op, which disables autograd and autocast."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def _kept_dtypes(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
