@@ -38,7 +38,7 @@ LEVELS = [
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
 BENCHMARK_LEVELS = [
-    {"gpu", "model", "test_rows"},
+    {"gpu", "model", "serving", "test_rows"},
     {"__main__"},
     {"defaults", "inspect", "showing"},
     {"measuring"},
