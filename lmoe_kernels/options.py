@@ -86,6 +86,7 @@ class Problem(NamedTuple):
     sizes: Sizes
     dtype: torch.dtype
     device: torch.device
+    stacked: bool = False  # whether it is a call of `lmoe_stacked_`
 
     @property
     def on_cpu(self) -> bool:

@@ -86,7 +86,7 @@ class LMoEConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read which layers the adapters have, and refuse what cannot be served, before the model is created."""
-        if self.online_quantization_config is not None:
+        if getattr(self, "online_quantization_config", None) is not None:  # vLLM 0.23 has no such attribute
             fail(
                 OP, "quantization_config", "be None: experts are added to the layers of a checkpoint", "online quantization"
             )
