@@ -137,6 +137,6 @@ def test_stacked_mixtures_in_a_graph_are_left_to_triton(gpu, emulated_cuda, monk
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     of_default = [availability.why_not_by_default(PROBLEM._replace(stacked=stacked)) for stacked in (False, True)]
     assert of_default[0] is None
-    assert of_default[1] is not None and "CUDA graph" in of_default[1]
+    assert "CUDA graph" in str(of_default[1])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert availability.why_not_by_default(PROBLEM._replace(stacked=True)) is None
