@@ -65,7 +65,7 @@ class Routing:
         paths = sorted(directory.iterdir())
         self._rows, metadata = read_tensors(_OP, paths[0])  # every rank of tensor parallelism has the same logits
         ids = json.loads(metadata["requests"])
-        self._requests = {request.rpartition("-")[0]: number for number, request in enumerate(ids)}
+        self._requests = {request.rpartition("-")[0] or request: number for number, request in enumerate(ids)}
 
 
 @contextmanager

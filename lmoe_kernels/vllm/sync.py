@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from lmoe_kernels import checks
@@ -86,7 +87,8 @@ def _checked(weights: nn.Module | Mapping[str, Tensor], served: ServedAdapter) -
         if tensors[key].dtype not in checks.DTYPES or tensors[key].is_meta:
             got = "one on the meta device" if tensors[key].is_meta else tensors[key].dtype
             _fail(f"tensor {key!r}", f"have data in one of the dtypes {', '.join(map(str, checks.DTYPES))}", got)
-    return {key: tensors[key].detach().contiguous() for key in expected}
+    # Copies: the tensors may be parts of one buffer, which a safetensors file does not take.
+    return {key: tensors[key].detach().cpu().clone(memory_format=torch.contiguous_format) for key in expected}
 
 
 def _difference(options: Mapping[str, Any], layer: ServedLayer) -> str | None:
