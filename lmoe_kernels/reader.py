@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lmoe_kernels import checks
-from lmoe_kernels.adapter import WEIGHTS, read_adapter
+from lmoe_kernels.adapter import WEIGHTS, read_adapter, without_later_defaults
 from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
 
 _OF_ROUTER = ("router.gate_weight", "router.gate_bias")
@@ -129,6 +129,6 @@ def _last_size(op: str, key: str, tensors: Mapping[str, Tensor]) -> int:
 def _digest(layers: Mapping[str, SavedLayer]) -> str:
     described = {}
     for name, (config, tensors) in layers.items():
-        options = {key: getattr(config, key) for key in CONFIG_KEYS}
+        options = without_later_defaults({key: getattr(config, key) for key in CONFIG_KEYS})
         described[name] = options, {key: list(tensor.shape) for key, tensor in tensors.items()}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

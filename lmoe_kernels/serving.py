@@ -275,10 +275,10 @@ def _kept_dtypes(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype,
 
 
 def _problem(x: Tensor, blocks: tuple[Block, ...]) -> Problem:
-    """What the choice of a backend depends on: the sizes of all blocks together."""
-    experts, rank = sum(block.num_experts for block in blocks), max(block.rank for block in blocks)
+    """What the choice of a backend depends on: the experts and the rank of the largest block, the columns of all blocks."""
+    experts, rank = max(block.num_experts for block in blocks), max(block.rank for block in blocks)
     columns = sum(block.out_features for block in blocks)
-    return Problem(Sizes(x.shape[0], x.shape[1], columns, experts, rank, experts), x.dtype, x.device)
+    return Problem(Sizes(x.shape[0], x.shape[1], columns, experts, rank, experts), x.dtype, x.device, stacked=True)
 
 
 def _compute(

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmoe_kernels.backends.torch import serving
 from lmoe_kernels.options import Block, TokenGroups
-from tests.core.test_serving import ADAPTERS, MIXED, STACKS, make_call
+from tests.core.test_serving import STACKS, assert_isolated
+from tests.serving import ADAPTERS, MIXED, make_call
 from tools.error_rule import assert_no_worse
 
 
@@ -65,4 +67,13 @@ def test_the_dtype_in_which_a_cpu_keeps_experts(has_tiles: bool, monkeypatch: py
     for name in ("lora_a", "lora_b", "gate_weight"):  # rounded, so that they are those of a call of lmoe
         experts.fill(1, name, torch.randn(experts.part(1, name).shape))
         assert torch.equal(experts.part(1, name), experts.part(1, name).bfloat16())
+    assert_no_worse("y", call.run("torch"), call.plain(), call.true())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_adapter_where_tokens_cannot_be_selected(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where every token meets the experts of every group."""
+    monkeypatch.setattr(serving, "_may_wait", lambda x: False)
+    assert_isolated(value, "torch", torch.float64)
+    call = make_call(ADAPTERS, torch.float64, groups="with scale")
     assert_no_worse("y", call.run("torch"), call.plain(), call.true())

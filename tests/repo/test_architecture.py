@@ -25,7 +25,7 @@ LEVELS = [
     {"adapter", "frozen_experts", "lora_adapter", "targets"},
     {"layer"},
     {"layer_options", "mixture", "routers", "stack_group"},
-    {"router_scopes"},
+    {"gate", "router_scopes"},
     {"config", "files", "functional", "losses", "running_means", "serving"},
     {"autograd", "stack"},
     {"ops"},

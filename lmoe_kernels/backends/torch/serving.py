@@ -42,7 +42,7 @@ def add_stacked(
     for group, kinds in _by_group(blocks):
         if groups is None:
             _add_group(y, x, factors, kinds, None, None)
-        elif x.is_cuda:  # to select tokens would wait for the GPU, and no CUDA graph could hold it
+        elif not _may_wait(x):
             _add_group(y, x, factors, kinds, groups.scale, groups.group != group)
         else:
             _add_to_some(y, x, factors, kinds, groups, groups.group == group)
@@ -64,6 +64,11 @@ def _cached_by_group(blocks: tuple[Block, ...]) -> tuple[tuple[int, tuple[_Kind,
         of_kinds = (tuple(of_kind) for _, of_kind in groupby(of_group, lambda pair: (pair[0].kind, pair[0].options)))
         groups.append((group, tuple(_Kind(placed[0][0].options, placed) for placed in of_kinds)))
     return tuple(groups)
+
+
+def _may_wait(x: Tensor) -> bool:
+    """Whether the number of a group's tokens can be read: on a GPU that would wait, and no CUDA graph could hold it."""
+    return not x.is_cuda
 
 
 def _add_to_some(
@@ -90,7 +95,7 @@ def _add_group(
     scale: Tensor | None,  # (T)
     off: Tensor | None,  # (T) bool, the tokens that get nothing
 ) -> None:
-    if not torch.compiler.is_compiling() and not x.is_cuda and len(x) > _PART:
+    if not torch.compiler.is_compiling() and _may_wait(x) and len(x) > _PART:
         for start in range(0, len(x), _PART):
             part = slice(start, start + _PART)
             logits = None if factors.gate_logits is None else factors.gate_logits[part]
@@ -111,11 +116,11 @@ def _add_group(
     deltas: list[tuple[slice, Tensor]] = []
     for kind in kinds:
         v = _mix(u, logits, kind, first, scale)
-        if off is not None:
-            v = v.masked_fill(off[:, None, None], 0.0)
         for (block, place), of_block in zip(kind.placed, in_dtype(v, lora_b.dtype).unbind(1), strict=True):
             b = lora_b[place.b].view(-1, block.out_features)
-            if b.dtype is y.dtype:
+            if off is not None:  # a selection: what is not finite in a foreign adapter must not reach these tokens
+                deltas.append((place.columns, torch.mm(of_block, b).masked_fill(off[:, None], 0.0)))
+            elif b.dtype is y.dtype:
                 y[:, place.columns].addmm_(of_block, b)  # [T, E R] @ [E R, O] -> [T, O]
             else:
                 deltas.append((place.columns, torch.mm(of_block, b)))
