@@ -17,7 +17,7 @@ from tools.error_rule import assert_no_worse
 def test_under_torch_compile(name: str, dtype: torch.dtype, groups: str) -> None:
     """Graphs hold ATen calls, or the op where mixtures are for some of the tokens. They take any number of tokens."""
     torch._dynamo.reset()
-    tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
     graphs: list[torch.fx.GraphModule] = []
     call = make_call(STACKS[name], dtype, groups=groups)
 
