@@ -4,9 +4,17 @@
     vllm serve BASE --quantization lmoe --hf-overrides '{"lmoe_adapter": "DIR"}'
 
 DIR is a directory that `save_lmoe` wrote. Every linear layer that the adapter names gets the experts as a child module.
-This package imports vLLM only when vLLM calls `register`, its plugin of the group `vllm.general_plugins`.
+This package imports vLLM only when vLLM calls `register`, its plugin of the group `vllm.general_plugins`, or when a function
+gets an engine.
 """
 # pyright: reportMissingImports=false
+
+from lmoe_kernels.vllm.replay import replay_routing
+from lmoe_kernels.vllm.routing import Routing, record_routing
+from lmoe_kernels.vllm.sync import sync_weights
+from lmoe_kernels.vllm.worker import WorkerExtension
+
+__all__ = ["Routing", "WorkerExtension", "record_routing", "register", "replay_routing", "sync_weights"]
 
 
 def register() -> None:

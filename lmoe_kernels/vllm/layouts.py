@@ -19,14 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmoe_kernels.checks import fail
+from lmoe_kernels.checks import check_bool, fail
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.options import Block
 from lmoe_kernels.reader import SavedLayers, check_tensor, saved_layers
 from lmoe_kernels.router_scopes import GROUPS
+from lmoe_kernels.vllm.adapters import directories_of
 
 OP = "lmoe"  # the name in errors: that of the quantization method
-ONE_ADAPTER = "lmoe_adapter"  # the entry of --hf-overrides
+ONE_ADAPTER, SEVERAL = "lmoe_adapter", "lmoe_adapters"  # the entries of --hf-overrides
+ROUTER_LOGITS = "lmoe_router_logits"  # another entry: whether the layers keep their router logits
+ONE = "default"  # the name of the one adapter
 KEYS = ("lora_a", "lora_b", "gate_weight", "gate_bias", "choice_bias")
 _ROUTER = "router."
 ShardId = str | int | None  # vLLM's name of a module within a fused layer; None for a layer that is one module
@@ -113,12 +116,23 @@ class Member(NamedTuple):
 
 def adapter_directories(hf_config: Any) -> dict[str, str]:
     """The directories of the adapters that --hf-overrides names, by the names of the adapters."""
-    directory = getattr(hf_config, ONE_ADAPTER, None)
+    directory, several = getattr(hf_config, ONE_ADAPTER, None), getattr(hf_config, SEVERAL, None)
+    if several is not None:
+        if directory is not None:
+            fail(OP, "--hf-overrides", f"name {ONE_ADAPTER} or {SEVERAL}", "both")
+        return directories_of(several)
     if not isinstance(directory, str | os.PathLike) or not str(directory):
         fail(OP, "--hf-overrides", f'name the directory of the adapter: {{"{ONE_ADAPTER}": "DIR"}}', repr(directory))
     if not Path(directory).is_dir():
         fail(OP, f"{ONE_ADAPTER} of --hf-overrides", "be a directory that save_lmoe wrote", f"{str(directory)!r}")
-    return {"default": str(directory)}
+    return {ONE: str(directory)}
+
+
+def keeps_router_logits(hf_config: Any) -> bool:
+    """Whether --hf-overrides say that the layers keep the router logits of each step."""
+    keeps = getattr(hf_config, ROUTER_LOGITS, False)
+    check_bool(OP, f"{ROUTER_LOGITS} of --hf-overrides", keeps)
+    return keeps
 
 
 def served_adapter(name: str, directory: str) -> ServedAdapter:

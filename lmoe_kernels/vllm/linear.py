@@ -2,7 +2,7 @@
 """A linear layer of vLLM with experts: the base's method computes y, then the experts of the layer are added to it."""
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
 
+from lmoe_kernels.checks import fail
 from lmoe_kernels.mixture import Choice, of_chosen
 from lmoe_kernels.options import Block, places_of
 from lmoe_kernels.products import linear_wide
@@ -58,12 +59,23 @@ class ExpertsParameter(nn.Parameter):
 
 
 class LMoEExperts(StackedExperts):
-    """The experts of a layer, with the biases of the choice of experts (sum of E) in fp32, where a mixture has one."""
+    """The experts of a layer, with what only vLLM's layers need.
+
+    Attributes:
+        choice_bias: (sum of E) in fp32, the biases of the choice of experts, or None if no mixture has one.
+        router_logits: (kept_tokens, sum of E) in fp32, those of the last step, or None if they are not kept. The address
+            never changes, because CUDA graphs hold it.
+    """
 
     choice_bias: Tensor | None
+    router_logits: Tensor | None
 
-    def __init__(self, blocks: tuple[Block, ...], in_features: int, *, choice_bias: bool, **options: Any) -> None:
+    def __init__(
+        self, blocks: tuple[Block, ...], in_features: int, *, choice_bias: bool, kept_tokens: int, **options: Any
+    ) -> None:
         super().__init__(blocks, in_features, **options)
+        kept = torch.zeros(kept_tokens, self.gate_weight.shape[0], dtype=torch.float32) if kept_tokens else None
+        self.register_buffer("router_logits", kept, persistent=False)
         bias = torch.zeros(self.gate_weight.shape[0], dtype=torch.float32)
         self.choice_bias = nn.Parameter(bias, requires_grad=False) if choice_bias else None
 
@@ -107,13 +119,19 @@ class LMoELinearMethod(linear.LinearMethodBase):
         self.places = places_of(blocks)
         configs = [member.layer.config for member in self.members]
         gate_bias, choice_bias = (any(getattr(config, key) for config in configs) for key in ("gate_bias", "choice_bias"))
-        experts = LMoEExperts(blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias)
+        kept_tokens = self.most_tokens + layer.tp_size if self.config.keeps_router_logits else 0  # vLLM pads to a multiple
+        experts = LMoEExperts(
+            blocks, self.cut.rows, dtype=params_dtype, gate_bias=gate_bias, choice_bias=choice_bias, kept_tokens=kept_tokens
+        )
         for key, parameter in list(experts.named_parameters()):
             experts.register_parameter(key, ExpertsParameter(parameter.data, self._loader(experts, key)))
         layer.lmoe = experts
 
     def _loader(self, experts: LMoEExperts, key: str) -> Callable[..., None]:
         def weight_loader(param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: ShardId = None) -> None:
+            if self.config.directories:
+                must = "be of the adapter of lmoe_adapter (sync_weights replaces one of several)"
+                fail(layouts.OP, f"{key} among the weights of a model", must, "several adapters")
             shard = getattr(loaded_weight, "shard_id", None) if loaded_shard_id is None else loaded_shard_id
             for index in layouts.addressed(self.members, key, shard):
                 self._fill(experts, index, key, loaded_weight)
@@ -136,11 +154,17 @@ class LMoELinearMethod(linear.LinearMethodBase):
             return
         self.config.check_served()
         tensors = self.config.tensors_for(self.prefix)
-        for index, member in enumerate(self.members):
-            for key, tensor in tensors[member.adapter][member.name].items():
-                self._fill(layer.lmoe, index, key, tensor)
+        for adapter, of_adapter in enumerate(tensors):
+            self.fill(layer, adapter, of_adapter)
         self.filled = True
         self._explain(layer.lmoe)
+
+    def fill(self, layer: Any, adapter: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Fill the experts of one adapter with its tensors, by layer and name."""
+        for index, member in enumerate(self.members):
+            if member.adapter == adapter:
+                for key, tensor in tensors[member.name].items():
+                    self._fill(layer.lmoe, index, key, tensor)
 
     def _explain(self, experts: LMoEExperts) -> None:
         """Log once for each kind of layer which backend computes one token, 64 and as many as a batch may have."""
@@ -164,13 +188,17 @@ class LMoELinearMethod(linear.LinearMethodBase):
         return flat_y.view(y.shape)
 
     def _gate_logits(self, experts: LMoEExperts, x: Tensor) -> Tensor | None:
-        """The router logits where the op cannot compute them: summed over the ranks, or of the chosen experts alone."""
-        choice_bias = experts.choice_bias
-        if not self.cut.cuts_inputs and choice_bias is None:
+        """The router logits where the op cannot compute them (summed over the ranks, or of the chosen experts alone), or
+        where they are kept.
+        """
+        choice_bias, kept = experts.choice_bias, experts.router_logits
+        if not self.cut.cuts_inputs and choice_bias is None and kept is None:
             return None
         logits = linear_wide(x, experts.gate_weight)
         if self.cut.cuts_inputs:
             logits = tensor_model_parallel_all_reduce(logits)
+        if kept is not None:
+            kept[: len(logits)].copy_(logits if experts.gate_bias is None else logits + experts.gate_bias)
         if choice_bias is None:
             return logits
         parts = []

@@ -2,14 +2,14 @@
 """The quantization method "lmoe" of vLLM: it gives the layers that adapters name a method that adds their experts."""
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -19,8 +19,11 @@ from lmoe_kernels.checks import fail
 from lmoe_kernels.reader import saved_layers
 from lmoe_kernels.version import __version__
 from lmoe_kernels.vllm import layouts
+from lmoe_kernels.vllm.adapters import TokenChoices, check_setup, install
 from lmoe_kernels.vllm.layouts import OP, ServedAdapter
 from lmoe_kernels.vllm.linear import LMoELinearMethod, why_not_served
+
+logger = init_logger("vllm.lmoe_kernels")  # vLLM shows what is logged under its own name
 
 
 class LMoEConfig(QuantizationConfig):
@@ -29,7 +32,9 @@ class LMoEConfig(QuantizationConfig):
     Attributes:
         base: the quantization of the base model, or None.
         adapters: what is served.
-        tokens: which adapter each token gets, and its scale; None if all tokens get all adapters.
+        directories: those among which requests choose by a LoRARequest; empty if all tokens get the one adapter.
+        tokens: which adapter each token gets, and its scale; None if all tokens get the one adapter, or before the model.
+        keeps_router_logits: whether the layers keep the router logits of each step, for `record_routing`.
         served: the names of the modules, in the plain model, that layers of vLLM's model have got experts for.
     """
 
@@ -37,7 +42,9 @@ class LMoEConfig(QuantizationConfig):
         super().__init__()
         self.base = base
         self.adapters: list[ServedAdapter] = []
-        self.tokens: Any = None
+        self.directories: tuple[str, ...] = ()
+        self.tokens: TokenChoices | None = None
+        self.keeps_router_logits = False
         self.served: set[str] = set()
         self.explained: set[object] = set()  # the kinds of layers that were logged
         self._names: dict[str, str] = {}  # names in the plain model by those in vLLM's
@@ -79,7 +86,7 @@ class LMoEConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read which layers the adapters have, and refuse what cannot be served, before the model is created."""
-        if self.online_quantization_config is not None:
+        if getattr(self, "online_quantization_config", None) is not None:  # vLLM 0.23 has no such attribute
             fail(
                 OP, "quantization_config", "be None: experts are added to the layers of a checkpoint", "online quantization"
             )
@@ -88,6 +95,10 @@ class LMoEConfig(QuantizationConfig):
         directories = layouts.adapter_directories(hf_config)
         self.adapters = [layouts.served_adapter(name, directory) for name, directory in directories.items()]
         self._names = {name: name for adapter in self.adapters for name in adapter.layers}
+        self.keeps_router_logits = layouts.keeps_router_logits(hf_config)
+        if getattr(hf_config, layouts.SEVERAL, None) is not None:
+            self.directories = tuple(directories.values())
+            install()
         # The options are constants of compiled graphs, which vLLM keeps on the disk under a hash of hf_config.
         hf_config.lmoe_digest = [__version__, *(adapter.digest for adapter in self.adapters)]
 
@@ -99,6 +110,8 @@ class LMoEConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The base's method, with experts if an adapter names the layer or one of its modules."""
+        if self.directories and self.tokens is None:
+            self._prepare_choices()
         base = self._method_of_base(layer, prefix)
         if not isinstance(layer, linear.LinearBase) or base is None:
             return base
@@ -113,6 +126,18 @@ class LMoEConfig(QuantizationConfig):
         self.served |= names
         self._waiting.add(prefix)
         return LMoELinearMethod(base, plain, prefix, self)
+
+    def _prepare_choices(self) -> None:
+        """Create the choices in the process that runs the model, where vLLM asks for a manager of adapters afterwards."""
+        install()
+        current = get_current_vllm_config()
+        check_setup(current)
+        if (most := current.lora_config.max_loras) < len(self.directories):
+            logger.warning(
+                "lmoe: a batch holds requests of %d of %d adapters; --max-loras sets it", most, len(self.directories)
+            )
+        ranks = current.parallel_config.tensor_parallel_size  # vLLM may pad a batch to a multiple of it
+        self.tokens = TokenChoices(current.scheduler_config.max_num_batched_tokens + ranks, self.directories)
 
     def _method_of_base(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if self.base is None:
@@ -150,14 +175,25 @@ class LMoEConfig(QuantizationConfig):
         Raises:
             ValueError: an adapter has other options than when the server was started.
         """
-        tensors = self._tensors or list(self._read())
+        tensors = self._tensors or [self._read(adapter) for adapter in self.adapters]
         self._waiting.discard(prefix)
         self._tensors = tensors if self._waiting else []
         return tensors
 
-    def _read(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        for adapter in self.adapters:
-            saved = saved_layers(OP, adapter.directory)
-            if saved.digest != adapter.digest:
-                fail(OP, f"{adapter.directory}", "stay the same while the server starts", "other options or shapes")
-            yield layouts.tensors_to_serve(saved)
+    def reload(self, model: nn.Module, adapter: int) -> None:
+        """Read an adapter from its directory again and fill its experts. An error leaves them as they are.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: the directory holds other options or shapes than when the server was started.
+        """
+        tensors = self._read(self.adapters[adapter])
+        for layer in model.modules():
+            if isinstance(method := getattr(layer, "quant_method", None), LMoELinearMethod):
+                method.fill(layer, adapter, tensors)
+
+    def _read(self, adapter: ServedAdapter) -> dict[str, dict[str, Tensor]]:
+        saved = saved_layers(OP, adapter.directory)
+        if saved.digest != adapter.digest:
+            fail(OP, f"{adapter.directory}", "hold the options and shapes with which the server was started", "others")
+        return layouts.tensors_to_serve(saved)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -63,7 +64,7 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
 
-    def wait_until_ready(self, seconds: float = 180) -> "Server":
+    def wait_until_ready(self, seconds: float = 420) -> "Server":
         """Wait until it answers. Raise with the end of its output if it stops instead."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -76,7 +77,17 @@ class Server:
                 break
         raise AssertionError(f"the server is not ready:\n{self.output()[-3000:]}")
 
-    def output_at_its_end(self, seconds: float = 180) -> str:
+    def wait_until_it_computes(self, requests: int, seconds: float = 60) -> None:
+        """Wait until so many requests are in progress."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+                counts = re.findall(r"^vllm:num_requests_running\S* ([\d.]+)$", answer.read().decode(), re.MULTILINE)
+            if sum(map(float, counts)) >= requests:
+                return
+        raise AssertionError(f"{requests} requests are not in progress")
+
+    def output_at_its_end(self, seconds: float = 420) -> str:
         """Wait until a server that cannot start has stopped, and return its output."""
         assert self.process.wait(seconds) != 0
         return self.output()
@@ -95,14 +106,15 @@ class Server:
         except OSError:
             return None
 
-    def post(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The status and the JSON of a POST request. Raises OSError if the connection breaks."""
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """The status and the JSON or text of a POST request. Raises OSError if the connection breaks."""
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.loads(answer.read() or b"{}")
+                text = answer.read().decode()
+                return answer.status, json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read() or b"{}")
 
