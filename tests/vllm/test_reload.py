@@ -4,7 +4,6 @@ import copy
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ def _change_base(model: nn.Module) -> None:
                 parameter.copy_(parameter[torch.randperm(len(parameter))] if "proj" in name else parameter)
 
 
-def test_every_order_of_reloads(base: Path, tmp_path: Path, engine, generate, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_order_of_reloads(base: Path, tmp_path: Path, engine, generate) -> None:
     model = mixed.save_adapter(base, tmp_path)
     llm, prompts = engine(tmp_path, enable_prefix_caching=False), tiny.prompts(2, 20)
     tiny.assert_generated_by(model, generate(llm, prompts, 8))
@@ -50,4 +49,3 @@ def test_every_order_of_reloads(base: Path, tmp_path: Path, engine, generate, ca
     tiny.change_experts(model)
     llm.apply_model(lambda served: served.load_weights(_weights(model, True, False)) and None)
     tiny.assert_generated_by(model, generate(llm, prompts, 8))
-    assert "LMoEExperts: Failed to load weights" not in caplog.text
