@@ -12,12 +12,14 @@ from tools.error_rule import assert_no_worse
 
 
 @pytest.mark.parametrize("groups", ["", "with scale"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["qkv", "mixed"])
-def test_under_torch_compile(name: str, groups: str) -> None:
+def test_under_torch_compile(name: str, dtype: torch.dtype, groups: str) -> None:
     """Graphs hold ATen calls, or the op where mixtures are for some of the tokens. They take any number of tokens."""
     torch._dynamo.reset()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 8e-2}[dtype]
     graphs: list[torch.fx.GraphModule] = []
-    call = make_call(STACKS[name], torch.float32, groups=groups)
+    call = make_call(STACKS[name], dtype, groups=groups)
 
     def keep(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
         graphs.append(graph)
@@ -29,15 +31,17 @@ def test_under_torch_compile(name: str, groups: str) -> None:
         call.experts.add_(y, x, token_group=group, token_scale=scale)
         return y * 2
 
-    for one in (call, make_call(STACKS[name], torch.float32, tokens=300, groups=groups)._replace(experts=call.experts)):
+    for one in (call, make_call(STACKS[name], dtype, tokens=300, groups=groups)._replace(experts=call.experts)):
         with torch.no_grad():
             result = run(one.y.clone(), one.x, one.groups)
-        torch.testing.assert_close(result, 2 * one.run("torch"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(result, 2 * one.run("torch"), rtol=tolerance, atol=tolerance)
     [graph] = graphs
     assert ("add_stacked" in graph.code) == bool(groups)
 
     with torch.autocast("cpu"), torch.no_grad():  # the op ignores it
-        torch.testing.assert_close(run(call.y.clone(), call.x, call.groups), 2 * call.run("torch"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            run(call.y.clone(), call.x, call.groups), 2 * call.run("torch"), rtol=tolerance, atol=tolerance
+        )
     x = call.x.clone().requires_grad_()
     assert not run(call.y.clone(), x, call.groups).requires_grad
 

@@ -6,7 +6,7 @@ Neighbouring blocks of one kind are mixed together, as if they were more tokens.
 """
 
 from functools import lru_cache
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -113,17 +113,33 @@ def _add_group(
         logits = logits[:, experts]
     if gate_bias is not None:
         logits = logits + gate_bias[experts]
+    deltas: list[tuple[slice, Tensor]] = []
     for kind in kinds:
         v = _mix(u, logits, kind, first, scale)
         for (block, place), of_block in zip(kind.placed, in_dtype(v, lora_b.dtype).unbind(1), strict=True):
             b = lora_b[place.b].view(-1, block.out_features)
-            columns = y[:, place.columns]
             if off is not None:  # a selection: what is not finite in a foreign adapter must not reach these tokens
-                columns.add_(torch.mm(of_block, b).masked_fill(off[:, None], 0.0))
+                deltas.append((place.columns, torch.mm(of_block, b).masked_fill(off[:, None], 0.0)))
             elif b.dtype is y.dtype:
-                columns.addmm_(of_block, b)  # [T, E R] @ [E R, O] -> [T, O]
-            else:  # cast before the sum: ATen adds tensors of two dtypes in half the speed
-                columns.add_(torch.mm(of_block, b).to(y.dtype))
+                y[:, place.columns].addmm_(of_block, b)  # [T, E R] @ [E R, O] -> [T, O]
+            else:
+                deltas.append((place.columns, torch.mm(of_block, b)))
+    for columns, delta in _joined(deltas):  # cast before the sum: ATen adds tensors of two dtypes in half the speed
+        y[:, columns].add_(delta.to(y.dtype))
+
+
+def _joined(deltas: list[tuple[slice, Tensor]]) -> list[tuple[slice, Tensor]]:
+    """The deltas, joined to one for torch.compile if their columns follow one another.
+
+    It computes them in place of the joined one, and adds that. Sums with several parts of y would become one kernel that
+    finds out for each element in which of them it is.
+    """
+    if not torch.compiler.is_compiling() or not deltas:
+        return deltas
+    if any(one.stop != other.start for (one, _), (other, _) in pairwise(deltas)):
+        return deltas
+    columns = slice(deltas[0][0].start, deltas[-1][0].stop)
+    return [(columns, torch.cat([delta for _, delta in deltas], dim=1))]
 
 
 def _mix(
