@@ -16,6 +16,7 @@ MODULES = {
         for name in ("test_peft_interop", "test_trainer", "test_trainer_checkpoints", "test_quantised", "test_trl")
     },
     "peft/test_training": "tests.integration.peft.test_training",
+    "vllm/test_exactness": "tests.vllm.test_exactness",
 }
 LINES = [line for line in PAGE.splitlines() if line.startswith("| ")]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if not line.startswith("| stack")]
@@ -42,7 +43,7 @@ def test_every_other_cell_names_a_test_or_says_why_not(row: list[str]) -> None:
     stack, *cells = row
     assert len(cells) == 4
     assert cells[0] != "the same"
-    file = re.search(r"`((?:peft/)?test_\w+)\.py`", stack)
+    file = re.search(r"`((?:peft/|vllm/)?test_\w+)\.py`", stack)
     for cell in cells:
         if not re.fullmatch(r"not run: .+|the same", cell):
             test = re.fullmatch(r"`(test_\w+)`", cell)
