@@ -10,11 +10,11 @@ OUT    ?= demo
 ARCHS   = $(or $(LMOE_CUDA_ARCHS),$(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .))
 CSRC   := $(shell find csrc tools -name "*.cpp" -o -name "*.h" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: help demo test test-vllm lint format types docs pictures build bench gpu static racecheck check clean
+.PHONY: help demo test test-vllm lint format types docs pictures build bench bench-serving gpu static racecheck check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## Train L-MoE layers on real text and show what they learned; OUT=folder
 	$(BIN)/python examples/three_domains.py --out $(OUT)
@@ -50,6 +50,9 @@ build: $(READY) ## Build the wheel into dist/
 bench: $(READY) ## Measure what the layer costs on this machine
 	$(BIN)/python -m pytest benchmarks/test_rows.py --benchmark-only
 	$(BIN)/python -m benchmarks
+
+bench-serving: $(VLLM)/ready ## Measure what L-MoE costs in vLLM on this machine (8 minutes on two CPU cores)
+	$(VLLM)/bin/python -m benchmarks.serving
 
 gpu: ## Test, measure and tune on this machine's GPU, without a network; again: go on; PARTS="tests goals" MINUTES=9
 	LMOE_CUDA_ARCHS="$(ARCHS)" $(PYTHON) setup.py --quiet build_ext --inplace

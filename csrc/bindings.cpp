@@ -62,12 +62,12 @@ Rows to_rows_or_vector(py::handle tensor) {
     return rows;
 }
 
-// The first fields of a tuple of options.py, in their order. `Options` may have more, which have no meaning for the kernels.
+// The fields of a tuple of options.py, in their order.
 template <size_t COUNT>
-std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple, bool more = false) {
-    if (tuple.size() < COUNT || (tuple.size() > COUNT && !more)) {
-        throw py::type_error(std::string("lmoe: ") + name + " must have " + (more ? "at least " : "") +
-                             std::to_string(COUNT) + " fields, got " + std::to_string(tuple.size()));
+std::array<py::handle, COUNT> fields(const char* name, const py::tuple& tuple) {
+    if (tuple.size() != COUNT) {
+        throw py::type_error(std::string("lmoe: ") + name + " must have " + std::to_string(COUNT) + " fields, got " +
+                             std::to_string(tuple.size()));
     }
     std::array<py::handle, COUNT> result;
     for (size_t i = 0; i < COUNT; ++i) result[i] = PyTuple_GET_ITEM(tuple.ptr(), i);
@@ -91,13 +91,15 @@ Params params_of(int dtype, const py::tuple& sizes) {
     return p;
 }
 
-// `logits` are those of the gate; an outside router's come with the factors. A backward has neither base nor y.
+// `logits` are those of the gate; an outside router's come with the factors, and so do given gates. A backward has neither
+// base nor y. Of the options, dropout has no meaning for the kernels.
 void set_problem(ForwardParams& p, const py::tuple& options, const py::tuple& factors, py::handle x, py::handle base,
                  py::handle logits, py::handle u, py::handle y) {
-    const auto [scaling, mixing, top_k, renormalize] = fields<4>("Options", options, true);
+    const auto [scaling, mixing, top_k, renormalize, dropout, softmax] = fields<6>("Options", options);
     p.scaling = scaling.cast<float>(), p.mixing = to_mixing(mixing);
     p.top_k = top_k.is_none() ? p.E : std::min(to_int(top_k), p.E);
-    p.renormalize = PyObject_IsTrue(renormalize.ptr()) == 1 || p.top_k == p.E;
+    p.gates_given = PyObject_IsTrue(softmax.ptr()) == 0;
+    p.renormalize = !p.gates_given && (PyObject_IsTrue(renormalize.ptr()) == 1 || p.top_k == p.E);
     const auto [lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<5>("Factors", factors);
     p.lora_a = to_tensor(lora_a), p.lora_b = to_tensor(lora_b);
     p.gate_weight = to_tensor(gate_weight), p.gate_bias = to_tensor(gate_bias);
@@ -126,6 +128,64 @@ void set_plan(DecodeParams& p, py::handle partial, int blocks, int64_t chunk, in
               int64_t smem) {
     p.partial = floats(partial);
     p.blocks = blocks, p.chunk = chunk, p.chunks = chunks, p.column_tile = column_tile, p.smem = smem;
+}
+
+Mixture to_mixture(const py::tuple& block) {
+    const auto [E, R, O, column, shared_a, scaling, mixing, top_k, renormalize, group] = fields<10>("Block", block);
+    Mixture m = {};
+    m.E = static_cast<int>(to_int(E)), m.R = static_cast<int>(to_int(R)), m.O = static_cast<int>(to_int(O));
+    m.column = static_cast<int>(to_int(column)), m.experts_of_a = PyObject_IsTrue(shared_a.ptr()) == 1 ? 1 : m.E;
+    m.scaling = scaling.cast<float>(), m.mixing = to_mixing(mixing), m.group = to_int(group);
+    m.top_k = top_k.is_none() ? m.E : std::min(static_cast<int>(to_int(top_k)), m.E);
+    m.renormalize = PyObject_IsTrue(renormalize.ptr()) == 1 || m.top_k == m.E;
+    return m;
+}
+
+template <class Value>
+void check_count(const char* name, size_t count, const Value& most) {
+    if (count <= std::size(most)) return;
+    throw std::invalid_argument(std::string("lmoe: ") + name + " must be at most " + std::to_string(std::size(most)) +
+                                ", got " + std::to_string(count));
+}
+
+// A stacked call without its tensors: blocks and columns of y one after the other, and the plan.
+StackedParams stacked_params(int dtype, int64_t T, int64_t I, const py::tuple& blocks, const py::tuple& columns,
+                             const py::tuple& plan) {
+    StackedParams p = {};
+    p.dtype = static_cast<Dtype>(dtype), p.T = T, p.I = I;
+    check_count("blocks", blocks.size(), p.mixtures), check_count("columns", columns.size(), p.columns);
+    for (const auto block : blocks) {
+        Mixture& m = p.mixtures[p.mixture_count++] = to_mixture(py::reinterpret_borrow<py::tuple>(block));
+        m.a = static_cast<int>(p.rows_of_a), m.expert = static_cast<int>(p.E);
+        if (p.mixture_count > 1) m.b = (&m)[-1].b + int64_t{(&m)[-1].E} * (&m)[-1].R * (&m)[-1].O;
+        p.rows_of_a += int64_t{m.experts_of_a} * m.R, p.E += m.E;
+    }
+    const auto [grid, chunk, chunks, column_tile, smem] = fields<5>("DecodePlan", plan);
+    set_plan(p, py::none(), static_cast<int>(to_int(grid)), to_int(chunk), to_int(chunks), to_int(column_tile),
+             to_int(smem));
+    for (const auto some : columns) {
+        const auto [first, count, mixtures] = fields<3>("Columns", py::reinterpret_borrow<py::tuple>(some));
+        const auto bits = static_cast<uint32_t>(to_int(mixtures));
+        const int columns_of_y = static_cast<int>(to_int(count)), tile = static_cast<int>(p.column_tile);
+        p.columns[p.columns_count++] = {static_cast<int>(to_int(first)), columns_of_y, p.tiles, bits};
+        p.tiles += (columns_of_y + tile - 1) / tile;
+    }
+    return p;
+}
+
+// A copy with the tensors of one call.
+StackedParams with_tensors(StackedParams p, py::handle y, py::handle x, const py::tuple& factors, py::handle token_group,
+                           py::handle token_scale, py::handle partial) {
+    static PyObject* const element_size = PyUnicode_InternFromString("element_size");
+    const auto [lora_a, lora_b, gate_weight, gate_bias, gate_logits] = fields<5>("StackedFactors", factors);
+    p.lora_a = to_tensor(lora_a), p.lora_b = to_tensor(lora_b);
+    p.gate_weight = to_tensor(gate_weight), p.gate_bias = to_tensor(gate_bias);
+    p.logits = to_tensor(gate_logits), p.logits_stride = to_rows(gate_logits).stride;
+    p.x = to_rows(x), p.y = address(y), p.y_stride = to_rows(y).stride, p.partial = floats(partial);
+    p.token_group = address(token_group), p.token_scale = floats(token_scale);
+    p.group_has_64_bits =
+        p.token_group != nullptr && to_int(checked(PyObject_CallMethodNoArgs(token_group.ptr(), element_size))) == 8;
+    return p;
 }
 
 DropoutParams dropout_params(int dtype, const py::tuple& shape, py::handle rows, py::handle seed, double probability,
@@ -171,6 +231,12 @@ void check_addresses(const BackwardParams& p) {
     check("the gradient of logits", {p.dlogits, p.logits.fp32});
 }
 
+void check_addresses(const StackedParams& p) {
+    check_addresses(static_cast<const ForwardParams&>(p));
+    check_address("token_group", p.token_group, p.group_has_64_bits ? 8 : 4);
+    check_address("token_scale", p.token_scale, sizeof *p.token_scale);
+}
+
 void check_addresses(const DropoutParams& p) {
     check_address("rows", p.rows.data, false, p.dtype), check_address("out", p.out, false, p.dtype);
     check_address("seed", p.seed, sizeof *p.seed);
@@ -196,6 +262,9 @@ PYBIND11_MODULE(_cuda, m) {
     backward_params.def(py::init(&params_of<BackwardParams>)).def("set_backward", &set_backward);
     py::class_<DecodeParams, ForwardParams> decode_params(m, "DecodeParams", py::module_local());
     decode_params.def(py::init(&params_of<DecodeParams>)).def("set_plan", &set_plan);
+    py::class_<StackedParams>(m, "StackedParams", py::module_local())
+        .def(py::init(&stacked_params))
+        .def("with_tensors", &with_tensors);
 
     py::class_<DropoutParams>(m, "DropoutParams", py::module_local()).def(py::init(&dropout_params));
 
@@ -205,6 +274,7 @@ PYBIND11_MODULE(_cuda, m) {
     def("forward", launcher(&lmoe::forward));
     def("backward", launcher(&lmoe::backward));
     def("decode", launcher(&lmoe::decode));
+    def("add_stacked", launcher(&lmoe::add_stacked));
     def("dropout", launcher(&lmoe::dropout));
     auto properties = [](int device) {
         const Properties p = lmoe::properties(device);

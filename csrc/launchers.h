@@ -10,6 +10,7 @@ namespace lmoe {
 void forward(const ForwardParams& params, int device, void* stream);
 void backward(const BackwardParams& params, int device, void* stream);
 void decode(const DecodeParams& params, int device, void* stream);
+void add_stacked(const StackedParams& params, int device, void* stream);
 void dropout(const DropoutParams& params, int device, void* stream);
 
 // What a device offers the kernels; memory in bytes.

@@ -35,6 +35,7 @@ struct ForwardParams {
     Mixing mixing;
     int64_t top_k;     // experts that each token keeps, 1 ... E
     bool renormalize;  // the softmax runs over the experts kept; otherwise over all, and the gates kept sum to less than one
+    bool gates_given;  // `logits` holds the gates: there is no softmax, and their sum need not be one; renormalize is false
 
     Rows x;              // (T, I); null in a backward that computes neither dlora_a nor dgate_weight
     Tensor lora_a;       // (experts_of_a, R, I)
@@ -43,7 +44,7 @@ struct ForwardParams {
     Tensor gate_bias;    // (E), or null
     Rows base;           // (T, O), or (O) where its stride is 0, or null: what the delta is added to
 
-    Tensor logits;  // (T, E): an outside router's are read, a gate's are written by forward, in fp32
+    Tensor logits;  // (T, E): an outside router's, or given gates, are read; a gate's are written by forward, in fp32
     void* u;        // (T, experts_of_a, R); u and a gate's logits may be null in one pass and in decode: nothing is saved
     void* y;        // (T, O)
 
@@ -131,6 +132,43 @@ struct DecodeParams : ForwardParams {
     int64_t column_tile;  // columns of y that a block computes at a time, a multiple of 8
     int blocks;           // resident blocks: all of them run at the same time
 };
+
+// One of the mixtures that a stacked call adds: where it is in the stacked tensors, its columns of y, its sizes and options.
+struct Mixture {
+    int64_t group;  // of the tokens that get its delta
+    int64_t b;      // its first element of lora_b
+    int a, expert;  // its first row of lora_a, and of the gates
+    int column, O;  // the first of its columns of y, and how many they are
+    int E, R, experts_of_a;
+    int top_k;
+    float scaling;
+    Mixing mixing;
+    bool renormalize;
+};
+
+// Neighbouring columns of y that get the deltas of the same mixtures.
+struct Columns {
+    int first, count;
+    int first_tile;     // of column_tile columns; the last tile may have fewer
+    uint32_t mixtures;  // a bit for each
+};
+
+constexpr int MIXTURES = 32;  // of one launch, at most
+
+// Several mixtures that read the same x are added to y in place. Their tensors are stacked: lora_a (rows_of_a, I), lora_b
+// (sum of E R O), gate_weight (E, I), gate_bias (E), logits (T, E) of an outside router, with E of all mixtures. `partial`
+// is (T, rows_of_a + E), without the E if there is no gate. O, R, experts_of_a and the options are those of no mixture here.
+struct StackedParams : DecodeParams {
+    int64_t rows_of_a, y_stride, logits_stride;
+    const void* token_group;  // (T) int32 or int64, or null: all tokens get all deltas
+    bool group_has_64_bits;
+    const float* token_scale;  // (T), factors of the tokens' deltas, or null
+    int tiles;                 // of y
+    int mixture_count, columns_count;
+    Mixture mixtures[MIXTURES];
+    Columns columns[2 * MIXTURES - 1];
+};
+static_assert(sizeof(StackedParams) <= 4096, "the parameters of a kernel");
 
 // Rows of which each element is multiplied by `factor`, or is zero where its hash is below `threshold`.
 struct DropoutParams {

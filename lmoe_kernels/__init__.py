@@ -11,6 +11,7 @@ from lmoe_kernels.dispatch import use_backend
 from lmoe_kernels.experts import add_expert, expert_names, export_expert, remove_expert
 from lmoe_kernels.fitting import fit_router
 from lmoe_kernels.functional import explain, lmoe, lmoe_linear
+from lmoe_kernels.gate import router_logits
 from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.losses import balance_loss, router_z_loss
 from lmoe_kernels.model import (
@@ -60,6 +61,7 @@ __all__ = [
     "read_lmoe",
     "remove_expert",
     "remove_lmoe",
+    "router_logits",
     "router_z_loss",
     "save_lmoe",
     "train_lmoe",

@@ -8,7 +8,7 @@ Without that error PyTorch would treat the gradients as constants, because the b
 return zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,12 +42,17 @@ def apply(
     tensors = (x, *factors, weight, base, seed)
     if torch._C._are_functorch_transforms_active():
         return _TransformableFunction.apply(*tensors, backend, options)[:2]
-    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backward or forward_ad._current_level >= 0:  # in forward mode the Function raises; the op would drop the tangent
+    if is_differentiated(tensors):  # in forward mode the Function raises; the op would drop the tangent
         function = _Function.apply if is_dynamo_compiling() else _apply
         return function(*tensors, backend, options)[:2]
     results, _ = ops.run_forward(x, factors, weight, base, seed, options, save=return_logits, backend=backend)
     return results[:2]
+
+
+def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether PyTorch may differentiate what is computed from these tensors, apart from the transforms of torch.func."""
+    backward = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return backward or forward_ad._current_level >= 0
 
 
 def _forward(*args: Any) -> tuple[tuple[Tensor | None, ...], str]:

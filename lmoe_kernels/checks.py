@@ -17,6 +17,7 @@ from lmoe_kernels.options import Factors, Mixing, Options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIXINGS = get_args(Mixing)
+_ONE_OF = "exactly one of gate_weight, gate_logits and gates"
 _LARGEST = sys.float_info.max
 _PLAIN = frozenset((Tensor, Parameter))
 
@@ -34,7 +35,7 @@ def check_call(op: str, x: Tensor, factors: Factors, options: Options) -> None:
         TypeError: a type, a layout or a dtype is not supported.
     """
     if not _fits(x, factors):
-        _check_factors(op, x, factors)
+        _check_factors(op, x, factors, "gate_logits" if options.softmax else "gates")
     check_options(op, factors.lora_b.shape[0], options)
 
 
@@ -68,12 +69,10 @@ def is_plain(tensor: Any) -> TypeGuard[Tensor]:
     return type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
-    """Check x and the factors one by one, each for all that may be wrong with it."""
+def _check_factors(op: str, x: Tensor, factors: Factors, outside: str = "gate_logits") -> None:
+    """Check x and the factors one by one, each for all that may be wrong with it. `outside` is what gate_logits hold."""
     lora_a, lora_b, gate_weight, gate_bias, gate_logits = factors
-    check_dense(op, "x", x)
-    if x.dim() == 0:
-        fail(op, "x", "have shape (..., I)", "a tensor without dimensions")
+    check_x(op, x)
     for name, factor in (("lora_a", lora_a), ("lora_b", lora_b)):
         check_parameter(op, name, factor, x)
         if factor.dim() != 3 or 0 in factor.shape[:2]:
@@ -84,29 +83,56 @@ def _check_factors(op: str, x: Tensor, factors: Factors) -> None:
     if lora_a.shape != (experts, rank, in_features) and lora_a.shape != (1, rank, in_features):
         check_shape(op, "lora_a", lora_a, "(E, R, I)", (experts, rank, in_features))
     if (gate_weight is None) == (gate_logits is None):
-        both = "neither" if gate_weight is None else "both"
-        fail(op, "exactly one of gate_weight and gate_logits", "be given", both)
+        fail(op, _ONE_OF, "be given", "none" if gate_weight is None else f"gate_weight and {outside}")
     if gate_weight is not None:
         check_parameter(op, "gate_weight", gate_weight, x)
         check_shape(op, "gate_weight", gate_weight, "(E, I)", (experts, in_features))
     if gate_bias is not None:
         if gate_weight is None:
-            fail(op, "gate_bias", "be None if gate_logits is given", type(gate_bias).__name__)
+            fail(op, "gate_bias", f"be None if {outside} is given", type(gate_bias).__name__)
         check_parameter(op, "gate_bias", gate_bias, x)
         check_shape(op, "gate_bias", gate_bias, "(E)", (experts,))
     if gate_logits is not None:
-        check_parameter(op, "gate_logits", gate_logits, x)
-        check_shape(op, "gate_logits", gate_logits, "(..., E)", (*x.shape[:-1], experts))
+        check_parameter(op, outside, gate_logits, x)
+        check_shape(op, outside, gate_logits, "(..., E)", (*x.shape[:-1], experts))
+
+
+def check_gates(op: str, gate_logits: Tensor | None, return_router_logits: bool) -> None:
+    """Check what must not be given with gates. They take the place of gate_logits in the factors."""
+    if gate_logits is not None:
+        fail(op, _ONE_OF, "be given", "gate_logits and gates")
+    if return_router_logits:
+        fail(op, "return_router_logits", "be False if gates are given, which have no logits", return_router_logits)
+
+
+def check_x(op: str, x: Tensor) -> None:
+    """Check the tensor of tokens."""
+    check_dense(op, "x", x)
+    if x.dim() == 0:
+        fail(op, "x", "have shape (..., I)", "a tensor without dimensions")
+
+
+def check_gate(op: str, x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> None:
+    """Check a gate that is given without experts."""
+    check_x(op, x)
+    check_parameter(op, "gate_weight", gate_weight, x)
+    if gate_weight.dim() != 2 or len(gate_weight) == 0 or gate_weight.shape[1] != x.shape[-1]:
+        fail(op, "gate_weight", f"have shape (E, I) with E >= 1 and I = {x.shape[-1]}", tuple(gate_weight.shape))
+    if gate_bias is not None:
+        check_parameter(op, "gate_bias", gate_bias, x)
+        check_shape(op, "gate_bias", gate_bias, "(E)", (len(gate_weight),))
 
 
 def check_options(op: str, num_experts: int, options: Options) -> None:
     """Check the options, which are neither tensors nor sizes."""
-    scaling, mixing, top_k, renormalize, dropout = options
+    scaling, mixing, top_k, renormalize, dropout, softmax = options
     if type(scaling) is not float or not abs(scaling) <= _LARGEST:  # a check less for the usual scaling
         check_finite(op, "scaling", scaling, "be a finite number")
     if mixing not in MIXINGS:
         fail(op, "mixing", f"be one of {', '.join(map(repr, MIXINGS))}", repr(mixing))
     if top_k is not None:
+        if not softmax:
+            fail(op, "top_k", "be None if gates are given, of which a 0 drops an expert", top_k)
         check_positive_int(op, "top_k", top_k, at_most=("E", num_experts))
     check_bool(op, "renormalize", renormalize)
     if type(dropout) is not float or not 0.0 <= dropout < 1.0:

@@ -22,6 +22,7 @@ class _Keywords(TypedDict, total=False):
     gate_weight: Tensor | None
     gate_bias: Tensor | None
     gate_logits: Tensor | None
+    gates: Tensor | None
     scaling: float
     mixing: Mixing
     top_k: int | None
@@ -69,6 +70,7 @@ def lmoe(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
+    gates: Tensor | None = None,
     base: Tensor | None = None,
     scaling: float = 1.0,
     mixing: Mixing = "factors",
@@ -93,9 +95,12 @@ def lmoe(
         x: (..., I) in fp32, bf16, fp16 or fp64, with any strides and any number of tokens. Autocast casts it.
         lora_a: (E, R, I), or (1, R, I) for one A that all experts share; x's dtype, or fp32 (master weights).
         lora_b: (E, R, O), x's dtype or fp32. It is the transpose of PEFT's lora_B.weight.
-        gate_weight: (E, I), x's dtype or fp32. Exactly one of gate_weight and gate_logits must be given.
+        gate_weight: (E, I), x's dtype or fp32. Exactly one of gate_weight, gate_logits and gates must be given.
         gate_bias: (E), x's dtype or fp32. It is added to the logits; only with gate_weight.
         gate_logits: (..., E), x's dtype or fp32. The logits of an outside router, in place of gate_weight.
+        gates: (..., E), x's dtype or fp32. They replace g as they are: any sign, any sum, no softmax. For a mixture with
+            fixed weights, or a router with another function than the softmax. top_k must be None: a gate of 0 drops an
+            expert. renormalize has no meaning then, and there are no router logits to return.
         base: (..., O), x's dtype. The delta is added to it in the same pass. The tensor itself does not change.
         scaling: factor on the delta (alpha / rank in LoRA's terms).
         mixing: "factors" averages the experts' A and B and multiplies the averages (L-MoE). "outputs" averages the products
@@ -121,8 +126,10 @@ def lmoe(
 
     Source: L-MoE, arXiv 2510.17898.
     """
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    options = Options(scaling, mixing, top_k, renormalize, dropout)
+    if gates is not None:
+        checks.check_gates("lmoe", gate_logits, return_router_logits)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
+    options = Options(scaling, mixing, top_k, renormalize, dropout, gates is None)
     if ops.autocast_is_on():
         x, base = autocast(x), autocast(base)
     checks.check_call("lmoe", x, factors, options)
@@ -175,6 +182,7 @@ def lmoe_linear(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
+    gates: Tensor | None = None,
     scaling: float = 1.0,
     mixing: Mixing = "factors",
     top_k: int | None = None,
@@ -207,8 +215,10 @@ def lmoe_linear(
 
     Source: L-MoE, arXiv 2510.17898.
     """
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
-    options = Options(scaling, mixing, top_k, renormalize, dropout)
+    if gates is not None:
+        checks.check_gates("lmoe_linear", gate_logits, return_router_logits)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
+    options = Options(scaling, mixing, top_k, renormalize, dropout, gates is None)
     if ops.autocast_is_on():
         x, weight, bias = autocast(x), autocast(weight), autocast(bias)
     checks.check_call("lmoe_linear", x, factors, options)
@@ -224,6 +234,7 @@ def explain(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     gate_logits: Tensor | None = None,
+    gates: Tensor | None = None,
     scaling: float = 1.0,
     mixing: Mixing = "factors",
     top_k: int | None = None,
@@ -244,9 +255,11 @@ def explain(
         ValueError: as `lmoe`.
         TypeError: as `lmoe`.
     """
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits)
+    if gates is not None:
+        checks.check_gates("explain", gate_logits, return_router_logits=False)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
     x = autocast(x)
-    checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize))
+    checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize, softmax=gates is None))
     problem = Problem(factors.sizes(x.shape[:-1].numel()), x.dtype, x.device)
     return dispatch.explain_choice("lmoe", problem, dispatch.requested_backend("explain", backend))
 
@@ -302,7 +315,7 @@ def flat(t: _MaybeTensor) -> _MaybeTensor:
 def autocast(t: _MaybeTensor) -> _MaybeTensor:
     """Cast to the autocast dtype if autocast would cast the tensor; otherwise return it unchanged.
 
-    Not used for trained parameters and an outside router's logits, which every backend accepts in fp32.
+    Not used for trained parameters and an outside router's logits or gates, which every backend accepts in fp32.
     """
     if not isinstance(t, Tensor) or t.dtype not in _CAST or t.layout != torch.strided or t.is_meta:
         return t

@@ -8,11 +8,11 @@ from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.functional import lmoe, lmoe_linear
+from lmoe_kernels.gate import router_logits
 from lmoe_kernels.linears import is_plain_linear
 
 GATE = ("gate_weight", "gate_bias")
@@ -105,7 +105,7 @@ def add_experts(
     """
     logits = None
     if choice is not None:
-        logits = _router_logits(x, options["gate_weight"], options["gate_bias"])
+        logits = router_logits(x, options["gate_weight"], options["gate_bias"])
         chosen = of_chosen(logits, options["top_k"], choice)
         options = {**options, "gate_weight": None, "gate_bias": None, "gate_logits": chosen}
     if isinstance(base, nn.Module) and is_plain_linear(base):
@@ -116,13 +116,6 @@ def add_experts(
         return result, None
     y, of_result = result
     return y, of_result if logits is None else logits
-
-
-def _router_logits(x: Tensor, gate_weight: Tensor, gate_bias: Tensor | None) -> Tensor:
-    """The router logits (..., E) in fp32 (fp64 for fp64), also under autocast."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.to(wide), gate_weight.to(wide), None if gate_bias is None else gate_bias.to(wide))
 
 
 def of_chosen(logits: Tensor, top_k: int, choice: Choice) -> Tensor:

@@ -41,7 +41,7 @@ _library = torch.library.Library("lmoe_kernels", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _FACTORS = "Tensor lora_a, Tensor lora_b, Tensor? gate_weight, Tensor? gate_bias, Tensor? gate_logits"
 _SAVED = "Tensor? logits, Tensor u, Tensor? route, Tensor? cast"
-_OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize, float dropout"
+_OPTIONS = "float scaling, str mixing, int? top_k, bool renormalize, float dropout, bool softmax=True"
 
 _library.define(
     f"forward(Tensor x, {_FACTORS}, Tensor? weight, Tensor? base, Tensor? seed, bool save, str backend, {_OPTIONS})"

@@ -5,6 +5,7 @@
 places: at the schema of the ops, which accepts tensors and numbers, and at the launch of a kernel.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -21,7 +22,7 @@ class Factors(NamedTuple):
     lora_b: Tensor  # (E, R, O)
     gate_weight: Tensor | None = None  # (E, I)
     gate_bias: Tensor | None = None  # (E), added to the logits; only with gate_weight
-    gate_logits: Tensor | None = None  # (T, E), the logits of an outside router
+    gate_logits: Tensor | None = None  # (T, E), the logits of an outside router, or the gates if `Options.softmax` is False
 
     def sizes(self, tokens: int) -> "Sizes":
         """The sizes of a call with this number of tokens."""
@@ -38,6 +39,7 @@ class Options(NamedTuple):
     top_k: int | None = None
     renormalize: bool = True
     dropout: float = 0.0  # the ops apply it, with the backend's function `dropout`; forward and backward ignore it
+    softmax: bool = True  # False: `Factors.gate_logits` are the gates themselves; top_k is None then
 
     @property
     def averages_factors(self) -> bool:
@@ -49,8 +51,8 @@ class Options(NamedTuple):
         return num_experts if self.top_k is None else min(self.top_k, num_experts)
 
     def gates_sum_to_one(self, num_experts: int) -> bool:
-        """Whether the softmax is computed over exactly the experts that are kept."""
-        return self.renormalize or self.kept(num_experts) == num_experts
+        """Whether the gates are a softmax over exactly the experts that are kept."""
+        return self.softmax and (self.renormalize or self.kept(num_experts) == num_experts)
 
     def may_group(self, sizes: "Sizes") -> bool:
         """Whether a backend may group the tokens by expert, whatever their number is.
@@ -84,6 +86,7 @@ class Problem(NamedTuple):
     sizes: Sizes
     dtype: torch.dtype
     device: torch.device
+    stacked: bool = False  # whether it is a call of `lmoe_stacked_`
 
     @property
     def on_cpu(self) -> bool:
@@ -103,7 +106,7 @@ class Saved(NamedTuple):
     cast: Tensor | None = None  # the buffer of `casting.cast_factors`; None if nothing was cast, or not by this backend
 
     def router_logits(self, factors: Factors) -> Tensor:
-        """The logits that the gates were computed from: those of the forward or of the outside router."""
+        """The logits that the gates were computed from, of the forward or of an outside router; or gates that were given."""
         logits = factors.gate_logits if self.logits is None else self.logits
         assert logits is not None
         return logits
@@ -168,6 +171,14 @@ def places_of(blocks: tuple[Block, ...]) -> tuple[Place, ...]:
         places.append(Place(slice(a, ends[0]), slice(experts, ends[1]), slice(b, ends[2]), columns))
         a, experts, b = ends
     return tuple(places)
+
+
+def constant_when_traced(function: Callable[..., object]) -> None:
+    """Let torch.compile call a function of constants while it traces, and keep the result as a constant.
+
+    `torch.compiler.assume_constant_result` does the same, but imports torch._dynamo and Triton at once.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
 
 
 class StackedFactors(NamedTuple):

@@ -7,6 +7,7 @@ A frozen linear layer has E LoRA experts of rank R and a gate. For every token t
     gates[t]    = softmax(logits[t])                              over all experts
     gates[t]    = softmax(logits[t, kept])                        top_k: over the k largest; the others are 0
     gates[t]    = softmax(logits[t])[kept]                        top_k, renormalize=False; the others are 0
+    gates[t]                                                      those of the caller, of any sign and sum, without a softmax
     A(t), B(t)  = sum_e gates[t,e] A_e,  sum_e gates[t,e] B_e      mixing="factors"
     delta[t]    = scaling * B(t) A(t) x[t]
     delta[t]    = scaling * sum_e gates[t,e] B_e A_e x[t]          mixing="outputs"
@@ -99,7 +100,7 @@ def forward(
     else:
         assert factors.gate_logits is not None
         logits = factors.gate_logits.to(wide)
-    gates = gate_softmax(logits, options.top_k, options.renormalize)
+    gates = gate_softmax(logits, options.top_k, options.renormalize) if options.softmax else logits
 
     a_of_expert = a.expand(b.shape[0], -1, -1)
     if options.averages_factors:
@@ -166,7 +167,7 @@ def backward(
     logits = saved.router_logits(factors)
     kept = kept_experts(logits, options.top_k)
     softmax = softmax_among(logits.to(wide), kept, options.renormalize)
-    gates = softmax.where(kept, 0.0)
+    gates = softmax.where(kept, 0.0) if options.softmax else logits.to(wide)
     g = gates[:, :, None]  # (T, E, 1)
     dv = options.scaling * torch.einsum("to,ero->ter", dyw, b)
     if options.averages_factors:
@@ -180,7 +181,7 @@ def backward(
         dgates = (dv * uw).sum(dim=-1)
         du = g * dv
     dgates = dgates.where(kept, 0.0)
-    dlogits = softmax * (dgates - (gates * dgates).sum(dim=-1, keepdim=True))
+    dlogits = softmax * (dgates - (gates * dgates).sum(dim=-1, keepdim=True)) if options.softmax else dgates
     if dlogits_in is not None:
         dlogits = dlogits + dlogits_in.to(wide)
     if factors.lora_a.shape[0] == 1:

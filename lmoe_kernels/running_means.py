@@ -158,7 +158,15 @@ def _keep(cache: Any, key: str, sums: Sums) -> None:
             names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
             _following[kind] = type(kind.__name__, (_Following, kind), names)
         cache.__class__ = _following[kind]
-    vars(cache).setdefault(_SUMS, {})[key] = sums
+    kept = vars(cache).setdefault(_SUMS, {})
+    before = kept.get(key)
+    fits = before is not None and before.rows.shape == sums.rows.shape and before.rows.device == sums.rows.device
+    if fits and before.rows.is_inference() == torch.is_inference_mode_enabled():
+        # In place, since the memory of a compiled graph's result is written again in its next step.
+        kept[key] = Sums(before.rows.copy_(sums.rows), before.tokens.copy_(sums.tokens), sums.length)
+    else:
+        # Copies, since the sums given are views that would keep those of all tokens alive.
+        kept[key] = Sums(sums.rows.clone(), sums.tokens.clone(), sums.length)
 
 
 class _Following:

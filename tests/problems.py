@@ -35,6 +35,7 @@ class Case:
     renormalize: bool = True
     shared_a: bool = False
     outside_logits: bool = False
+    softmax: bool = True  # False: gate_logits are the gates, of any sign; only with outside_logits
     gate_bias: bool = False
     linear: bool = False  # with a frozen weight and bias
     scaling: float = 0.75
@@ -43,13 +44,19 @@ class Case:
     @property
     def options(self) -> Options:
         """The options of the call."""
-        return Options(self.scaling, self.mixing, self.top_k, self.renormalize, self.dropout)
+        return Options(self.scaling, self.mixing, self.top_k, self.renormalize, self.dropout, self.softmax)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The options as keywords of `lmoe`."""
+        return {name: value for name, value in self.options._asdict().items() if name != "softmax"}
 
     def __str__(self) -> str:
         options = [self.mixing]
         options += [f"top{self.top_k}"] if self.top_k else []
         options += [] if self.renormalize else ["not_renormalized"]
         options += ["dropout"] if self.dropout else []
+        options += [] if self.softmax else ["gates"]
         options += [name for name in ("shared_a", "outside_logits", "gate_bias", "linear") if getattr(self, name)]
         return f"T{self.T}-I{self.I}-O{self.O}-E{self.E}-R{self.R}-" + "-".join(options)
 
@@ -70,17 +77,21 @@ class Problem:
     mask: Tensor | None = None
 
     def call(self, backend: str | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(y, router_logits) of the package's function; the given tensors replace those of the problem."""
+        """(y, router_logits) of the package's function; the given tensors replace those of the problem.
+
+        Gates that are given are returned in place of router logits, as `lmoe` returns those of an outside router.
+        """
         tensors = {**self.tensors, **tensors}
         case = self.case
         kwargs: dict[str, Any] = {
-            **case.options._asdict(), "seed": self.seed, "return_router_logits": True, "backend": backend,
+            **case.keywords, "seed": self.seed, "return_router_logits": case.softmax, "backend": backend,
         }  # fmt: skip
         kwargs |= {name: tensors[name] for name in ("gate_weight", "gate_bias", "gate_logits") if name in tensors}
-        factors = tensors["lora_a"], tensors["lora_b"]
-        if case.linear:
-            return lmoe_linear(tensors["x"], tensors["weight"], tensors["bias"], *factors, **kwargs)
-        return lmoe(tensors["x"], *factors, **kwargs)
+        if not case.softmax:
+            kwargs["gates"] = kwargs.pop("gate_logits")
+        args = [tensors[name] for name in (("x", "weight", "bias") if case.linear else ("x",))]
+        results = (lmoe_linear if case.linear else lmoe)(*args, tensors["lora_a"], tensors["lora_b"], **kwargs)
+        return results if case.softmax else (results, tensors["gate_logits"])
 
     def dropped(self, x: Tensor) -> Tensor:
         """What lora_a sees, in x's dtype."""
@@ -128,6 +139,10 @@ CASES = [
     Case(T=37, I=64, O=64, E=6, R=4, gate_bias=True),
     Case(T=9, gate_bias=True, top_k=2, mixing="outputs", linear=True),
     Case(T=11, E=4, gate_bias=True, top_k=2, renormalize=False, shared_a=True),
+    Case(T=21, I=70, outside_logits=True, softmax=False),
+    Case(T=9, outside_logits=True, softmax=False, mixing="outputs", linear=True),
+    Case(T=23, I=30, O=48, E=7, R=3, outside_logits=True, softmax=False, shared_a=True),
+    Case(T=12, outside_logits=True, softmax=False, shared_a=True, mixing="outputs"),
 ]
 
 

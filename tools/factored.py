@@ -15,7 +15,9 @@ def factored(x: Tensor, factors: Factors, options: Options) -> tuple[Tensor, Ten
     assert lora_b is not None
     logits = gate_logits if gate_weight is None else F.linear(x, gate_weight, gate_bias)
     assert logits is not None
-    gates = reference.gate_softmax(logits, options.top_k, options.renormalize).to(x.dtype)
+    gates = logits
+    if options.softmax:
+        gates = reference.gate_softmax(logits, options.top_k, options.renormalize).to(x.dtype)
     u = torch.einsum("ti,eri->ter", x, lora_a)
     if options.averages_factors:
         h = torch.einsum("te,ter->tr", gates, u.expand(-1, gates.shape[1], -1))

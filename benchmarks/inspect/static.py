@@ -33,10 +33,12 @@ from benchmarks.rows.shapes import DTYPES, Shape
 from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.dropout import dropout
 from lmoe_kernels.backends.triton.plans import Chip, Tile
-from lmoe_kernels.options import Factors, Options
+from lmoe_kernels.backends.triton.serving import add_stacked
+from lmoe_kernels.options import Block, Factors, Options, StackedFactors, TokenGroups, places_of
 from tools import calls
 
 DEFAULT = Options(scaling=0.5)
+OF_Q = Block(8, 16, 4096)
 CHIPS = {
     chip.arch: chip
     for chip in (
@@ -67,6 +69,28 @@ class Case:
     outside_logits: bool = False
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A call of `lmoe_stacked_` on the q, k and v of adapters, whose kernels are compiled."""
+
+    T: int
+    block: Block = OF_Q  # k and v have a quarter of its features
+    adapters: int = 1
+    dtype: str = "bfloat16"
+    groups: bool = False
+    gate_bias: bool = False
+    outside_logits: bool = False
+    in_features: int = 4096
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The blocks of q, k and v, adapter by adapter."""
+        q, few = self.block, self.block.out_features // 4
+        k = q._replace(out_features=few, column=q.out_features)
+        qkv = (q, k, k._replace(column=q.out_features + few))
+        return tuple(block._replace(group=group) for group in range(self.adapters) for block in qkv)
+
+
 def case(T: int = 65536, E: int = 8, R: int = 16, dtype: str = "bfloat16", **more: Any) -> Case:
     """A case on 4096 features."""
     return Case(Shape(T, 4096, 4096, E, R, dtype), **more)
@@ -77,8 +101,18 @@ TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
 # With another order of loads ptxas 12.8 got the gradients of A and of the gate wrong for sm_90 (see wgrad.py). The weight
 # gradients of these calls have tiles of 128 and of 64 features.
 UNALIGNED = [Case(Shape(t, i, o, 3, 9, "bfloat16")) for t, i, o in ((16384, 4104, 4104), (130, 136, 72))]
-QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2)]
-CASES = [
+QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2), Stack(512, adapters=8, groups=True)]
+FEW_OF_OUTPUTS = Block(4, 64, 4096, mixing="outputs", top_k=2)
+SHARED = Block(8, 16, 4096, shared_a=True, top_k=2, renormalize=False)
+STACKS = [
+    *(Stack(t, adapters=n, groups=n > 1) for t in (1, 64, 512, 8192) for n in (1, 12)),
+    *(Stack(t, block, n, groups=n > 1) for t in (16, 8192) for block in (FEW_OF_OUTPUTS, SHARED) for n in (1, 4)),
+    *(Stack(t, Block(128, 8, 1024, top_k=2), 2, groups=True) for t in (16, 4096)),
+    *(Stack(t, Block(5, 3, 1028), 2, groups=True, in_features=2051) for t in (16, 4096)),
+    *(Stack(t, adapters=n, groups=n > 1, dtype="float32") for t in (16, 4096) for n in (1, 4)),
+    Stack(64, dtype="float16", gate_bias=True, outside_logits=True),
+]
+CASES: list[Case | Stack] = [
     *QUICK,
     *(case(T=t, E=e, R=r) for t in (16, 4096, 65536) for e, r in ((1, 16), (4, 8), (8, 32), (16, 16), (128, 8), (256, 4))),
     case(T=8192, E=128, options=OUTPUTS._replace(top_k=2)),
@@ -95,6 +129,7 @@ CASES = [
     *(case(T=t, gate_bias=True) for t in (16, 65536)),
     case(T=8192, E=64, options=TOP_2, gate_bias=True),
     *UNALIGNED,
+    *STACKS,
 ]
 
 
@@ -117,24 +152,35 @@ class Recorded(NamedTuple):
     arguments: dict[str, Any]  # under their names, without "_ptr"
 
 
-def launches(case: Case, chip: Chip) -> list[Launch]:
-    """What a forward and a backward would launch on a chip, each once."""
+def launches(case: Case | Stack, chip: Chip) -> list[Launch]:
+    """What a forward and a backward would launch on a chip, or a call on a stack, each once."""
     return list(dict.fromkeys(one.launch for one in recorded(case, chip)))
 
 
-def recorded(case: Case, chip: Chip) -> list[Recorded]:
+def recorded(case: Case | Stack, chip: Chip) -> list[Recorded]:
     """All that they would launch, in order."""
-    T, I, O, E, R, _ = case.shape.sizes  # noqa: E741
-    own, of_factors = DTYPES[case.shape.dtype], DTYPES[case.factors_dtype or case.shape.dtype]
     found: list[Recorded] = []
-
-    def make(*shape: int, dtype: torch.dtype = own) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
     def record(kernel: triton.JITFunction, grid: tuple[int, ...], *args: object, tile: Tile, **constants: object) -> None:
         kinds = tuple(_kind(arg, p.do_not_specialize) for arg, p in zip(args, kernel.params, strict=False))
         launch = Launch(kernel.fn.__module__, kernel.fn.__name__, kinds, tuple(constants.items()), tile)
         found.append(Recorded(launch, grid, arguments_of(kernel, args)))
+
+    with mock.patch.object(host, "launch", record), mock.patch.object(host, "chip_of", return_value=chip):
+        if isinstance(case, Stack):
+            _call_stack(case)
+        else:
+            _call(case)
+    return found
+
+
+def _call(case: Case) -> None:
+    """The forward and the backward of a case, on tensors without memory."""
+    T, I, O, E, R, _ = case.shape.sizes  # noqa: E741
+    own, of_factors = DTYPES[case.shape.dtype], DTYPES[case.factors_dtype or case.shape.dtype]
+
+    def make(*shape: int, dtype: torch.dtype = own) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     factors = Factors(
         make(1 if case.shared_a else E, R, I, dtype=of_factors),
@@ -144,13 +190,30 @@ def recorded(case: Case, chip: Chip) -> list[Recorded]:
         gate_logits=make(T, E) if case.outside_logits else None,
     )
     x, dy = make(T, I), make(T, O)
-    with mock.patch.object(host, "launch", record), mock.patch.object(host, "chip_of", return_value=chip):
-        _, saved = calls.forward_saved("triton", x, factors, case.options)
-        dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
-        calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
-        if case.options.dropout > 0:
-            dropout(x, make(dtype=torch.int64), case.options.dropout)
-    return found
+    _, saved = calls.forward_saved("triton", x, factors, case.options)
+    dlogits = make(T, E, dtype=saved.router_logits(factors).dtype)
+    calls.backward("triton", dy, x, factors, saved, case.options, dlogits=dlogits)
+    if case.options.dropout > 0:
+        dropout(x, make(dtype=torch.int64), case.options.dropout)
+
+
+def _call_stack(case: Stack) -> None:
+    """The call of a stack, likewise."""
+    T, I, last = case.T, case.in_features, places_of(case.blocks)[-1]  # noqa: E741
+
+    def make(*shape: int, dtype: torch.dtype = DTYPES[case.dtype]) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    fp32, experts = torch.float32, last.experts.stop
+    factors = StackedFactors(
+        make(last.a.stop, I),
+        make(last.b.stop),
+        None if case.outside_logits else make(experts, I),
+        make(experts, dtype=fp32) if case.gate_bias else None,
+        make(T, experts, dtype=fp32) if case.outside_logits else None,
+    )
+    groups = TokenGroups(make(T, dtype=torch.int32), make(T, dtype=fp32)) if case.groups else None
+    add_stacked(make(T, last.columns.stop), make(T, I), factors, case.blocks, groups)
 
 
 def arguments_of(kernel: triton.JITFunction, args: tuple[object, ...]) -> dict[str, object]:
@@ -236,7 +299,7 @@ def has_half_dots(line: dict) -> bool:
     return has_dots and any(half in line["config"]["types"] for half in ("*bf16", "*fp16"))
 
 
-def lines_of(cases: list[Case], archs: list[str], processes: int) -> Iterator[dict]:
+def lines_of(cases: list[Case | Stack], archs: list[str], processes: int) -> Iterator[dict]:
     """A line for each distinct launch of the cases on each chip."""
     jobs = dict.fromkeys((launch, arch) for arch, one in product(archs, cases) for launch in launches(one, CHIPS[arch]))
     with ProcessPoolExecutor(processes) as pool:
@@ -293,7 +356,7 @@ def main() -> int:
         prog="python -m benchmarks.inspect.static",
         description="Compile the Triton kernels for GPUs that this machine does not have.",
     )
-    parser.add_argument("--quick", action="store_true", help="three cases, not all")
+    parser.add_argument("--quick", action="store_true", help="four cases, not all")
     parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument(

@@ -11,6 +11,7 @@ from lmoe_kernels.backends.cuda import configs
 
 MANY_TOKENS, PROCESSORS = 1 << 20, 132  # of a forward in one pass, and of a decode
 EXPERTS = {64: 3, 128: 7, 144: 8}  # of rank 16, whose factors and gate take so many columns of a product
+OF_FEW_TOKENS = ("decode_fwd", "stacked")
 
 
 class Line(NamedTuple):
@@ -51,7 +52,7 @@ def threads_of(name: str) -> int:
     """The threads of a block."""
     if name.startswith("mix_"):
         return 32 * constant("MIX_WARPS")
-    return 32 * configs.DECODE_WARPS if name == "decode_fwd" else constant("THREADS")
+    return 32 * configs.DECODE_WARPS if name in OF_FEW_TOKENS else constant("THREADS")
 
 
 def shared_of(name: str, sizes: tuple[int, ...], size: int, count: int) -> int:
@@ -59,7 +60,7 @@ def shared_of(name: str, sizes: tuple[int, ...], size: int, count: int) -> int:
     if name == "forward":
         experts, rank = EXPERTS[sizes[0]], 16
         return configs.one_pass_smem(MANY_TOKENS, experts, rank, experts * (rank + 1), size, PROCESSORS)
-    if name == "decode_fwd":
+    if name in OF_FEW_TOKENS:
         plan = configs.decode_plan(16, 4096, 4096, 8, 8, 16, True, size, device_of(CHIPS["H100"]))
         return plan.smem if plan is not None else 0
     if name.startswith("mix_"):

@@ -152,10 +152,12 @@ __device__ __forceinline__ void shrink_chunk(const Matrix& x, const Matrix& fact
     }
 }
 
-// partial[t, c], the product of all tokens with all rows of the factors, shared among the blocks: a block computes
-// DECODE_WARPS / chunks rows at a time, one chunk in each warp.
-template <class S>
-__device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors, float* sums) {
+// partial[t, c], the product of all tokens with all rows of the factors for which is_used(c), shared among the blocks: a
+// block computes DECODE_WARPS / chunks rows at a time, one chunk in each warp. All lanes of a warp call is_used with the
+// same row.
+template <class S, class IsUsed>
+__device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matrix& x, const Matrix& factors, float* sums,
+                                              IsUsed is_used) {
     const bool aligned = x.first_aligned && factors.first_aligned && (factors.second == nullptr || factors.second_aligned);
     const int rows = static_cast<int>(factors.rows), T = static_cast<int>(p.T), chunks = static_cast<int>(p.chunks);
     const int warp = static_cast<int>(threadIdx.x) / 32, chunk = warp % chunks, at_once = DECODE_WARPS / chunks;
@@ -165,15 +167,16 @@ __device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matri
     for (int c0 = static_cast<int>(blockIdx.x) * at_once; c0 < rows; c0 += step, other ^= DECODE_WARPS) {
         const int c = c0 + warp / chunks;
         float* of_warp = sums + (other + warp) * T;
-        if (c < rows && aligned && p.I % LANE_FEATURES == 0) {
+        const bool works = c < rows && is_used(c);
+        if (works && aligned && p.I % LANE_FEATURES == 0) {
             with_group(p.T, [&](auto tokens) {
                 shrink_chunk<S, decltype(tokens)::value, true>(x, factors, c, first, last, of_warp);
             });
-        } else if (c < rows) {
+        } else if (works) {
             shrink_chunk<S, 1, false>(x, factors, c, first, last, of_warp);
         }
         __syncthreads();  // all warps see the sums of the chunks
-        if (c >= rows || chunk != 0) continue;
+        if (!works || chunk != 0) continue;
         for (int t = static_cast<int>(threadIdx.x) % 32; t < T; t += 32) {
             float total = 0.f;
             for (int i = 0; i < chunks; ++i) total += of_warp[i * T + t];
@@ -182,9 +185,12 @@ __device__ __forceinline__ void shrink_decode(const DecodeParams& p, const Matri
     }
 }
 
-// Computes u, the logits, gates and v of all tokens from the totals, all in the block's shared memory.
-template <class S>
-__device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int columns) {
+// Computes u, the logits, gates and v of all tokens, all in the block's shared memory. total(i) is the total of column
+// i % columns of token i / columns: those of u, then those of the logits. A softmax is computed of `source`, the logits here
+// if it is null.
+template <class S, class Total>
+__device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int columns,
+                                           Tensor source, Total total) {
     const int u_columns = static_cast<int>(p.experts_of_a * p.R), R = static_cast<int>(p.R);
     S* u = reinterpret_cast<S*>(smem + at.u);
     S* v = reinterpret_cast<S*>(smem + at.v);
@@ -194,7 +200,9 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     for (int first = threadIdx.x; first < count; first += TOTALS * DECODE_THREADS) {
         float totals[TOTALS];
 #pragma unroll
-        for (int j = 0; j < TOTALS; ++j) totals[j] = p.partial[smaller(first + j * DECODE_THREADS, count - 1)];
+        for (int j = 0; j < TOTALS; ++j) {
+            totals[j] = total(static_cast<int>(smaller(first + j * DECODE_THREADS, count - 1)));
+        }
 #pragma unroll
         for (int j = 0; j < TOTALS; ++j) {
             const int i = first + j * DECODE_THREADS;
@@ -209,8 +217,7 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
         }
     }
     __syncthreads();
-    const Tensor source = p.gate_weight.data != nullptr ? Tensor{logits, true} : p.logits;
-    gate_softmax<S>(p, source, 0, gates, static_cast<int>(p.T));
+    gate_softmax<S>(p, source.data == nullptr ? Tensor{logits, true} : source, 0, gates, static_cast<int>(p.T));
     for (int i = threadIdx.x; i < static_cast<int>(p.T) * R; i += DECODE_THREADS) {
         const int64_t t = i / R, r = i % R;
         mix<S>(p, gates + t * p.E, u + t * u_columns, v + t * p.E * p.R, r);
@@ -218,10 +225,11 @@ __device__ __forceinline__ void mix_decode(const DecodeParams& p, unsigned char*
     __syncthreads();
 }
 
-// Columns [o0, o0 + column_tile) of y, TOKENS tokens at a time: every warp sums over its share of v's columns, then their
-// sums are reduced in order.
-template <class S, int TOKENS>
-__device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at, int64_t o0) {
+// The first `count` columns of a tile, TOKENS tokens at a time: every warp sums over its share of v's columns, then their
+// sums are reduced in order, and store(t, column, &base, sum) is called for each.
+template <class S, int TOKENS, class Store>
+__device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char* smem, const DecodeLayout& at,
+                                            int64_t count, Store store) {
     const S* factors = reinterpret_cast<const S*>(smem + at.factors);
     const S* v = reinterpret_cast<const S*>(smem + at.v);
     const S* bases = reinterpret_cast<const S*>(smem + at.base);
@@ -245,15 +253,24 @@ __device__ __forceinline__ void expand_tile(const DecodeParams& p, unsigned char
         }
         __syncthreads();
         for (int i = threadIdx.x; i < static_cast<int>(smaller(TOKENS, T - t0)) * width; i += DECODE_THREADS) {
-            const int64_t t = t0 + i / width, o = o0 + i % width;
-            if (o >= p.O) continue;
+            const int column = i % width;
+            if (column >= count) continue;
             float sum = 0.f;
 #pragma unroll
             for (int w = 0; w < DECODE_WARPS; ++w) sum += sums[w * TOKENS * width + i];
-            const float base = p.base.data == nullptr ? 0.f : to_float(bases[t0 * width + i]);
-            static_cast<S*>(p.y)[t * p.O + o] = from_float<S>(base + p.scaling * sum);
+            store(t0 + i / width, column, bases + t0 * width + i, sum);
         }
         __syncthreads();
+    }
+}
+
+// Starts the copies of some columns of all rows of a matrix, a tile of column_tile columns in shared memory.
+template <class S>
+__device__ __forceinline__ void load_columns(const DecodeParams& p, unsigned char* shared, const Matrix& m, int64_t first) {
+    const int chunks = static_cast<int>(p.column_tile) / VECTOR<S>;
+    for (int i = threadIdx.x; i < static_cast<int>(m.rows) * chunks; i += DECODE_THREADS) {
+        S* to = reinterpret_cast<S*>(shared) + i * VECTOR<S>;
+        load_chunk(to, m, i / chunks, first + i % chunks * VECTOR<S>, m.rows);
     }
 }
 
@@ -264,28 +281,30 @@ __global__ void __launch_bounds__(DECODE_THREADS, 1) decode_fwd_kernel(DecodePar
     const Matrix x = tokens_of<S>(p), a = a_and_gate<S>(p), b = b_of<S>(p);
     const Matrix base = matrix<S>(p.base.data, false, p.base.data == nullptr ? 0 : p.T, p.O, p.base.stride);
 
-    auto load_rows = [&](int64_t to, const Matrix& m, int64_t tile) {
-        const int chunks = static_cast<int>(p.column_tile) / VECTOR<S>;
-        for (int i = threadIdx.x; i < static_cast<int>(m.rows) * chunks; i += DECODE_THREADS) {
-            S* shared = reinterpret_cast<S*>(smem + to) + i * VECTOR<S>;
-            load_chunk(shared, m, i / chunks, tile * p.column_tile + i % chunks * VECTOR<S>, m.rows);
-        }
-    };
     auto load_tile = [&](int64_t tile) {
-        load_rows(at.factors, b, tile);
-        load_rows(at.base, base, tile);
+        load_columns<S>(p, smem + at.factors, b, tile * p.column_tile);
+        load_columns<S>(p, smem + at.base, base, tile * p.column_tile);
         copy_async_commit();
     };
     load_tile(blockIdx.x);
-    shrink_decode<S>(p, x, a, reinterpret_cast<float*>(smem + at.sums));
+    shrink_decode<S>(p, x, a, reinterpret_cast<float*>(smem + at.sums), [](int) { return true; });
     grid_barrier();
-    mix_decode<S>(p, smem, at, static_cast<int>(a.rows));
+    const Tensor source = p.gate_weight.data == nullptr ? p.logits : Tensor{};
+    mix_decode<S>(p, smem, at, static_cast<int>(a.rows), source, [&](int i) { return p.partial[i]; });
 
     for (int64_t tile = blockIdx.x; tile * p.column_tile < p.O; tile += gridDim.x) {
+        const int64_t o0 = tile * p.column_tile;
         if (tile != blockIdx.x) load_tile(tile);
         copy_async_wait<0>();
         __syncthreads();  // all threads see the factors and the base
-        with_group(p.T, [&](auto tokens) { expand_tile<S, decltype(tokens)::value>(p, smem, at, tile * p.column_tile); });
+        with_group(p.T, [&](auto tokens) {
+            expand_tile<S, decltype(tokens)::value>(p, smem, at, p.O - o0,
+                                                    [&](int64_t t, int column, const S* before, float sum) {
+                                                        const float start = p.base.data == nullptr ? 0.f : to_float(*before);
+                                                        static_cast<S*>(p.y)[t * p.O + o0 + column] =
+                                                            from_float<S>(start + p.scaling * sum);
+                                                    });
+        });
     }
     copy_async_wait<0>();  // a block without columns must also wait for its copies
 }

@@ -142,21 +142,28 @@ __device__ __forceinline__ Softmax softmax_of(const ForwardParams& p, int lane, 
 }
 
 // The gates of some tokens: gates[t * E + e] from logits[first + t * E + e]. All threads of the block call it; it
-// ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token.
+// ends with a barrier. As many lanes as there are experts, at most 32, share the experts of one token. Given gates are
+// copied.
 template <class S>
 __device__ __forceinline__ void gate_softmax(const ForwardParams& p, const Tensor& logits, int64_t first, float* gates,
                                              int tokens) {
     const int E = static_cast<int>(p.E);
-    int lanes = 1;  // for one token, a power of two
-    while (lanes < E && lanes < 32) lanes *= 2;
-    const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-    for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // all lanes stay for the shuffles
-        const bool inside = t0 + t < tokens;
-        const int64_t row = first + (inside ? t0 + t : 0) * p.E;
-        float* out = gates + (t0 + t) * p.E;
-        auto logit = [&](int e) { return load<S>(logits, row + e); };
-        const Softmax softmax = softmax_of(p, lane, lanes, logit);
-        for (int e = lane; inside && e < E; e += lanes) out[e] = softmax.gate(logit(e), e);
+    if (p.gates_given) {
+        for (int i = static_cast<int>(threadIdx.x); i < tokens * E; i += static_cast<int>(blockDim.x)) {
+            gates[i] = load<S>(logits, first + i);
+        }
+    } else {
+        int lanes = 1;  // for one token, a power of two
+        while (lanes < E && lanes < 32) lanes *= 2;
+        const int t = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
+        for (int t0 = 0; t0 < tokens; t0 += static_cast<int>(blockDim.x) / lanes) {  // all lanes stay for the shuffles
+            const bool inside = t0 + t < tokens;
+            const int64_t row = first + (inside ? t0 + t : 0) * p.E;
+            float* out = gates + (t0 + t) * p.E;
+            auto logit = [&](int e) { return load<S>(logits, row + e); };
+            const Softmax softmax = softmax_of(p, lane, lanes, logit);
+            for (int e = lane; inside && e < E; e += lanes) out[e] = softmax.gate(logit(e), e);
+        }
     }
     __syncthreads();  // all threads see the gates
 }

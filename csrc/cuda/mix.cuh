@@ -169,7 +169,7 @@ struct Token {
 
     __device__ __forceinline__ float gate(int e) const {
         if constexpr (KEPT) return gates[e];
-        return softmax.gate(logit(e), e);
+        return p.gates_given ? logit(e) : softmax.gate(logit(e), e);
     }
     __device__ __forceinline__ void load_u(float (&out)[W], int e, int r) const {
         load_elements(out, (KEPT ? kept_u : u()) + e * u_step + r);
@@ -181,11 +181,13 @@ struct Token {
         for (int i = 0; i < W; ++i) out[i] = to_float(from_float<S>(p.scaling * out[i]));  // rounded as if it were kept
     }
 
-    // Computes the softmax, and keeps the gates, from logits that lie in the place of the kept gates.
+    // Computes the softmax, and keeps the gates, from logits that lie in the place of the kept gates. Given gates lie there.
     __device__ __forceinline__ void compute_gates() {
-        softmax = softmax_of(p, lane, lanes, [&](int e) { return KEPT ? gates[e] : logit(e); });
+        if (!p.gates_given) {
+            softmax = softmax_of(p, lane, lanes, [&](int e) { return KEPT ? gates[e] : logit(e); });
 #pragma unroll 1
-        for (int e = lane; KEPT && e < E; e += lanes) gates[e] = softmax.gate(gates[e], e);
+            for (int e = lane; KEPT && e < E; e += lanes) gates[e] = softmax.gate(gates[e], e);
+        }
         __syncwarp();  // all lanes see the gates, u and dv
     }
     // The sums of all groups, in each of their lanes.
@@ -286,7 +288,7 @@ struct Token {
     }
 
     // The backward of the softmax, to du_dlogits or to an outside router's gradient. A softmax over all experts gives
-    // dropped experts a gradient too, although their gates are 0.
+    // dropped experts a gradient too, although their gates are 0. Given gates have no softmax: their gradient is dgate.
     __device__ __forceinline__ void softmax_bwd() const {
         float mean = 0.f;
 #pragma unroll 1
@@ -297,6 +299,7 @@ struct Token {
             const float own = gate(e);
             float dlogit = own * (dgate(e) - mean);
             if (!p.renormalize && own == 0.f) dlogit = softmax.weight(logit(e)) * -mean;
+            if (p.gates_given) dlogit = dgate(e);
             if (p.dlogits_in != nullptr) dlogit += p.dlogits_in[of_expert(e)];
             if (p.gate_weight.data != nullptr) du_dlogits()[u_columns + e] = from_float<S>(dlogit);
             if (p.dlogits != nullptr) store<S>(p.dlogits, of_expert(e), p.logits.fp32, dlogit);

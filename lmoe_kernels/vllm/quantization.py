@@ -17,6 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from lmoe_kernels.checks import fail
 from lmoe_kernels.reader import saved_layers
+from lmoe_kernels.version import __version__
 from lmoe_kernels.vllm import layouts
 from lmoe_kernels.vllm.adapters import TokenChoices, check_setup, install
 from lmoe_kernels.vllm.layouts import OP, ServedAdapter
@@ -85,7 +86,7 @@ class LMoEConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read which layers the adapters have, and refuse what cannot be served, before the model is created."""
-        if self.online_quantization_config is not None:
+        if getattr(self, "online_quantization_config", None) is not None:  # vLLM 0.23 has no such attribute
             fail(
                 OP, "quantization_config", "be None: experts are added to the layers of a checkpoint", "online quantization"
             )
@@ -99,7 +100,7 @@ class LMoEConfig(QuantizationConfig):
             self.directories = tuple(directories.values())
             install()
         # The options are constants of compiled graphs, which vLLM keeps on the disk under a hash of hf_config.
-        hf_config.lmoe_digest = [adapter.digest for adapter in self.adapters]
+        hf_config.lmoe_digest = [__version__, *(adapter.digest for adapter in self.adapters)]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Translate the names of the plain model to those of vLLM's."""

@@ -24,7 +24,7 @@ CASES = [
 def ours(problem: Problem, tensors: dict[str, Tensor], choice: Choice, backend: str) -> tuple[Tensor, Tensor]:
     """(y, router_logits) of the function that the layers call."""
     case = problem.case
-    options = {**case.options._asdict(), "backend": backend, "return_router_logits": True}
+    options = {**case.keywords, "backend": backend, "return_router_logits": True}
     options |= {name: tensors.get(name) for name in ("gate_weight", "gate_bias")}
     base: torch.nn.Module | Tensor = torch.zeros(*tensors["x"].shape[:-1], case.O, dtype=tensors["x"].dtype)
     if case.linear:

@@ -24,6 +24,7 @@ def _fresh_dynamo():
     [
         Case(linear=True, gate_bias=True, top_k=2, renormalize=False),
         Case(outside_logits=True, shared_a=True),
+        Case(outside_logits=True, softmax=False),
         Case(linear=True, dropout=0.5),
         Case(T=0),
     ],

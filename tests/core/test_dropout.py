@@ -40,7 +40,15 @@ def test_fp32_parameters_get_fp32_gradients(case: Case, dtype: torch.dtype, back
     assert {leaves[name].dtype for name in ("lora_a", "lora_b")} == {torch.float32}
 
 
-@pytest.mark.parametrize("case", [Case(T=35, gate_bias=True, dropout=0.5), Case(T=5, E=6, top_k=2, dropout=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=35, gate_bias=True, dropout=0.5),
+        Case(T=5, E=6, top_k=2, dropout=0.5),
+        Case(T=5, outside_logits=True, softmax=False, dropout=0.5),
+    ],
+    ids=str,
+)
 def test_every_plan(case: Case, every_plan: str, watch) -> None:
     _compare(make_problem(case, torch.bfloat16), every_plan)
 

@@ -69,7 +69,15 @@ def test_the_gates_bias_alone_gets_a_gradient(every_plan: str) -> None:
     assert_all_no_worse(problem, gradients(problem, problem.call(every_plan, **leaves), leaves))
 
 
-@pytest.mark.parametrize("case", [Case(T=21, E=6, top_k=2, gate_bias=True), Case(T=21, outside_logits=True)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=21, E=6, top_k=2, gate_bias=True),
+        Case(T=21, outside_logits=True),
+        Case(T=21, outside_logits=True, softmax=False),
+    ],
+    ids=str,
+)
 def test_each_gradient_is_the_same_alone_and_the_others_are_none(case: Case, every_plan: str) -> None:
     problem = make_problem(case, torch.float32)
     x, factors = problem.tensors["x"], factors_of(problem.tensors)

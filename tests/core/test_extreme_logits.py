@@ -1,4 +1,4 @@
-"""Router logits that are large, infinite, NaN or equal, in every backend and on each of its plans, forward and backward."""
+"""Router logits and given gates that are large, infinite, NaN, 0 or equal, on every plan of every backend, both ways."""
 
 import pytest
 import torch
@@ -11,6 +11,11 @@ CASES = [
     Case(T=9, outside_logits=True, top_k=3),
     Case(T=9, outside_logits=True, top_k=2, renormalize=False),
 ]
+GATES = [
+    Case(T=9, outside_logits=True, softmax=False),
+    Case(T=9, outside_logits=True, softmax=False, mixing="outputs"),
+    Case(T=9, outside_logits=True, softmax=False, shared_a=True),
+]
 
 # Triton's interpreter also computes the exponentials of padded experts; they are masked afterwards.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
@@ -21,9 +26,9 @@ def _run(problem: Problem, backend: str) -> dict[str, torch.Tensor]:
     return outcome(problem, problem.call(backend, **leaves), leaves)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + GATES, ids=str)
 def test_large_logits(case: Case, every_plan: str, watch) -> None:
-    """exp(logit) overflows; exp(logit - largest logit) does not."""
+    """exp(logit) overflows; exp(logit - largest logit) does not. Of given gates no exponential is computed."""
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"] += torch.tensor([1000.0, -1000.0, 100.0]).repeat(case.T)[: case.T, None]
     assert_all_no_worse(problem, _run(problem, every_plan))
@@ -37,7 +42,7 @@ def test_large_logits_of_the_layers_own_gate(every_plan: str, watch) -> None:
     assert_all_no_worse(problem, _run(problem, every_plan))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, GATES[0], GATES[2]], ids=str)
 def test_a_nan_in_the_logits_of_a_token_affects_that_token_alone(case: Case, every_plan: str) -> None:
     problem = make_problem(case, torch.float32)
     problem.tensors["gate_logits"][2, 1] = float("nan")
@@ -62,6 +67,32 @@ def test_an_expert_masked_by_minus_infinity_counts_as_absent(case: Case, every_p
     of_kept = {name: results[name][kept] for name in ("lora_a", "lora_b")}
     of_kept["gate_logits"] = results["gate_logits"][:, kept]
     assert_all_no_worse(problem.of_experts(kept), {"y": results["y"], "x": results["x"], **of_kept})
+
+
+@pytest.mark.parametrize("case", GATES, ids=str)
+def test_a_gate_of_0_drops_its_expert(case: Case, every_plan: str, watch) -> None:
+    """But not the gradient of the gate, which is that of any other gate."""
+    problem = make_problem(case, torch.float32)
+    problem.tensors["gate_logits"][:, 3] = 0.0
+    results = _run(problem, every_plan)
+    for name in ("lora_b",) if case.shared_a else ("lora_a", "lora_b"):
+        assert (results[name][3] == 0).all(), name
+    assert_all_no_worse(problem, results)
+
+
+@pytest.mark.parametrize("case", GATES, ids=str)
+def test_gates_of_any_sign_whose_sum_is_0(case: Case, every_plan: str, watch) -> None:
+    """Under a shared A the delta is 0 then, and so are all gradients but that of the gates."""
+    problem = make_problem(case, torch.float32)
+    problem.dlogits.zero_()
+    problem.tensors["gate_logits"][:] = torch.tensor([1.0, -2.0, 0.5, 0.75, -0.25])
+    results = _run(problem, every_plan)
+    if case.shared_a:
+        for name in ("y", "x", "lora_a", "lora_b"):
+            zero = results.pop(name)
+            torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
+        assert (results["gate_logits"].abs() > 1e-3).any(dim=0).all()
+    assert_all_no_worse(problem, results)
 
 
 @pytest.mark.parametrize("experts", [6, 40], ids=["fewer experts than lanes of a warp", "more experts than lanes"])

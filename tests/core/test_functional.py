@@ -32,12 +32,44 @@ BAD = [
     (
         {"gate_weight": None},
         ValueError,
-        "exactly one of gate_weight and gate_logits must be given, got neither",
+        "exactly one of gate_weight, gate_logits and gates must be given, got none",
     ),
     (
         {"gate_logits": torch.zeros(2, 8)},
         ValueError,
-        "exactly one of gate_weight and gate_logits must be given, got both",
+        "exactly one of gate_weight, gate_logits and gates must be given, got gate_weight and gate_logits",
+    ),
+    (
+        {"gates": torch.zeros(2, 8)},
+        ValueError,
+        "exactly one of gate_weight, gate_logits and gates must be given, got gate_weight and gates",
+    ),
+    (
+        {"gate_weight": None, "gate_logits": torch.zeros(2, 8), "gates": torch.zeros(2, 8)},
+        ValueError,
+        "exactly one of gate_weight, gate_logits and gates must be given, got gate_logits and gates",
+    ),
+    (
+        {"gate_weight": None, "gates": torch.zeros(2, 8), "gate_bias": torch.zeros(8)},
+        ValueError,
+        "gate_bias must be None if gates is given, got Tensor",
+    ),
+    ({"gate_weight": None, "gates": torch.zeros(3, 8)}, ValueError, "gates must have shape (..., E) = (2, 8), got (3, 8)"),
+    ({"gate_weight": None, "gates": [0.5]}, TypeError, "gates must be a torch.Tensor, got list"),
+    (
+        {"gate_weight": None, "gates": torch.zeros(2, 8).half()},
+        TypeError,
+        "gates must have dtype torch.float32, got torch.float16",
+    ),
+    (
+        {"gate_weight": None, "gates": torch.zeros(2, 8), "top_k": 2},
+        ValueError,
+        "top_k must be None if gates are given, of which a 0 drops an expert, got 2",
+    ),
+    (
+        {"gate_weight": None, "gates": torch.zeros(2, 8), "return_router_logits": True},
+        ValueError,
+        "return_router_logits must be False if gates are given, which have no logits, got True",
     ),
     ({"gate_weight": torch.zeros(7, 16)}, ValueError, "gate_weight must have shape (E, I) = (8, 16), got (7, 16)"),
     ({"gate_bias": torch.zeros(8, 1)}, ValueError, "gate_bias must have shape (E) = (8,), got (8, 1)"),

@@ -27,7 +27,7 @@ def _by_loop(problem) -> torch.Tensor:
         kept = sorted(range(case.E), key=lambda e: (-logits[e].item(), e))[: case.top_k or case.E]
         among = kept if case.renormalize else range(case.E)
         weight = {e: torch.exp(logits[e] - logits[kept].max()) for e in among}
-        gate = {e: weight[e] / sum(weight.values()) for e in kept}
+        gate = {e: weight[e] / sum(weight.values()) if case.softmax else logits[e] for e in kept}
         a = {e: t["lora_a"][0 if case.shared_a else e] for e in kept}
         b = {e: t["lora_b"][e].t() for e in kept}
         if case.mixing == "factors":

@@ -28,7 +28,7 @@ def test_tuples_that_the_bindings_do_not_know_are_refused(emulated_cuda: ModuleT
     set_problem()
     with pytest.raises(TypeError, match="lmoe: Sizes must have 6 fields, got 7"):
         set_problem(sizes=(*sizes, 1))
-    with pytest.raises(TypeError, match="lmoe: Options must have at least 4 fields, got 3"):
+    with pytest.raises(TypeError, match="lmoe: Options must have 6 fields, got 3"):
         set_problem(options=OPTIONS[:3])
     with pytest.raises(TypeError, match="lmoe: Factors must have 5 fields, got 6"):
         set_problem(factors=(*factors, None))

@@ -29,11 +29,12 @@ OF_ANY_WIDTH = ("forward", "shrink", "wgrad_bwd")
 PRODUCTS = (*OF_ANY_WIDTH, "expand", "expand_walk")
 WRITERS = ("forward", "expand", "expand_walk")  # of whole rows of y and dx
 MIXES = ("mix_fwd", "mix_bwd")
-KERNELS = (*PRODUCTS, *MIXES, "wgrad_sum_bwd", "decode_fwd", "dropout")
+OF_FEW_TOKENS = ("decode_fwd", "stacked")
+KERNELS = (*PRODUCTS, *MIXES, "wgrad_sum_bwd", *OF_FEW_TOKENS, "dropout")
 INSTANCES = {(kernel, (width,)) for kernel in OF_ANY_WIDTH for width in WIDTHS}  # with the sizes that they are compiled for
 INSTANCES |= {(kernel, (vector, kept)) for kernel in MIXES for vector in (1, 4) for kept in (0, 1)}
 INSTANCES |= {("dropout", (aligned,)) for aligned in (0, 1)}
-INSTANCES |= {(kernel, ()) for kernel in ("expand", "expand_walk", "wgrad_sum_bwd", "decode_fwd")}
+INSTANCES |= {(kernel, ()) for kernel in ("expand", "expand_walk", "wgrad_sum_bwd", *OF_FEW_TOKENS)}
 # The most instructions of a warp in a step of a main loop, for each of its tensor-core instructions: in a tile of 64
 # columns, in a wider one, and in the loop over the features of y or dx. nvcc 13.0, 2026-11.
 MOST_INSTRUCTIONS = {
@@ -138,16 +139,16 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
         if kernel in PRODUCTS:
             assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
             assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
-        if kernel in (*PRODUCTS, "decode_fwd"):
+        if kernel in (*PRODUCTS, *OF_FEW_TOKENS):
             assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
         if kernel in WRITERS:  # four lanes write a sector of 32 bytes together
             assert re.search(r"STG\S*\.64", code), f"{name}: 8-byte stores"
         if kernel == "dropout" and sizes == (1,):
             loads, stores = (len(re.findall(rf"\b{access}\S*\.128", code)) for access in ("LDG", "STG"))
             assert loads == stores == (4 if dtype == "fp32" else 2), f"{name}: 16-byte accesses to the 16 elements of a lane"
-        if kernel == "decode_fwd":  # of the weights
+        if kernel in OF_FEW_TOKENS:  # of the weights
             assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
-        if kernel == "decode_fwd":  # a vector of weights and of x in each of four steps
+        if kernel in OF_FEW_TOKENS:  # a vector of weights and of x in each of four steps
             loops = [part for part in re.split(r"\.L_x_\d+:|\bBRA\b", code) if len(_vector_loads(part)) >= 8]
             together = [len(_vector_loads(re.split(r"\bFFMA\b", loop)[0])) for loop in loops]
             assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"

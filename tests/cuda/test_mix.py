@@ -69,6 +69,7 @@ LARGE = [
     Case(T=3, I=8, O=16, E=6, R=600, shared_a=True, top_k=2, renormalize=False),
     Case(T=2, I=8, O=8, E=40, R=80, top_k=3, mixing="outputs"),
     Case(T=3, I=8, O=16, E=5, R=701, outside_logits=True),
+    Case(T=3, I=8, O=16, E=5, R=701, outside_logits=True, softmax=False),
 ]
 
 

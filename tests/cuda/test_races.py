@@ -41,6 +41,11 @@ def test_dropout_has_no_data_race(cache: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+def test_stacked_mixtures_have_no_data_race(cache: Path) -> None:
+    done = build.run_driver(build.build_driver(cache, "stacked", "thread"), 1, 3)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 def test_a_race_is_seen(cache: Path, tmp_path: Path) -> None:
     bug = next(bug for bug in BUGS if bug.name == "no barrier of the grid")
     done = build.run_driver(build.build_driver(cache, "calls", "thread", bug.plant(tmp_path)), PATHS["decode in fp16"], 1)

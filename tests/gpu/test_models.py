@@ -49,7 +49,10 @@ def backends() -> list[str]:
 
 
 def llama(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
-    """A model whose experts and gates are random."""
+    """A model whose experts and gates are random.
+
+    With lora_b ten times larger, the gradients of one step in bf16 are wrong by more than they are, on a CPU as well.
+    """
     config = LlamaConfig(
         vocab_size=256, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
@@ -58,7 +61,7 @@ def llama(dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     apply_lmoe(model, "all-linear", **{"num_experts": 8, "rank": 8} | options)
     for name, parameter in model.named_parameters():
         if "lora_b" in name or "gate" in name.rsplit(".", 1)[-1]:
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.02 if "lora_b" in name else 0.2)
     return model
 
 
@@ -119,7 +122,7 @@ def error(ours: Tensor, true: Tensor) -> float:
 def assert_near(ours: Outcome, plain: Outcome, true: Outcome, dtype: torch.dtype) -> None:
     """The errors of a model are sums of many roundings, in another order on another device: allow four times plain's.
 
-    In bf16 the errors of plain PyTorch are as large as some small gradients, in fp32 at most a hundredth of any.
+    In bf16 the errors of plain PyTorch are some hundredths of a gradient.
     """
     assert ours.keys() == true.keys()
     for name, t in true.items():
@@ -301,7 +304,7 @@ def test_experts_that_come_and_go(options: dict[str, Any]) -> None:
     before = outcome(model, inputs)
     add_expert(model, "new", gate_bias=-1.0)
     for layer in lmoe_layers(model).values():
-        nn.init.normal_(layer.lora_b, std=0.2)
+        nn.init.normal_(layer.lora_b, std=0.02)
     assert all(p.device.type == DEVICE for p in model.parameters())
     true, plain = (outcome(on_cpu(model, kind), inputs) for kind in (torch.float64, torch.float32))
     for name in backends():

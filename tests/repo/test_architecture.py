@@ -25,7 +25,7 @@ LEVELS = [
     {"adapter", "frozen_experts", "lora_adapter", "targets"},
     {"layer"},
     {"layer_options", "mixture", "routers", "stack_group"},
-    {"router_scopes"},
+    {"gate", "router_scopes"},
     {"config", "files", "functional", "losses", "running_means", "serving"},
     {"autograd", "stack"},
     {"ops"},
@@ -38,7 +38,7 @@ LEVELS = [
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
 BENCHMARK_LEVELS = [
-    {"gpu", "model", "test_rows"},
+    {"gpu", "model", "serving", "test_rows"},
     {"__main__"},
     {"defaults", "inspect", "showing"},
     {"measuring"},

@@ -20,6 +20,7 @@ from lmoe_kernels.backends.triton import host
 from lmoe_kernels.backends.triton.dropout import dropout
 from lmoe_kernels.backends.triton.plans import Tile
 from tests.problems import Case, make_problem
+from tests.serving import ADAPTERS, MIXED, QKV, make_call
 from tools import calls
 from tools.stubbed_gpu import StubbedGpu, stubbed_gpu
 
@@ -182,5 +183,10 @@ def whole_calls(seed: int) -> int:
                 _, saved = calls.forward_saved("triton", x, factors, case.options, base=base)
                 calls.backward("triton", dy, x, factors, saved, case.options, dlogits=problem.dlogits)
                 dropout(x, torch.zeros((), dtype=torch.int64), chosen.random())
+                count += 1
+        for groups in ("", "int", "with scale"):
+            call = make_call(chosen.choice([QKV, MIXED, ADAPTERS]), dtype, chosen.choice([1, 70]), groups=groups)
+            for before in (2, 16):  # y from other addresses
+                call.run("triton", before)
                 count += 1
     return count

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lmoe_kernels import apply_lmoe, save_lmoe
 
 
-def _adapter(target: str | list[str] = "q_proj", change: Callable[[LlamaConfig], object] = id, **options: Any):
+def _adapter(target: str = "q_proj", change: Callable[[LlamaConfig], object] = id, **options: Any):
     def save(base: Path, directory: Path) -> None:
         config = LlamaConfig.from_pretrained(base)
         change(config)
@@ -64,8 +64,8 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], dict[str, Any], str]] =
         "lmoe: layer 'model.layers.3.self_attn.q_proj' of an adapter must be a linear layer of the model in vLLM, "
         "got none of that name",
     ),
-    "the head": (
-        _adapter(["q_proj", "lm_head"]),
+    "the head alone": (
+        _adapter("lm_head"),
         {},
         "lmoe: layer 'lm_head' of an adapter must be a linear layer of the model in vLLM, got none of that name",
     ),

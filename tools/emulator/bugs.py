@@ -4,6 +4,7 @@ from tools.emulator.bug import Bug
 from tools.emulator.dropout_bugs import DROPOUT_BUGS
 from tools.emulator.expand_bugs import EXPAND_BUGS
 from tools.emulator.product_bugs import PRODUCT_BUGS
+from tools.emulator.stacked_bugs import STACKED_BUGS
 
 PROBLEMS = 4
 
@@ -11,6 +12,7 @@ BUGS = (
     *PRODUCT_BUGS,
     *EXPAND_BUGS,
     *DROPOUT_BUGS,
+    *STACKED_BUGS,
     Bug(
         "a first step without its wait, which is also the barrier after mix",
         "cuda/copies.cuh",
@@ -213,7 +215,7 @@ BUGS = (
         "a row read behind the last one of the factors",
         "cuda/decode.cuh",
         "void shrink_decode(",
-        "if (c < rows && aligned",
+        "if (works && aligned",
         "if (aligned",
         "AddressSanitizer: heap-buffer-overflow",
         "address",

@@ -13,10 +13,21 @@ from types import ModuleType
 
 from filelock import FileLock
 
-PROGRAMS = {"calls": "driver.cpp", "products": "products.cpp", "dropout": "dropout.cpp"}  # by the kind of their problems
+PROGRAMS = {
+    "calls": "driver.cpp",
+    "products": "products.cpp",
+    "dropout": "dropout.cpp",
+    "stacked": "stacked.cpp",
+}  # by the kind of their problems
 # Launchers that a kind does not need; all need device.cu, which asks about the kernel of decode.cu.
 OF_CALLS = ("backward.cu", "forward.cu", "fused.cu", "mix.cu")
-SKIPPED = {"products": (*OF_CALLS, "dropout.cu"), "dropout": (*OF_CALLS, "expand.cu", "shrink.cu", "wgrad.cu")}
+PRODUCTS = ("expand.cu", "shrink.cu", "wgrad.cu")
+SKIPPED = {
+    "calls": ("stacked.cu",),
+    "products": (*OF_CALLS, "dropout.cu", "stacked.cu"),
+    "dropout": (*OF_CALLS, *PRODUCTS, "stacked.cu"),
+    "stacked": (*OF_CALLS, *PRODUCTS, "dropout.cu"),
+}
 EMULATOR = Path(__file__).parent
 CSRC = EMULATOR.parents[1] / "csrc"
 COMPILER = shutil.which("g++")

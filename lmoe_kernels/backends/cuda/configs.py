@@ -6,9 +6,11 @@ They follow a model, `python -m benchmarks.model`, and no other plan was timed. 
 """
 
 from functools import cache, lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from lmoe_kernels.backends.cuda.extension import Device
+from lmoe_kernels.options import Block, places_of
 
 BLOCK = 128  # tokens, features or columns of a product's tile: csrc/cuda/copies.cuh
 STEP_BYTES = 128  # bytes of an operand's row in one pipeline step: the same
@@ -21,6 +23,7 @@ STAGES_SMEM = 90112  # the largest of all other kernels, expand with three steps
 DECODE_TOKENS = 16  # at most, as in csrc/cuda/decode.cuh, like the next line; up to so many the backend is taken by default
 DECODE_WARPS, WARP_FEATURES, BATCH_FEATURES = 8, 256, 1024  # features of one load of a warp; of all that are on the way
 DECODE_SMEM = 96 << 10  # bytes: as ONE_PASS_SMEM, less a reserve for what the system keeps
+STACKED_BLOCKS = 32  # of one launch, at most: MIXTURES in csrc/params.h
 PLANS = 4096  # that are kept: a search takes longer than a launch, and serving meets many numbers of tokens
 
 # Cycles of a processor, by `python -m benchmarks.model` for sm_90 (2026-11): a model, not a measurement.
@@ -144,10 +147,79 @@ def decode_plan(
         if column_tile <= 16:
             return None
         column_tile = padded(column_tile // 2)
-    chunks = _chunks(in_features, columns, processors)
+    return _decode_plan(in_features, columns, ceil_div(out_features, column_tile), column_tile, smem, processors)
+
+
+def _decode_plan(in_features: int, rows: int, tiles: int, column_tile: int, smem: int, processors: int) -> DecodePlan:
+    """Share out the rows that shrink multiplies x with; `tiles` are those of y."""
+    chunks = _chunks(in_features, rows, processors)
     chunk = _multiple(max(1, ceil_div(in_features, chunks)), WARP_FEATURES)
-    blocks = max(ceil_div(out_features, column_tile), ceil_div(columns * chunks, DECODE_WARPS))
+    blocks = max(tiles, ceil_div(rows * chunks, DECODE_WARPS))
     return DecodePlan(min(blocks, processors), chunk, chunks, column_tile, smem)
+
+
+class Columns(NamedTuple):
+    """Neighbouring columns of y that belong to the same blocks of a stacked call."""
+
+    first: int
+    width: int
+    blocks: int  # a bit for each
+
+    def tiles(self, column_tile: int) -> int:
+        """How many tiles of y they are."""
+        return ceil_div(self.width, column_tile)
+
+
+class StackedPlan(NamedTuple):
+    """How the one-launch addition of several mixtures is divided: see csrc/cuda/stacked.cuh."""
+
+    columns: tuple[Columns, ...]
+    decode: DecodePlan
+
+
+@lru_cache(PLANS)
+def stacked_plan(
+    tokens: int, in_features: int, blocks: tuple[Block, ...], has_gate: bool, size: int, device: Device
+) -> StackedPlan | None:
+    """The plan of one launch for at most STACKED_BLOCKS blocks, or None where they must be added one by one.
+
+    No tile has columns of two blocks that begin or end at different columns, so that a processor mixes only one of the
+    modules of a fused layer.
+    """
+    if tokens > DECODE_TOKENS or not device.cooperative:
+        return None
+    processors, most = device.processors, min(DECODE_SMEM, device.shared_memory_a_block)
+    columns = _columns_of(blocks)
+
+    def tiles(column_tile: int) -> int:
+        return sum(some.tiles(column_tile) for some in columns)
+
+    def smem(column_tile: int) -> int:
+        sizes = ((block.num_experts, block.rows_of_a // block.rank, block.rank) for block in blocks)
+        return max(_decode_smem(tokens, *size_of_block, column_tile, size) for size_of_block in sizes)
+
+    column_tile = padded(max(16, ceil_div(sum(some.width for some in columns), processors)))
+    while tiles(column_tile) > max(processors, len(columns)):  # a second tile would take a processor twice the time
+        column_tile += 8
+    while smem(column_tile) > most:
+        if column_tile <= 16:
+            return None
+        column_tile = padded(column_tile // 2)
+    last = places_of(blocks)[-1]
+    rows = last.a.stop + (last.experts.stop if has_gate else 0)
+    plan = _decode_plan(in_features, rows, tiles(column_tile), column_tile, smem(column_tile), processors)
+    return StackedPlan(columns, plan)
+
+
+def _columns_of(blocks: tuple[Block, ...]) -> tuple[Columns, ...]:
+    """The columns of y that belong to a block, cut where a block begins or ends."""
+    spans = [place.columns for place in places_of(blocks)]
+    cuts = sorted({span.start for span in spans} | {span.stop for span in spans})
+    cut = [
+        Columns(first, last - first, sum(1 << i for i, span in enumerate(spans) if span.start <= first < span.stop))
+        for first, last in pairwise(cuts)
+    ]
+    return tuple(some for some in cut if some.blocks != 0)
 
 
 def _chunks(in_features: int, columns: int, processors: int) -> int:

@@ -48,7 +48,7 @@ def backward(
     du, dgates = mix_backward(row, column, u, h, dv, options, sums)
     if dropped is not None:
         dgates = dgates.scatter(1, dropped, 0.0)
-    dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype)
+    dlogits = torch._softmax_backward_data(dgates, softmax, 1, softmax.dtype) if options.softmax else dgates
     if dlogits_in is not None:
         dlogits += dlogits_in
 

@@ -51,13 +51,15 @@ def gate_softmax(logits: Tensor, dtype: torch.dtype, options: Options) -> tuple[
     """Softmax (T, E), in fp32 at least, over the experts kept or over all; and of all the experts dropped, (T, E - k).
 
     Of equal logits the lower expert index stays among the `top_k`. None are to be dropped where the softmax has done it.
+    Gates that were given are returned as they are, and no index, (T, 0): it says that their sums need not be 1.
     """
-    dropped = None
+    wide, dropped = torch.float64 if dtype is torch.float64 else torch.float32, None
+    if not options.softmax:
+        return in_dtype(logits, wide), logits.new_empty(logits.shape[0], 0, dtype=torch.int64)
     if options.top_k is not None and (kept := options.kept(logits.shape[1])) < logits.shape[1]:
         dropped = logits.argsort(dim=1, descending=True, stable=True)[:, kept:]
         if options.renormalize:
             logits, dropped = logits.scatter(1, dropped, float("-inf")), None
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
     return (logits.softmax(1) if logits.dtype is wide else logits.softmax(1, wide)), dropped
 
 

@@ -106,14 +106,14 @@ def _expand_fwd_kernel(
     for step in range(steps):
         f = (first + step) * BLOCK_F + tl.arange(0, BLOCK_F)
         acc = tl.zeros((BLOCK_T, BLOCK_F), ACC)
-        acc = _add_product(acc, v, v_ptr, factor_ptr, t, er, f, T, F, ER, PRECISION)
+        acc = add_product(acc, v, v_ptr, factor_ptr, t, er, f, T, F, ER, PRECISION)
         if dlogits_ptr is not None:
-            acc = _add_product(acc, dlogits, dlogits_ptr, gate_ptr, t, e, f, T, F, E, PRECISION)
+            acc = add_product(acc, dlogits, dlogits_ptr, gate_ptr, t, e, f, T, F, E, PRECISION)
         write_tile(acc * scaling, base_ptr, base_stride_t, out_ptr, t, f, T, F)
 
 
 @triton.jit
-def _add_product(
+def add_product(
     acc,  # (BLOCK_T, BLOCK_F)
     rows,  # (BLOCK_T, BLOCK_C), or None where a block does not have all columns
     rows_ptr,  # (T, C)

@@ -18,6 +18,7 @@ from lmoe_kernels.backends.triton.tiles import load_rows, store_rows
 # "blended": h = sum_f gates[f] u[f], the same for all e; mixing="factors"
 # "per expert": u[e]; mixing="outputs"
 # "shared a": the only u of a shared A; mixing="outputs", or "factors" with gates that sum to one
+# TOP_K is 0 if the caller gives gates: they come in place of the logits, and there is no softmax.
 # Kernels use these words and no global constants. Triton (3.6 and 3.7) would hash such constants into a kernel's name on the
 # disk only if another kernel was hashed before, so that another process could look for another name (see precompile.py).
 
@@ -112,8 +113,11 @@ def gates_of(
     RENORMALIZE: tl.constexpr,
 ):
     """The gates of a tile of tokens: (BLOCK_T, BLOCK_E)."""
-    softmax, kept = softmax_and_kept(logits, e, E, TOP_K, RENORMALIZE)
-    return zero_dropped(softmax, kept, RENORMALIZE)
+    gates = logits
+    if TOP_K > 0:
+        softmax, kept = softmax_and_kept(logits, e, E, TOP_K, RENORMALIZE)
+        gates = zero_dropped(softmax, kept, RENORMALIZE)
+    return gates
 
 
 @triton.jit
@@ -257,10 +261,13 @@ def gate_and_mix_bwd_tile(
     BLOCK_R: tl.constexpr,
 ):
     """All that follows the shrink of dy: recompute the gates, then the backward of the mix and of the softmax."""
-    softmax, kept = softmax_and_kept(load_rows(logits_ptr, t, e, T, E).to(ACC), e, E, TOP_K, RENORMALIZE)
-    gates = zero_dropped(softmax, kept, RENORMALIZE)
-    dgates = mix_bwd_tile(u_ptr, dv_ptr, du_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
-    dlogits = softmax_bwd(softmax, zero_dropped(dgates, kept, RENORMALIZE))
+    gates = load_rows(logits_ptr, t, e, T, E).to(ACC)
+    if TOP_K > 0:
+        softmax, kept = softmax_and_kept(gates, e, E, TOP_K, RENORMALIZE)
+        gates = zero_dropped(softmax, kept, RENORMALIZE)
+    dlogits = mix_bwd_tile(u_ptr, dv_ptr, du_ptr, v_ptr, gates, t, e, T, E, EXPERTS_OF_A, R, MIXING, BLOCK_R)
+    if TOP_K > 0:
+        dlogits = softmax_bwd(softmax, zero_dropped(dlogits, kept, RENORMALIZE))
     if dlogits_in_ptr is not None:
         dlogits += load_rows(dlogits_in_ptr, t, e, T, E).to(ACC)
     store_rows(dlogits, dlogits_ptr, t, e, T, E)

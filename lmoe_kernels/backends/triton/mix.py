@@ -48,7 +48,7 @@ def gate_constants(sizes: Sizes, options: Options) -> Constants:
         mixing = "shared a"
     return {
         "E": sizes.E, "EXPERTS_OF_A": sizes.experts_of_a, "R": sizes.R, "MIXING": mixing,
-        "TOP_K": options.kept(sizes.E), "RENORMALIZE": sum_to_one,
+        "TOP_K": options.kept(sizes.E) if options.softmax else 0, "RENORMALIZE": sum_to_one,
     }  # fmt: skip
 
 

@@ -87,3 +87,21 @@ class GroupedPlan:
     wgrad: Tile
     gate: Tile
     gate_expand: Tile
+
+
+@dataclass(frozen=True)
+class StackedTiles:
+    """The tiles of one launch of the mix and one of expand, which take several blocks of one kind."""
+
+    mix: Tile
+    expand: Tile
+    steps: int  # blocks of features that a program of expand walks over
+
+
+@dataclass(frozen=True)
+class StackedPlan:
+    """Several mixtures that read the same x: one shrink for all of them, in splits, then mix and expand for each kind."""
+
+    splits: int  # of I; the partial sums are in memory also where there is one
+    shrink: Tile
+    tiles: tuple[StackedTiles, ...]

@@ -47,7 +47,7 @@ def shrink_tile(
     f_to,
     T,
     F,
-    ER: tl.constexpr,
+    ER,
     E: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
