@@ -6,14 +6,13 @@ before it is timed.
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.measuring.environment import describe
-from benchmarks.measuring.timing import QUICK, Effort, HostClock, Spread, capture, clock_for, interleave
+from benchmarks.measuring.timing import QUICK, Call, Effort, HostClock, Spread, capture, clock_for, interleave
 from lmoe_kernels import Block, StackedExperts, lmoe
 from lmoe_kernels.dispatch import BACKENDS
 from lmoe_kernels.options import Problem, Sizes
@@ -88,7 +87,7 @@ def measure(layer: str, tokens: int, device: torch.device, effort: Effort) -> di
     copies = [Inputs(layer, tokens, device) for _ in range(COPIES)]
     for backend in (names := _backends(device)):
         _check(copies[0], backend)
-    calls: dict[str, list[Callable[[], None]]] = {FROZEN: [c.frozen for c in copies], SEPARATE: [c.separate for c in copies]}
+    calls: dict[str, list[Call]] = {FROZEN: [c.frozen for c in copies], SEPARATE: [c.separate for c in copies]}
     calls |= {name: [lambda c=c, name=name: c.stacked(name) for c in copies] for name in names}
     found: dict[str, dict[str, float]] = {name: {} for name in calls}
     if device.type == "cuda":

@@ -65,5 +65,5 @@ def test_what_cannot_be_recorded_is_refused(engine: Callable[..., Any], adapter:
         with pytest.raises(ValueError, match=f"^record_routing: .*{reason}"), record_routing(running):
             pass
         running.llm_engine.vllm_config.quant_config.keeps_router_logits = True
-    with pytest.raises(ValueError, match=r"lmoe: lmoe_router_logits of --hf-overrides must be a bool"):
+    with pytest.raises(TypeError, match=r"^lmoe: lmoe_router_logits of --hf-overrides must be a bool"):
         engine(adapter[0], hf_overrides={"lmoe_router_logits": 1})
