@@ -19,7 +19,7 @@ from tests.serving import ADAPTERS, MIXED, ONE, QKV, Call, make_call, of_adapter
 from tests.triton.chips import CHIPS, H200
 from tests.triton.far import BEFORE, behind_many_others, start_the_last_tiles_alone
 from tools.error_rule import assert_no_worse
-from tools.interpreter.bytes import counted, of_tensor
+from tools.interpreter.bytes import Access, Bytes, counted, of_tensor
 from tools.interpreter.races import race_checked
 
 BF16 = torch.bfloat16
@@ -36,6 +36,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(host, "launch", launch)
     return names
+
+
+def _by_argument(counts: dict[Access, Bytes]) -> tuple[Counter[str], Counter[str]]:
+    """The bytes that all kernels together load and store, under the names of their arguments."""
+    loaded, stored = Counter(), Counter()
+    for access, count in counts.items():
+        loaded[access.argument] += count.loaded
+        stored[access.argument] += count.stored
+    return loaded, stored
 
 
 @pytest.mark.parametrize("tokens", [7, 70])
@@ -103,12 +112,9 @@ def test_with_many_tokens_the_gates_need_no_reads_of_x(modules: int) -> None:
         call.add(call.y.clone(), "triton")
     assert of_tensor(counts, call.x).loaded == modules * call.x.nbytes
     assert of_tensor(counts, tensors.lora_a).loaded == 3 * tensors.lora_a.nbytes, "by three tiles of tokens"
-    of_gates = sum(count.loaded for access, count in counts.items() if access.argument == "gate")
-    assert of_gates == 3 * modules * gates * 48 * 2
-    assert (
-        sum(count.stored for access, count in counts.items() if access.argument == "parts")
-        == 70 * (64 * modules + gates) * 4
-    )
+    loaded, stored = _by_argument(counts)
+    assert loaded["gate"] == 3 * modules * gates * 48 * 2
+    assert stored["parts"] == 70 * (64 * modules + gates) * 4
 
 
 @pytest.mark.parametrize(
@@ -146,10 +152,7 @@ def test_groups_that_do_not_occur_cost_nothing() -> None:
     y, tensors = call.y.clone(), call.experts
     with counted() as counts:
         call.add(y, "triton")
-    loaded, stored = Counter(), Counter()
-    for access, count in counts.items():
-        loaded[access.argument] += count.loaded
-        stored[access.argument] += count.stored
+    loaded, stored = _by_argument(counts)
     assert loaded["a"] == tensors.lora_a.nbytes / 4
     assert loaded["b"] == tensors.lora_b.nbytes / 4
     assert loaded["gate"] == tensors.gate_weight.numel() * 2, "the tile of all gates, once"
