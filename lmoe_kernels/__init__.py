@@ -23,6 +23,7 @@ from lmoe_kernels.model import (
     train_lmoe,
 )
 from lmoe_kernels.options import Block
+from lmoe_kernels.reader import read_lmoe
 from lmoe_kernels.serving import StackedExperts, explain_stacked, lmoe_stacked_
 from lmoe_kernels.targets import lmoe_layers
 from lmoe_kernels.training import freeze_expert, freeze_gates, parameter_groups
@@ -57,6 +58,7 @@ __all__ = [
     "load_lmoe",
     "parameter_groups",
     "print_trainable_parameters",
+    "read_lmoe",
     "remove_expert",
     "remove_lmoe",
     "router_logits",

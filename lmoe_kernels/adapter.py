@@ -47,7 +47,7 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
         "version": FORMAT_VERSION,
         "base": adapter.base,
         "modules_to_save": adapter.modules_to_save,
-        "layers": {name: _without_later_defaults(options) for name, options in adapter.layers.items()},
+        "layers": {name: without_later_defaults(options) for name, options in adapter.layers.items()},
     }
     text = json.dumps(config, indent=2) + "\n"
     target = Path(directory)
@@ -92,7 +92,8 @@ def read_adapter(op: str, directory: str | os.PathLike[str]) -> Adapter:
     return Adapter(layers, tensors, config["modules_to_save"], config["base"])
 
 
-def _without_later_defaults(options: dict[str, Any]) -> dict[str, Any]:
+def without_later_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that a file of this format version lists."""
     return {name: value for name, value in options.items() if name not in _LATER_DEFAULTS or value != _LATER_DEFAULTS[name]}
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import WEIGHTS, Adapter, read_adapter, write_adapter
-from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
+from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.contents import adapter_of, check_gatherable, digest_of_base, parts_of, with_routers
 from lmoe_kernels.dispatch import BackendName
 from lmoe_kernels.distributed import fill, gathered, how_distributed, run_on_all_processes, run_on_first_process
@@ -20,6 +20,7 @@ from lmoe_kernels.layer import LMoELinear
 from lmoe_kernels.linears import features_of, weight_of
 from lmoe_kernels.model import replace_modules, wrap_linears
 from lmoe_kernels.naming import plain_modules
+from lmoe_kernels.reader import check_keys, check_layer, check_tensor, config_of
 from lmoe_kernels.router_scopes import scopes_of
 from lmoe_kernels.targets import lmoe_layers_by_every_name, saved_modules, wrappable_layers
 
@@ -97,7 +98,9 @@ def load_lmoe(
     if to_prepare and (how := how_distributed(model)) is not None:
         _fail("model", f"be prepared for {to_prepare[0]!r} (load_lmoe, apply_lmoe) before it is distributed", f"one {how}")
     configs = {
-        name: _config(name, options)._replace(backend=backend, output_router_logits=output_router_logits, dropout=dropout)
+        name: config_of("load_lmoe", name, options)._replace(
+            backend=backend, output_router_logits=output_router_logits, dropout=dropout
+        )
         for name, options in adapter.layers.items()
     }
     for name, config in configs.items():
@@ -105,7 +108,7 @@ def load_lmoe(
     saved, keys = _check_modules(model, adapter)
     keys_of_layers = {name: list(config.shapes(0, 0)) for name, config in configs.items()}
     keys |= {f"{name}.{key}" for name, layer_keys in keys_of_layers.items() for key in layer_keys}
-    _check_keys(adapter, keys | _check_routers(model, configs, adapter, present | linears))
+    check_keys("load_lmoe", adapter.tensors, keys | _check_routers(model, configs, adapter, present | linears))
     _check_shared(adapter, keys_of_layers, present | linears)
 
     layers = {name: present[name] for name in adapter.layers if name in present}
@@ -154,12 +157,6 @@ def _merged(model: nn.Module, directories: list[Path]) -> Adapter:
     return merged
 
 
-def _config(name: str, options: dict[str, Any]) -> LayerConfig:
-    if options.keys() != set(CONFIG_KEYS):
-        _fail(f"layer {name!r}", f"have the options {sorted(CONFIG_KEYS)}", sorted(options))
-    return LayerConfig(**options)
-
-
 def _check_layer(
     name: str, config: LayerConfig, present: LMoELinear | None, linears: Mapping[str, nn.Module], adapter: Adapter
 ) -> None:
@@ -172,13 +169,7 @@ def _check_layer(
     if present is not None and present.config() != adapter.layers[name]:
         _fail(where, f"have the model's options {present.config()}", adapter.layers[name])
     in_features, out_features = features_of(linears[name] if present is None else present) or (0, 0)
-    try:
-        checks.check_finite("LMoELinear", "alpha", config.alpha, "be a finite number")
-        config.check()
-        for key, shape in config.shapes(in_features, out_features).items():
-            _check_tensor(f"{name}.{key}", adapter.tensors, shape)
-    except (ValueError, TypeError) as error:
-        raise ValueError(str(error).replace("LMoELinear:", f"load_lmoe: {where}:")) from None
+    check_layer("load_lmoe", name, config, (in_features, out_features), adapter.tensors)
     if (weight_of(linears[name]) if present is None else present.lora_a).is_meta:
         _fail(where, "have data (see torch.nn.Module.to_empty)", "one on the meta device")
 
@@ -199,7 +190,7 @@ def _check_routers(
         if scope.config.gate_bias:
             shapes["gate_bias"] = (experts,)
         for key, shape in shapes.items():
-            _check_tensor(full := f"{scope.layers[0]}.router.{key}", adapter.tensors, shape)
+            check_tensor("load_lmoe", full := f"{scope.layers[0]}.router.{key}", adapter.tensors, shape)
             keys.add(full)
     return keys
 
@@ -210,15 +201,6 @@ def _check_experts(where: str, config: LayerConfig, present: LMoELinear) -> None
     if (as_many or isinstance(config.expert_names, list)) and config.names() != present.expert_names:
         ours, theirs = (", ".join(map(repr, names)) for names in (present.expert_names, config.names()))
         _fail(where, f"have the model's experts {ours}", f"{theirs} (see add_expert, remove_expert)")
-
-
-def _check_tensor(key: str, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    if key not in tensors:
-        _fail(WEIGHTS, f"hold {key!r}", "none of that name")
-    if tensors[key].shape != shape:
-        _fail(f"tensor {key!r}", f"have shape {shape}", tuple(tensors[key].shape))
-    if tensors[key].dtype not in checks.DTYPES:
-        _fail(f"tensor {key!r}", f"have one of the dtypes {', '.join(map(str, checks.DTYPES))}", tensors[key].dtype)
 
 
 def _check_modules(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], set[str]]:
@@ -234,14 +216,6 @@ def _check_modules(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Mod
         if adapter.tensors[key].shape != tensor.shape:
             _fail(f"tensor {key!r}", f"have shape {tuple(tensor.shape)}", tuple(adapter.tensors[key].shape))
     return modules, set(tensors)
-
-
-def _check_keys(adapter: Adapter, known: set[str]) -> None:
-    """Check that every tensor belongs to a layer or to a module of modules_to_save."""
-    unknown = sorted(adapter.tensors.keys() - known)
-    if unknown:
-        shown = ", ".join(map(repr, unknown[:3])) + (", ..." if len(unknown) > 3 else "")
-        _fail(WEIGHTS, "hold only tensors of its layers and modules_to_save", f"{len(unknown)} unknown: {shown}")
 
 
 def _check_shared(adapter: Adapter, keys: Mapping[str, list[str]], modules: Mapping[str, nn.Module]) -> None:

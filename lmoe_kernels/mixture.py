@@ -106,7 +106,7 @@ def add_experts(
     logits = None
     if choice is not None:
         logits = router_logits(x, options["gate_weight"], options["gate_bias"])
-        chosen = _of_chosen(logits, options["top_k"], choice)
+        chosen = of_chosen(logits, options["top_k"], choice)
         options = {**options, "gate_weight": None, "gate_bias": None, "gate_logits": chosen}
     if isinstance(base, nn.Module) and is_plain_linear(base):
         result = lmoe_linear(x, base.weight, base.bias, lora_a, lora_b, **options)
@@ -118,7 +118,7 @@ def add_experts(
     return y, of_result if logits is None else logits
 
 
-def _of_chosen(logits: Tensor, top_k: int, choice: Choice) -> Tensor:
+def of_chosen(logits: Tensor, top_k: int, choice: Choice) -> Tensor:
     """The router logits of the experts with the top_k largest sums of logit and bias; -inf for the others.
 
     Of equal sums, the expert with the lower index is chosen, as in `lmoe`. `torch.topk` chooses any of them.

@@ -159,14 +159,19 @@ def _keep(cache: Any, key: str, sums: Sums) -> None:
             _following[kind] = type(kind.__name__, (_Following, kind), names)
         cache.__class__ = _following[kind]
     kept = vars(cache).setdefault(_SUMS, {})
-    before = kept.get(key)
-    fits = before is not None and before.rows.shape == sums.rows.shape and before.rows.device == sums.rows.device
-    if fits and before.rows.is_inference() == torch.is_inference_mode_enabled():
+    before: Sums | None = kept.get(key)
+    if before is not None and _takes(before.rows, sums.rows):
         # In place, since the memory of a compiled graph's result is written again in its next step.
         kept[key] = Sums(before.rows.copy_(sums.rows), before.tokens.copy_(sums.tokens), sums.length)
     else:
         # Copies, since the sums given are views that would keep those of all tokens alive.
         kept[key] = Sums(sums.rows.clone(), sums.tokens.clone(), sums.length)
+
+
+def _takes(kept: Tensor, rows: Tensor) -> bool:
+    """Whether rows can be copied to a tensor that is kept."""
+    same = kept.shape == rows.shape and kept.device == rows.device
+    return same and kept.is_inference() == torch.is_inference_mode_enabled()
 
 
 class _Following:

@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
         config.option.seed = random.SystemRandom().randrange(2**31)
-    if HAS_TRITON and config.option.markexpr != "gpu":
+    if HAS_TRITON and config.option.markexpr not in ("gpu", "vllm"):
         interpret()  # before a test module imports Triton
 
 

@@ -131,3 +131,12 @@ def test_attributes_are_read_and_set_once_on_each_device(path: str, unused_cuda,
         calls = _train(case, unused_cuda)
         assert calls.attributes > len(calls.kernels), "of each kernel one is read; one is set where a kernel takes more"
         assert _train(case, unused_cuda).attributes == 0
+
+
+def test_stacked_mixtures_in_a_graph_are_left_to_triton(gpu, emulated_cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    of_default = [availability.why_not_by_default(PROBLEM._replace(stacked=stacked)) for stacked in (False, True)]
+    assert of_default[0] is None
+    assert "CUDA graph" in str(of_default[1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert availability.why_not_by_default(PROBLEM._replace(stacked=True)) is None

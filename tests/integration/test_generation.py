@@ -189,6 +189,21 @@ def test_copies_of_the_cache_of_a_prompt(router: tuple[str, str]) -> None:
 
 
 @torch.no_grad()
+def test_a_cache_keeps_its_sums_in_memory_of_their_own() -> None:
+    """A step writes to the memory of the one before. That of a compiled graph's results is used again, and views of the
+    sums of a long prompt would keep all of them alive.
+    """
+    model = llama(("block", "prefix"))
+    cache, addresses = DynamicCache(config=model.config), []
+    for length in (5, 1, 1):
+        model(ids(2, length), past_key_values=cache, use_cache=True)
+        kept = [t for sums in vars(cache)["_lmoe_sums"].values() for t in (sums.rows, sums.tokens)]
+        assert all(t._base is None for t in kept)
+        addresses.append([t.data_ptr() for t in kept])
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+@torch.no_grad()
 def test_two_models_and_two_caches_in_turns() -> None:
     model, tokens = llama(("block", "prefix")), ids(2, 2, 6)
     caches = [DynamicCache(config=model.config) for _ in range(2)]

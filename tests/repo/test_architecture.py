@@ -14,14 +14,14 @@ PACKAGE = ROOT / "lmoe_kernels"
 
 # Every module of the package, from the top level to the bottom: a module imports only from levels below its own.
 LEVELS = [
-    {"__init__", "info", "peft", "routing"},
+    {"__init__", "info", "peft", "routing", "vllm"},
     {"auxiliary_trainer", "balancing", "checkpoint", "compilation", "compose", "experts", "fitting", "training"},
     {"auxiliary_hook"},
     {"auxiliary"},
     {"model"},
     {"pretrained"},
     {"peft_interop"},
-    {"contents", "stack_models"},
+    {"contents", "reader", "stack_models"},
     {"adapter", "frozen_experts", "lora_adapter", "targets"},
     {"layer"},
     {"layer_options", "mixture", "routers", "stack_group"},
@@ -38,7 +38,7 @@ LEVELS = [
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
 BENCHMARK_LEVELS = [
-    {"gpu", "model", "test_rows"},
+    {"gpu", "model", "serving", "test_rows"},
     {"__main__"},
     {"defaults", "inspect", "showing"},
     {"measuring"},

@@ -1,0 +1,1 @@
+"""What mixtures of LoRA experts cost in vLLM: tokens a second, and latencies under load."""
