@@ -98,7 +98,7 @@ def test_x_is_read_once_for_each_tile_of_rows_and_y_is_read_and_written_once() -
     with counted() as counts:
         call.add(y, "triton")
     assert of_tensor(counts, call.x).loaded == 2 * call.x.nbytes, "64 rows of A, and those of the gates"
-    assert of_tensor(counts, call.experts.lora_a).loaded == 2 * call.experts.lora_a.nbytes, "by two tiles of tokens"
+    assert _by_argument(counts)[0]["a"] == 2 * call.experts.lora_a.numel() * 2, "by two tiles of tokens"
     assert (of_tensor(counts, y).loaded, of_tensor(counts, y).stored) == (y.nbytes, y.nbytes)
 
 
@@ -107,12 +107,12 @@ def test_with_many_tokens_the_gates_need_no_reads_of_x(modules: int) -> None:
     """Each module has 64 rows of A, one tile. Every program reads all gates, and those of the first tile store the sums."""
     blocks = [Block(8, 8, 16, column=16 * module) for module in range(modules)]
     call = make_call(blocks, BF16, tokens=70, features=48)
-    tensors, gates = call.experts, 8 * modules
+    gates = 8 * modules
     with counted() as counts:
         call.add(call.y.clone(), "triton")
-    assert of_tensor(counts, call.x).loaded == modules * call.x.nbytes
-    assert of_tensor(counts, tensors.lora_a).loaded == 3 * tensors.lora_a.nbytes, "by three tiles of tokens"
     loaded, stored = _by_argument(counts)
+    assert loaded["x"] == modules * call.x.nbytes
+    assert loaded["a"] == 3 * modules * 64 * 48 * 2, "by three tiles of tokens"
     assert loaded["gate"] == 3 * modules * gates * 48 * 2
     assert stored["parts"] == 70 * (64 * modules + gates) * 4
 
@@ -153,8 +153,8 @@ def test_groups_that_do_not_occur_cost_nothing() -> None:
     with counted() as counts:
         call.add(y, "triton")
     loaded, stored = _by_argument(counts)
-    assert loaded["a"] == tensors.lora_a.nbytes / 4
-    assert loaded["b"] == tensors.lora_b.nbytes / 4
+    assert loaded["a"] == tensors.lora_a.numel() * 2 / 4
+    assert loaded["b"] == tensors.lora_b.numel() * 2 / 4
     assert loaded["gate"] == tensors.gate_weight.numel() * 2, "the tile of all gates, once"
     assert loaded["y"] == stored["y"] == 32 * y.shape[1] * 2
     assert stored["v"] == 32 * 2 * 4 * 8 * 2, "of two blocks"
