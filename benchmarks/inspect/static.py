@@ -101,7 +101,13 @@ TOP_2_OF_ALL = TOP_2._replace(renormalize=False)
 # With another order of loads ptxas 12.8 got the gradients of A and of the gate wrong for sm_90 (see wgrad.py). The weight
 # gradients of these calls have tiles of 128 and of 64 features.
 UNALIGNED = [Case(Shape(t, i, o, 3, 9, "bfloat16")) for t, i, o in ((16384, 4104, 4104), (130, 136, 72))]
-QUICK = [case(options=DROPOUT), case(T=16), case(T=8192, E=64, options=TOP_2), Stack(512, adapters=8, groups=True)]
+QUICK = [
+    case(options=DROPOUT),
+    case(T=16),
+    case(T=8192, E=64, options=TOP_2),
+    Stack(512, adapters=8, groups=True),
+    Stack(4096, Block(4, 8, 4096)),
+]
 FEW_OF_OUTPUTS = Block(4, 64, 4096, mixing="outputs", top_k=2)
 SHARED = Block(8, 16, 4096, shared_a=True, top_k=2, renormalize=False)
 STACKS = [
@@ -356,7 +362,7 @@ def main() -> int:
         prog="python -m benchmarks.inspect.static",
         description="Compile the Triton kernels for GPUs that this machine does not have.",
     )
-    parser.add_argument("--quick", action="store_true", help="four cases, not all")
+    parser.add_argument("--quick", action="store_true", help="five cases, not all")
     parser.add_argument("--one", action="store_true", help="one case, not all")
     parser.add_argument("--arch", nargs="*", choices=list(CHIPS), default=list(CHIPS))
     parser.add_argument(

@@ -305,7 +305,7 @@ def install() -> None:
         if not getattr(vllm_config.quant_config, "directories", ()):
             return load_of_vllm(self, model, vllm_config, device)
         config = vllm_config.quant_config
-        self.lora_manager = AdapterManager(config.tokens, partial(config.reload, model))
+        self.lora_manager = AdapterManager(config.tokens, partial(config.load, model))
         return self.lora_manager.create_lora_manager(model, vllm_config)
 
     def validate_lora(self: Any, lora_request: Any | None) -> None:

@@ -180,20 +180,21 @@ class LMoEConfig(QuantizationConfig):
         self._tensors = tensors if self._waiting else []
         return tensors
 
-    def reload(self, model: nn.Module, adapter: int) -> None:
-        """Read an adapter from its directory again and fill its experts. An error leaves them as they are.
+    def load(self, model: nn.Module, adapter: int, directory: str | None = None) -> None:
+        """Fill the experts of an adapter from a directory, by default its own. An error leaves them as they are.
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the directory holds other options or shapes than when the server was started.
+            ValueError: the directory holds other layers, options or shapes than those that are served.
         """
-        tensors = self._read(self.adapters[adapter])
+        tensors = self._read(self.adapters[adapter], directory)
         for layer in model.modules():
             if isinstance(method := getattr(layer, "quant_method", None), LMoELinearMethod):
                 method.fill(layer, adapter, tensors)
 
-    def _read(self, adapter: ServedAdapter) -> dict[str, dict[str, Tensor]]:
-        saved = saved_layers(OP, adapter.directory)
+    def _read(self, adapter: ServedAdapter, directory: str | None = None) -> dict[str, dict[str, Tensor]]:
+        directory = adapter.directory if directory is None else directory
+        saved = saved_layers(OP, directory)
         if saved.digest != adapter.digest:
-            fail(OP, f"{adapter.directory}", "hold the options and shapes with which the server was started", "others")
+            fail(OP, directory, "hold the layers, options and shapes with which the server was started", "others")
         return layouts.tensors_to_serve(saved)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lmoe_kernels.checks import fail
 from lmoe_kernels.files import safetensors
 from lmoe_kernels.options import places_of
-from lmoe_kernels.reader import saved_layers
 from lmoe_kernels.vllm import layouts
 from lmoe_kernels.vllm.layouts import Member
 
@@ -48,13 +47,7 @@ class WorkerExtension:
         names = [served.name for served in config.adapters]
         if adapter not in names:
             fail("load_lmoe", "adapter", f"be one of {', '.join(map(repr, names))}", repr(adapter))
-        index = names.index(adapter)
-        saved = saved_layers("load_lmoe", directory)
-        if saved.digest != config.adapters[index].digest:
-            fail("load_lmoe", directory, "hold the layers, options and shapes of the adapter that is served", "others")
-        tensors = layouts.tensors_to_serve(saved)
-        for layer, method in _layers(self.model_runner.model):
-            method.fill(layer, index, tensors)
+        config.load(self.model_runner.model, names.index(adapter), directory)
 
     def start_routing(self) -> None:
         """Record the router logits of every token from now on.

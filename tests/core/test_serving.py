@@ -24,9 +24,9 @@ def test_every_backend_adds_what_the_definition_adds(
     assert_no_worse("y", call.run(backend), call.plain(), call.true())
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 2, 17, 40])
-def test_any_number_of_tokens(tokens: int, backend: str, exact: torch.dtype) -> None:
-    call = make_call(MIXED, exact, tokens=tokens)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 17, 40, 70])
+def test_any_number_of_tokens(tokens: int, backend: str, exact: torch.dtype, watch: AllocationWatch) -> None:
+    call = make_call(MIXED, exact, tokens=tokens, features=48)
     assert_no_worse("y", call.run(backend), call.plain(), call.true())
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels compiled ahead of time for GPUs that need not be here: no spills, no stack, tensor cores in use.
 
-In processes of their own, since here Triton interprets. `make test` takes four calls on Hopper and one on some other chips;
+In processes of their own, since here Triton interprets. `make test` takes five calls on Hopper and one on some other chips;
 all configurations of `benchmarks.inspect.static` are for `make static`.
 """
 
@@ -53,10 +53,12 @@ def assert_tiles_come_by_cp_async(rows: list[dict]) -> None:
     assert all(row["cp_async"] for row in of_products if row["kernel"] in by_registers)
 
 
-def test_four_calls_on_hopper() -> None:
+def test_five_calls_on_hopper() -> None:
     rows, complaints = compiled("--quick", "--arch", "sm_90")
     assert complaints == ""
     assert {row["kernel"] for row in rows} >= KERNELS - {"_one_pass_fwd_kernel"}
+    of_stacks = [row for row in rows if row["kernel"] == "_stacked_shrink_fwd_kernel"]
+    assert {row["config"]["GATE_WITH_A"] for row in of_stacks} == {False, True}
     assert_tiles_come_by_cp_async(rows)
 
 

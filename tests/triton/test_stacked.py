@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 
 pytest.importorskip("triton")
 
-from lmoe_kernels.backends.triton import host, serving, stacked_configs
+from lmoe_kernels.backends.triton import configs, host, serving, stacked_configs
 from lmoe_kernels.backends.triton.plans import Chip, StackedPlan
-from lmoe_kernels.options import Block, Sizes
+from lmoe_kernels.options import Block, Sizes, TokenGroups
 from tests import plans
 from tests.serving import ADAPTERS, MIXED, ONE, QKV, Call, make_call, of_adapters
-from tests.triton.chips import CHIPS
+from tests.triton.chips import CHIPS, H200
 from tests.triton.far import BEFORE, behind_many_others, start_the_last_tiles_alone
 from tools.error_rule import assert_no_worse
-from tools.interpreter.bytes import counted, of_tensor
+from tools.interpreter.bytes import Access, Bytes, counted, of_tensor
 from tools.interpreter.races import race_checked
 
 BF16 = torch.bfloat16
@@ -37,6 +38,16 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def _by_argument(counts: dict[Access, Bytes]) -> tuple[Counter[str], Counter[str]]:
+    """The bytes that all kernels together load and store, under the names of their arguments."""
+    loaded, stored = Counter(), Counter()
+    for access, count in counts.items():
+        loaded[access.argument] += count.loaded
+        stored[access.argument] += count.stored
+    return loaded, stored
+
+
+@pytest.mark.parametrize("tokens", [7, 70])
 @pytest.mark.parametrize(
     "blocks, groups, kinds",
     [
@@ -51,9 +62,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ids=["one", "qkv", "adapters in groups", "adapters that overlap", "three kinds", "four kinds", "scalings"],
 )
 def test_one_shrink_and_a_mix_and_an_expand_for_each_kind(
-    blocks: Sequence[Block], groups: str, kinds: int, launched: list[str]
+    blocks: Sequence[Block], groups: str, kinds: int, tokens: int, launched: list[str]
 ) -> None:
-    call = make_call(blocks, BF16, groups=groups)
+    call = make_call(blocks, BF16, tokens, features=32, groups=groups)
     for _ in range(2):
         launched.clear()
         y = call.run("triton")
@@ -71,11 +82,11 @@ def test_the_launches_are_on_the_device_of_x(launched: list[str], monkeypatch: p
 
 
 @pytest.mark.parametrize("processors", [1, 64])
-@pytest.mark.parametrize("groups", ["", "int"])
-def test_no_result_depends_on_scheduling(groups: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups, tokens", [("", 35), ("int", 35), ("", 70)])
+def test_no_result_depends_on_scheduling(groups: str, tokens: int, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor on how many splits there are."""
     plans.set_chip(Chip("interpreter", processors, 1 << 16), monkeypatch)
-    call = make_call(ADAPTERS, BF16, tokens=35, features=260, groups=groups)
+    call = make_call(ADAPTERS, BF16, tokens, features=272, groups=groups)
     with race_checked():
         y = call.run("triton")
     assert_no_worse("y", y, call.plain(), call.true())
@@ -87,8 +98,49 @@ def test_x_is_read_once_for_each_tile_of_rows_and_y_is_read_and_written_once() -
     with counted() as counts:
         call.add(y, "triton")
     assert of_tensor(counts, call.x).loaded == 2 * call.x.nbytes, "64 rows of A, and those of the gates"
-    assert of_tensor(counts, call.experts.lora_a).loaded == 2 * call.experts.lora_a.nbytes, "by two tiles of tokens"
+    assert _by_argument(counts)[0]["a"] == 2 * call.experts.lora_a.numel() * 2, "by two tiles of tokens"
     assert (of_tensor(counts, y).loaded, of_tensor(counts, y).stored) == (y.nbytes, y.nbytes)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_with_many_tokens_the_gates_need_no_reads_of_x(modules: int) -> None:
+    """Each module has 64 rows of A, one tile. Every program reads all gates, and those of the first tile store the sums."""
+    blocks = [Block(8, 8, 16, column=16 * module) for module in range(modules)]
+    call = make_call(blocks, BF16, tokens=70, features=48)
+    gates = 8 * modules
+    with counted() as counts:
+        call.add(call.y.clone(), "triton")
+    loaded, stored = _by_argument(counts)
+    assert loaded["x"] == modules * call.x.nbytes
+    assert loaded["a"] == 3 * modules * 64 * 48 * 2, "by three tiles of tokens"
+    assert loaded["gate"] == 3 * modules * gates * 48 * 2
+    assert stored["parts"] == 70 * (64 * modules + gates) * 4
+
+
+@pytest.mark.parametrize(
+    "tokens, features, experts, with_a",
+    [(65, 4096, 8, True), (64, 4096, 8, False), (65, 4096, 32, True), (65, 4096, 33, False), (65, 4104, 8, False)],
+    ids=["many tokens", "few tokens", "most gates", "more gates", "x is not aligned"],
+)
+@pytest.mark.parametrize("groups", [False, True])
+def test_which_gates_come_with_a(
+    tokens: int, features: int, experts: int, with_a: bool, groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = []
+    plan = stacked_configs.stacked_plan
+    monkeypatch.setattr(serving, "stacked_plan", lambda *sizes: chosen.append(plan(*sizes)) or chosen[-1])
+    call = make_call([Block(experts, 1, 1)], BF16, tokens, features, groups="int" if groups else "")
+    y = call.run("triton")
+    assert [one.gate_with_a for one in chosen] == [with_a and not groups]
+    assert_no_worse("y", y, call.plain(), call.true())
+
+
+@pytest.mark.parametrize("tokens", [128, 512, 2048, 8192])
+def test_gates_that_come_with_a_have_the_tiles_that_were_timed_in_a_forward(tokens: int) -> None:
+    sizes = Sizes(tokens, 4096, 4096, 8, 16, 8)
+    forward = configs.forward_plan(sizes, BF16, H200)
+    plan = stacked_configs.stacked_plan(tokens, 4096, 8 * 17, 8, (sizes,), BF16, H200)
+    assert (plan.splits, replace(plan.shrink, R=16)) == (forward.splits, forward.shrink)
 
 
 def test_groups_that_do_not_occur_cost_nothing() -> None:
@@ -100,12 +152,9 @@ def test_groups_that_do_not_occur_cost_nothing() -> None:
     y, tensors = call.y.clone(), call.experts
     with counted() as counts:
         call.add(y, "triton")
-    loaded, stored = Counter(), Counter()
-    for access, count in counts.items():
-        loaded[access.argument] += count.loaded
-        stored[access.argument] += count.stored
-    assert loaded["a"] == tensors.lora_a.nbytes / 4
-    assert loaded["b"] == tensors.lora_b.nbytes / 4
+    loaded, stored = _by_argument(counts)
+    assert loaded["a"] == tensors.lora_a.numel() * 2 / 4
+    assert loaded["b"] == tensors.lora_b.numel() * 2 / 4
     assert loaded["gate"] == tensors.gate_weight.numel() * 2, "the tile of all gates, once"
     assert loaded["y"] == stored["y"] == 32 * y.shape[1] * 2
     assert stored["v"] == 32 * 2 * 4 * 8 * 2, "of two blocks"
@@ -113,9 +162,10 @@ def test_groups_that_do_not_occur_cost_nothing() -> None:
     assert stored["parts"] == 32 * (64 + tensors.gate_weight.shape[0]) * 4
 
 
-def test_the_last_tokens_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("groups, tokens", [("with scale", 20), ("", 70)])
+def test_the_last_tokens_of_many(groups: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor with a row for each token has elements behind 2^31: x, y, the partial sums, v, groups and scales."""
-    call = make_call(of_adapters(QKV, 2), BF16, tokens=20, features=272, groups="with scale")
+    call = make_call(of_adapters(QKV, 2), BF16, tokens, features=272, groups=groups)
     of_few: list[StackedPlan] = []
     plan = stacked_configs.stacked_plan
 
@@ -128,11 +178,10 @@ def test_the_last_tokens_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = call.run("triton")
     assert of_few[0].splits > 1
     start_the_last_tiles_alone(call.x.shape[0], monkeypatch)
-    assert call.groups is not None
-    groups = type(call.groups)(*(behind_many_others(rows) for rows in call.groups if rows is not None))
+    far = call.groups and TokenGroups(*(behind_many_others(rows) for rows in call.groups if rows is not None))
     y = behind_many_others(call.y)
     with counted():  # which refuses what lies outside of a kernel's arguments
-        Call(y, behind_many_others(call.x), call.experts, None, groups).add(y, "triton")
+        Call(y, behind_many_others(call.x), call.experts, None, far).add(y, "triton")
     assert torch.equal(y[BEFORE:], expected)
 
 
@@ -175,16 +224,18 @@ def test_the_blocks_of_a_launch_add_to_different_elements(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.arch)
 def test_every_plan_fits_its_chip(chip: Chip, dtype: torch.dtype) -> None:
-    for tokens in (1, 64, 512, 8192):
+    for tokens, in_groups in product((1, 64, 512, 8192), (False, True)):
         for experts, rank in ((1, 1), (8, 16), (16, 64), (256, 4)):
             kind = Sizes(0, 0, 6144, experts, rank, experts)
-            rows = 3 * experts * (rank + 1)
-            plan = stacked_configs.stacked_plan(tokens, 4096, rows, (kind,), dtype, chip)
+            rows, gates = 3 * experts * (rank + 1), 0 if in_groups else 3 * experts
+            plan = stacked_configs.stacked_plan(tokens, 4096, rows, gates, (kind,), dtype, chip)
             (tiles,) = plan.tiles
             assert experts <= tiles.mix.E
             assert tiles.mix.T * tiles.mix.E * tiles.mix.R <= 4096
             stages = plan.shrink.stages - chip.arch.startswith("gfx")
-            assert stages * (plan.shrink.T + plan.shrink.ER) * plan.shrink.F * dtype.itemsize <= chip.shared_memory
+            loaded = plan.shrink.T + plan.shrink.ER + (plan.shrink.E if plan.gate_with_a else 0)
+            assert stages * loaded * plan.shrink.F * dtype.itemsize <= chip.shared_memory
+            assert gates <= plan.shrink.E or not plan.gate_with_a
             programs = plan.shrink.tiles_of(tokens) * -(-rows // plan.shrink.ER) * plan.splits
             assert programs > chip.processors / 4 or rows < 128 or tokens < 512, f"{tokens} {kind}: {plan}"
 

@@ -175,7 +175,7 @@ def test_load_inplace_reads_a_directory_again(
     old = {path: path.read_bytes() for path in (root / "math").iterdir()}
     try:
         tiny.save_adapter(base, root / "math", targets, **options | {"top_k": 1})
-        with pytest.raises(Exception, match=r"^lmoe: .* must hold the options and shapes .*, got others$"):
+        with pytest.raises(Exception, match=r"^lmoe: .* must hold the layers, options and shapes .*, got others$"):
             llm.llm_engine.add_lora(again)
         (root / "math" / "lmoe.safetensors").write_bytes(b"damaged")
         with pytest.raises(Exception, match=r"^lmoe: "):

@@ -104,4 +104,5 @@ class StackedPlan:
 
     splits: int  # of I; the partial sums are in memory also where there is one
     shrink: Tile
+    gate_with_a: bool  # whether the programs of A compute the product with the gates too
     tiles: tuple[StackedTiles, ...]

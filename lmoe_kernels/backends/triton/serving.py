@@ -47,11 +47,16 @@ def add_stacked(
     if groups is not None and groups.scale is not None:
         groups = groups._replace(scale=groups.scale.contiguous())
     stack = _stack_of(blocks, groups is not None, x.device, host.accumulator(x))
-    rows = factors.lora_a.shape[0] + (0 if gate is None else gate.shape[0])
+    rows_of_gate = 0 if gate is None else gate.shape[0]
     # As if each tile of tokens had one group: more programs than a chip runs at once cost less than idle processors.
-    plan = stacked_plan(tokens, features, -(-rows // stack.groups), stack.sizes, x.dtype, host.chip_of(x.device))
+    rows = -(-(factors.lora_a.shape[0] + rows_of_gate) // stack.groups)
+    # With groups, a program leaves out tokens of other groups, whose gates are in the same tile.
+    gates = rows_of_gate if groups is None else 0
+    plan = stacked_plan(tokens, features, rows, gates, stack.sizes, x.dtype, host.chip_of(x.device))
     with host.on_device_of(x):
-        parts = stacked_shrink_fwd(x, factors, groups, stack.row_groups, plan.splits, plan.shrink)
+        parts = stacked_shrink_fwd(
+            x, factors, groups, stack.row_groups, plan.splits, plan.shrink, gate_with_a=plan.gate_with_a
+        )
         for table, constants, sizes, tiles in zip(stack.tables, stack.constants, stack.sizes, plan.tiles, strict=True):
             v = x.new_empty(len(table.places), tokens, sizes.E, sizes.R)
             stacked_mix_fwd(parts, factors, groups, table, v, constants, tiles.mix)

@@ -43,16 +43,19 @@ def stacked_shrink_fwd(
     row_groups: Tensor,  # (rows of A and of the gates) int64, the group of each row's block
     splits: int,
     tile: Tile,
+    *,
+    gate_with_a: bool,  # whether the programs of A compute the product with the gates too; there is a gate then, no groups
 ) -> Tensor:
     """Partial sums of x A^T and x gate_weight^T, next to each other: (splits, T, rows of A and of the gates)."""
     (T, I), lora_a, gate = x.shape, factors.lora_a, factors.gate_weight  # noqa: E741
     rows, rows_of_gate = lora_a.shape[0], 0 if gate is None else gate.shape[0]
     parts = x.new_empty(splits, T, rows + rows_of_gate, dtype=host.accumulator(x))
     features_of_split = ceil_div(I, splits * tile.F) * tile.F
+    tiles_of_rows = ceil_div(rows, tile.ER) + (0 if gate_with_a else ceil_div(rows_of_gate, tile.ER))
     host.launch(
-        _stacked_shrink_fwd_kernel, (tile.tiles_of(T), ceil_div(rows, tile.ER) + ceil_div(rows_of_gate, tile.ER), splits),
+        _stacked_shrink_fwd_kernel, (tile.tiles_of(T), tiles_of_rows, splits),
         x, x.stride(0), lora_a, gate, None if groups is None else groups.group, row_groups, parts, T, I, features_of_split,
-        ROWS_OF_A=rows, ROWS_OF_GATE=rows_of_gate, **host.dot_constants(x), tile=tile,
+        ROWS_OF_A=rows, ROWS_OF_GATE=rows_of_gate, GATE_WITH_A=gate_with_a, **host.dot_constants(x), tile=tile,
     )  # fmt: skip
     return parts
 
@@ -110,11 +113,13 @@ def _stacked_shrink_fwd_kernel(
     features_of_split,  # a multiple of BLOCK_F
     ROWS_OF_A: tl.constexpr,
     ROWS_OF_GATE: tl.constexpr,
+    GATE_WITH_A: tl.constexpr,  # whether the programs of A have the gates too; else these have programs of their own
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_ER: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """The partial sum of one tile of tokens over one split of the features, for some rows of A or of the gates.
@@ -126,8 +131,9 @@ def _stacked_shrink_fwd_kernel(
     TILES_OF_A: tl.constexpr = (ROWS_OF_A + BLOCK_ER - 1) // BLOCK_ER  # pyright: ignore[reportAssignmentType]
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     row, rows, column = tl.program_id(1) * BLOCK_ER + tl.arange(0, BLOCK_ER), ROWS_OF_A, 0
+    e = tl.arange(0, BLOCK_E)  # rows of the gates that come with rows of A
     factor_ptr = a_ptr
-    if gate_ptr is not None:
+    if gate_ptr is not None and not GATE_WITH_A:
         of_gate = tl.program_id(1) >= TILES_OF_A
         row -= tl.where(of_gate, TILES_OF_A * BLOCK_ER, 0)
         rows, column = tl.where(of_gate, ROWS_OF_GATE, ROWS_OF_A), tl.where(of_gate, ROWS_OF_A, 0)
@@ -146,14 +152,16 @@ def _stacked_shrink_fwd_kernel(
         f_to = tl.minimum(F, f_from + features_of_split)
         if x_ptr.dtype.element_ty.primitive_bitwidth == 16:  # fp32 has no wgmma
             tl.assume(f_to > f_from)  # else Triton 3.6 and its ptxas serialise wgmma (warning C7515)
-        none = tl.arange(0, 16)  # experts of a gate that is not given
-        part, _ = shrink_tile(
-            x_ptr, stride_t, factor_ptr, None, t, row, none, f_from, f_to, T, F, rows, 0, ACC, PRECISION, BLOCK_F
+        with_ptr = gate_ptr if GATE_WITH_A else None
+        part, gate_part = shrink_tile(
+            x_ptr, stride_t, factor_ptr, with_ptr, t, row, e, f_from, f_to, T, F, rows, ROWS_OF_GATE, ACC, PRECISION, BLOCK_F
         )
         let_next_kernel_start(PDL)
-        out = parts_ptr + split.to(tl.int64) * T * COLUMNS + column
-        mask = (t < T)[:, None] & (row < rows)[None, :]
-        tl.store(out + t.to(tl.int64)[:, None] * COLUMNS + row[None, :], part, mask=mask)
+        out = parts_ptr + split.to(tl.int64) * T * COLUMNS + column + t.to(tl.int64)[:, None] * COLUMNS
+        tl.store(out + row[None, :], part, mask=(t < T)[:, None] & (row < rows)[None, :])
+        if GATE_WITH_A and tl.program_id(1) == 0:
+            of_gate = (t < T)[:, None] & (e < ROWS_OF_GATE)[None, :]
+            tl.store(out + ROWS_OF_A + e[None, :], gate_part, mask=of_gate)
 
 
 @triton.jit(do_not_specialize=["T"])
