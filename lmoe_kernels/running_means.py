@@ -38,6 +38,7 @@ class Sequences:
         self.mask: Tensor | None = None  # (B, S) or longer with a cache, 0 for padding
         self.positions: Tensor | None = None  # (B, S) or (1, S), 0 at the first token of a sequence
         self.cache: Any = None
+        self.paged = False  # whether the tokens are those of transformers' continuous batching
         self.length: int | None = None  # tokens in the cache before this forward, padding included; None: not known
         self.handles: list[Any] = []
 
@@ -46,6 +47,7 @@ class Sequences:
         mask = kwargs.get("attention_mask")
         self.mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         self.positions, self.cache = None, None
+        self.paged = kwargs.get("cache") is not None
         self.length = _length(kwargs.get("past_key_values"))
 
     def enter_block(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,7 +72,7 @@ class Sequences:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the tensors of the last forward out of copies."""
-        return {"mask": None, "positions": None, "cache": None, "length": None, "handles": self.handles}
+        return {"mask": None, "positions": None, "cache": None, "paged": False, "length": None, "handles": self.handles}
 
     def running_means(self, rows: Tensor, key: str) -> Tensor:
         """For each token the mean of the rows of its sequence up to itself.
@@ -88,6 +90,8 @@ class Sequences:
         """
         if rows.dim() != 3:
             fail("Router", "x", "have shape (B, S, H) where router_reads='prefix'", tuple(rows.shape))
+        if self.paged:  # a batch has parts of several sequences, and the cache keeps no sums
+            fail("Router", "router_reads", "be 'token' in continuous batching", "'prefix'")
         before = None if self.cache is None else _sums_before(self.cache, key, self.length)
         if before is not None and before.rows.shape[0] != rows.shape[0]:
             must = f"have as many rows as the cache has sequences, {before.rows.shape[0]}"

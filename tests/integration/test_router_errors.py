@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from lmoe_kernels import LMoELinear, apply_lmoe, lmoe_layers
 from tests.integration.test_routers import Model, routed, routers
@@ -128,3 +129,15 @@ def test_experts_of_the_model_get_only_some_tokens() -> None:
     assert "must get all tokens of its block" in text
     apply_lmoe(model, "all-linear", num_experts=2, rank=1, router="group")
     assert len(routers(model)) == 1
+
+
+def test_continuous_batching_refuses_prefixes() -> None:
+    """Its rows are parts of several sequences, whose means would be those of other tokens."""
+    continuous = pytest.importorskip("transformers.generation", reason="no continuous batching").ContinuousBatchingConfig
+    model = llama().eval()
+    apply_lmoe(model, "q_proj", num_experts=2, rank=1, router_reads="prefix")
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
+    pages = continuous(num_blocks=16, max_batch_tokens=64)
+    results = model.generate_batch([[5, 6, 7]], generation_config=config, continuous_batching_config=pages)
+    message = "Router: router_reads must be 'token' in continuous batching, got 'prefix'"
+    assert [result.error for result in results.values()] == [message]
