@@ -36,7 +36,7 @@ class StackedExperts(nn.Module):
             y[:, columns of block] += lmoe(x, lora_a, lora_b, gate_weight=gate_weight, ...)  # those of the block
 
     The tensors are parameters that require no gradient; `part` gives the part of one block, to be filled in place. They are
-    0 at first. They have the given dtype. On a CPU they are kept in fp32 after they were rounded to it, see `_kept_dtypes`.
+    0 at first. They have the given dtype. Most CPUs multiply fp32 faster: there they are rounded to it and kept in fp32.
 
     Args:
         blocks: the sizes, options and columns of every mixture.
