@@ -14,9 +14,9 @@ CASES = [
     Case(T=70, I=264, O=260, E=2, R=2, scaling=1.0),
     Case(T=70, I=24, O=40, E=2, R=2, mixing="outputs", scaling=0.5, outside_logits=True),
     Case(T=70, I=24, O=40, E=5, R=2, top_k=2, scaling=1.0),
-    Case(T=70, I=24, O=40, E=5, R=2, top_k=2, mixing="outputs", scaling=1.0, outside_logits=True),
+    Case(T=110, I=24, O=40, E=5, R=2, top_k=2, mixing="outputs", scaling=1.0, outside_logits=True),
     Case(T=70, I=24, O=40, E=2, R=2, shared_a=True, scaling=1.0),
-    Case(T=70, I=24, O=40, E=5, R=2, shared_a=True, top_k=2, scaling=1.0, outside_logits=True),
+    Case(T=110, I=24, O=40, E=5, R=2, shared_a=True, top_k=2, scaling=1.0, outside_logits=True),
 ]
 
 
