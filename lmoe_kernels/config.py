@@ -102,6 +102,10 @@ class LayerConfig(NamedTuple):
             shapes["choice_bias"] = (self.num_experts,)
         return shapes
 
+    def stored(self) -> dict[str, Any]:
+        """The options that decide what a layer computes, by name. A checkpoint stores these."""
+        return {key: getattr(self, key) for key in CONFIG_KEYS}
+
     def names(self) -> tuple[str, ...]:
         """The names of the experts: their numbers if they were not named."""
         return tuple(map(str, range(self.num_experts))) if self.expert_names is None else tuple(self.expert_names)

@@ -126,9 +126,8 @@ def lmoe(
 
     Source: L-MoE, arXiv 2510.17898.
     """
-    if gates is not None:
-        checks.check_gates("lmoe", gate_logits, return_router_logits)
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
+    outside = _outside("lmoe", gate_logits, gates, return_router_logits)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, outside)
     options = Options(scaling, mixing, top_k, renormalize, dropout, gates is None)
     if ops.autocast_is_on():
         x, base = autocast(x), autocast(base)
@@ -215,9 +214,8 @@ def lmoe_linear(
 
     Source: L-MoE, arXiv 2510.17898.
     """
-    if gates is not None:
-        checks.check_gates("lmoe_linear", gate_logits, return_router_logits)
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
+    outside = _outside("lmoe_linear", gate_logits, gates, return_router_logits)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, outside)
     options = Options(scaling, mixing, top_k, renormalize, dropout, gates is None)
     if ops.autocast_is_on():
         x, weight, bias = autocast(x), autocast(weight), autocast(bias)
@@ -255,13 +253,20 @@ def explain(
         ValueError: as `lmoe`.
         TypeError: as `lmoe`.
     """
-    if gates is not None:
-        checks.check_gates("explain", gate_logits, return_router_logits=False)
-    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, gate_logits if gates is None else gates)
+    outside = _outside("explain", gate_logits, gates, return_router_logits=False)
+    factors = Factors(lora_a, lora_b, gate_weight, gate_bias, outside)
     x = autocast(x)
     checks.check_call("explain", x, factors, Options(scaling, mixing, top_k, renormalize, softmax=gates is None))
     problem = Problem(factors.sizes(x.shape[:-1].numel()), x.dtype, x.device)
     return dispatch.explain_choice("lmoe", problem, dispatch.requested_backend("explain", backend))
+
+
+def _outside(op: str, gate_logits: Tensor | None, gates: Tensor | None, return_router_logits: bool) -> Tensor | None:
+    """What stands in the factors in place of a gate: the logits of an outside router, or gates that are used as they are."""
+    if gates is None:
+        return gate_logits
+    checks.check_gates(op, gate_logits, return_router_logits)
+    return gates
 
 
 def _call(

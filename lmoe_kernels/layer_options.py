@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from lmoe_kernels.config import CONFIG_KEYS, LayerConfig
+from lmoe_kernels.config import LayerConfig
 from lmoe_kernels.options import Mixing
 
 # The names of these options are those of tensors and modules of the layer.
@@ -36,8 +36,7 @@ class WithOptions:
     def config(self) -> dict[str, Any]:
         """The options that decide what the layer computes, by name. A checkpoint stores these."""
         options = self.options()
-        stored = {name: getattr(options, name) for name in CONFIG_KEYS}
-        return {**stored, "expert_names": None if options.expert_names is None else list(options.expert_names)}
+        return {**options.stored(), "expert_names": None if options.expert_names is None else list(options.expert_names)}
 
     def extra_repr(self) -> str:
         """The sizes and options for `print(model)`, without those that have their defaults."""

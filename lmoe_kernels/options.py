@@ -5,7 +5,6 @@
 places: at the schema of the ops, which accepts tensors and numbers, and at the launch of a kernel.
 """
 
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -171,14 +170,6 @@ def places_of(blocks: tuple[Block, ...]) -> tuple[Place, ...]:
         places.append(Place(slice(a, ends[0]), slice(experts, ends[1]), slice(b, ends[2]), columns))
         a, experts, b = ends
     return tuple(places)
-
-
-def constant_when_traced(function: Callable[..., object]) -> None:
-    """Let torch.compile call a function of constants while it traces, and keep the result as a constant.
-
-    `torch.compiler.assume_constant_result` does the same, but imports torch._dynamo and Triton at once.
-    """
-    function.__dict__["_dynamo_marked_constant"] = True
 
 
 class StackedFactors(NamedTuple):

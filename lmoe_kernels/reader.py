@@ -129,6 +129,6 @@ def _last_size(op: str, key: str, tensors: Mapping[str, Tensor]) -> int:
 def _digest(layers: Mapping[str, SavedLayer]) -> str:
     described = {}
     for name, (config, tensors) in layers.items():
-        options = without_later_defaults({key: getattr(config, key) for key in CONFIG_KEYS})
+        options = without_later_defaults(config.stored())
         described[name] = options, {key: list(tensor.shape) for key, tensor in tensors.items()}
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

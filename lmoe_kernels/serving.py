@@ -17,7 +17,8 @@ from torch.compiler import is_dynamo_compiling
 
 from lmoe_kernels import checks, dispatch, ops
 from lmoe_kernels.dispatch import BackendName
-from lmoe_kernels.options import Block, Problem, Sizes, StackedFactors, TokenGroups, constant_when_traced, places_of
+from lmoe_kernels.options import Block, Problem, Sizes, StackedFactors, TokenGroups, places_of
+from lmoe_kernels.tracing import constant_when_traced
 
 _OP = "lmoe_stacked_"
 _library = torch.library.Library("lmoe_kernels", "FRAGMENT")
@@ -68,6 +69,8 @@ class StackedExperts(nn.Module):
     ) -> None:
         super().__init__()
         _check_blocks(blocks)
+        if type(in_features) is not int or in_features < 0:
+            checks.fail("StackedExperts", "in_features", "be an int of at least 0", repr(in_features))
         self.blocks, self.in_features = tuple(blocks), in_features
         self.layout = _layout_of(self.blocks)
         dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -94,7 +97,15 @@ class StackedExperts(nn.Module):
         Args:
             index: of the block.
             name: "lora_a", "lora_b", "gate_weight" or "gate_bias".
+
+        Raises:
+            ValueError: there is no such block, or no such tensor.
         """
+        names = [key for key in ("lora_a", "lora_b", "gate_weight", "gate_bias") if getattr(self, key) is not None]
+        if name not in names:
+            checks.fail("StackedExperts.part", "name", f"be one of {', '.join(map(repr, names))}", repr(name))
+        if not 0 <= index < len(self.blocks):
+            checks.fail("StackedExperts.part", "index", f"be that of one of {len(self.blocks)} blocks", index)
         block, place = self.blocks[index], places_of(self.blocks)[index]
         of_block = self.factors(None).of_block(block, place)
         return getattr(of_block, name)
@@ -193,12 +204,24 @@ def explain_stacked(x: Tensor, experts: StackedExperts, *, backend: BackendName 
 
 
 def _check_blocks(blocks: Sequence[Block]) -> None:
+    op = "StackedExperts"
     if not blocks:
-        checks.fail("StackedExperts", "blocks", "have one block or more", "none")
+        checks.fail(op, "blocks", "have one block or more", "none")
     for block in blocks:
+        if not isinstance(block, Block):
+            checks.fail(op, "blocks", "be several Block", type(block).__name__, TypeError)
         for name in ("num_experts", "rank", "out_features"):
-            checks.check_positive_int("StackedExperts", name, getattr(block, name))
-        checks.check_options("StackedExperts", block.num_experts, block.options)
+            checks.check_positive_int(op, name, getattr(block, name))
+        for name in ("column", "group"):
+            if type(number := getattr(block, name)) is not int:
+                checks.fail(op, name, "be an int", type(number).__name__, TypeError)
+        if block.column < 0:
+            checks.fail(op, "column", "be at least 0", block.column)
+        if not -(2**63) <= block.group < 2**63:
+            checks.fail(op, "group", "fit an int64", block.group)
+        checks.check_bool(op, "shared_a", block.shared_a)
+        checks.check_finite(op, "scaling", block.scaling, "be a finite number")
+        checks.check_options(op, block.num_experts, block.options)
 
 
 def _check_call(
@@ -222,7 +245,7 @@ def _check_call(
     if y.dim() != 2 or y.shape[0] != tokens or y.shape[1] < columns:
         checks.fail(_OP, "y", f"have shape (T, N) = ({tokens}, {columns} or more)", tuple(y.shape))
     if y.numel() and (y.stride(1) != 1 or (tokens > 1 and y.stride(0) < y.shape[1])):
-        checks.fail(_OP, "y", "have rows without gaps that do not overlap", f"strides {y.stride()}")
+        checks.fail(_OP, "y", "have contiguous rows that do not overlap", f"strides {y.stride()}")
     if gate_logits is not None:
         checks.check_dense(_OP, "gate_logits", gate_logits, (wide,))
         checks.check_device(_OP, "gate_logits", gate_logits, x)

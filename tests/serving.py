@@ -9,7 +9,7 @@ from torch import Tensor
 from lmoe_kernels import reference
 from lmoe_kernels.options import Block, StackedFactors, TokenGroups, places_of
 from lmoe_kernels.serving import StackedExperts, lmoe_stacked_
-from tools.error_rule import ORDERS
+from tools.error_rule import ORDERS, assert_no_worse
 from tools.factored import factored
 
 ONE = [Block(4, 3, 17)]
@@ -25,6 +25,7 @@ ADAPTERS = [
     Block(4, 8, 48, group=1), Block(4, 8, 16, column=48, group=1),
     Block(3, 5, 48, group=7, mixing="outputs", top_k=2), Block(2, 2, 9, column=50, group=7, shared_a=True),
 ]  # fmt: skip
+STACKS = {"one": ONE, "qkv": QKV, "mixed": MIXED, "adapters": ADAPTERS}
 
 
 def of_adapters(blocks: Sequence[Block], adapters: int) -> list[Block]:
@@ -132,3 +133,21 @@ def _gaps(logits: Tensor, blocks: Sequence[Block]) -> Tensor:
             ordered = logits[:, place.experts].sort(dim=1, descending=True).values
             gaps = torch.minimum(gaps, ordered[:, block.top_k - 1] - ordered[:, block.top_k])
     return gaps
+
+
+def assert_isolated(value: float, backend: str, exact: torch.dtype) -> None:
+    """Fail if NaN or infinite numbers of an adapter reach tokens of another one."""
+    call = make_call(of_adapters(QKV, 3), exact, tokens=35, groups="with scale")
+    assert call.groups is not None
+    group, scale = call.groups.group, call.groups.scale
+    assert scale is not None
+    expected, true, foreign = call.plain(), call.true(), group == 1
+    for index in range(3, 6):
+        for name in ("lora_a", "lora_b", "gate_weight", "gate_bias"):
+            call.experts.part(index, name).fill_(value)
+    call.x[foreign] = value
+    scale[foreign] = value
+    y = call.run(backend)
+    assert_no_worse("y", y[~foreign], [one[~foreign] for one in expected], true[~foreign])
+    assert torch.equal(y[group == -1], call.y[group == -1])
+    assert not y[foreign].isfinite().any()

@@ -41,9 +41,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     if facts["on_cpu"]:
         lines += [
-            "**These are figures of a CPU.** Of CPU time: what the speed were if the process had a core for itself. vLLM's"
-            " LoRA on a CPU is a fallback that gathers A and B for each token, and runs in eager mode only: its rows say"
-            " nothing about vLLM's kernels for GPUs.",
+            "**These are figures of a CPU.** Of CPU time: what the speed would be if the process had a core for itself."
+            " vLLM's LoRA on a CPU is a fallback that gathers A and B for each token, and runs in eager mode only: its rows"
+            " say nothing about vLLM's kernels for GPUs.",
             "",
         ]
     for clock, title in (("cpu", "Of CPU time"), ("wall", "Of the wall clock")):

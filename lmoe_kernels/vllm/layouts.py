@@ -12,12 +12,12 @@ frozen layer anyway, includes the experts.
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmoe_kernels.checks import check_bool, fail
 from lmoe_kernels.config import LayerConfig
@@ -310,3 +310,10 @@ def unserved(adapters: Iterable[ServedAdapter], served: Iterable[str], blocks: r
             if name not in known and not elsewhere:
                 return name
     return None
+
+
+def layers_with_experts(model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """The layers of vLLM's model that have experts, and their methods, each an `LMoELinearMethod`."""
+    for layer in model.modules():
+        if isinstance(getattr(layer, "lmoe", None), nn.Module):
+            yield layer, layer.quant_method

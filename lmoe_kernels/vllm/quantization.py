@@ -188,9 +188,8 @@ class LMoEConfig(QuantizationConfig):
             ValueError: the directory holds other layers, options or shapes than those that are served.
         """
         tensors = self._read(self.adapters[adapter], directory)
-        for layer in model.modules():
-            if isinstance(method := getattr(layer, "quant_method", None), LMoELinearMethod):
-                method.fill(layer, adapter, tensors)
+        for layer, method in layouts.layers_with_experts(model):
+            method.fill(layer, adapter, tensors)
 
     def _read(self, adapter: ServedAdapter, directory: str | None = None) -> dict[str, dict[str, Tensor]]:
         directory = adapter.directory if directory is None else directory

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lmoe_kernels import checks
 from lmoe_kernels.adapter import Adapter, write_adapter
-from lmoe_kernels.config import CONFIG_KEYS
 from lmoe_kernels.contents import adapter_of
 from lmoe_kernels.naming import plain_key
 from lmoe_kernels.vllm.calls import adapters_of, on_workers
@@ -49,9 +48,7 @@ def sync_weights(llm: Any, weights: nn.Module | Mapping[str, Tensor], *, adapter
     if adapter not in served:
         _fail("adapter", f"be one of {', '.join(map(repr, served))}", repr(adapter))
     tensors = _checked(weights, served[adapter])
-    options = {
-        name: {key: getattr(layer.config, key) for key in CONFIG_KEYS} for name, layer in served[adapter].layers.items()
-    }
+    options = {name: layer.config.stored() for name, layer in served[adapter].layers.items()}
     if not llm.reset_prefix_cache():  # first: if it fails, the old experts still fit the cache
         _fail("llm", "have no request in progress", "blocks of its cache in use")
     with TemporaryDirectory(prefix="lmoe-") as directory:
@@ -93,8 +90,8 @@ def _checked(weights: nn.Module | Mapping[str, Tensor], served: ServedAdapter) -
 
 def _difference(options: Mapping[str, Any], layer: ServedLayer) -> str | None:
     """The first option in which a layer differs from the one that is served."""
-    for key in CONFIG_KEYS:
-        if options[key] != (of_served := getattr(layer.config, key)):
+    for key, of_served in layer.config.stored().items():
+        if options[key] != of_served:
             return f"{key}={options[key]!r} in place of {of_served!r}"
     return None
 

@@ -125,16 +125,9 @@ def _copied(rows: Tensor) -> Tensor:
     return rows.to("cpu", copy=True)
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """The layers with experts, and their methods."""
-    for layer in model.modules():
-        if isinstance(getattr(layer, "lmoe", None), nn.Module):
-            yield layer, layer.quant_method
-
-
 def _kept_logits(model: nn.Module) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """The adapter's index and the layer's name of each mixture, and a function that reads its kept logits."""
-    for layer, method in _layers(model):
+    for layer, method in layouts.layers_with_experts(model):
         experts: Any = layer.lmoe
         for member, place in zip(method.members, places_of(experts.blocks), strict=True):
             yield key_of(member), lambda experts=experts, place=place: experts.router_logits[:, place.experts]

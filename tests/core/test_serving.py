@@ -5,12 +5,11 @@ import torch
 from torch import Tensor
 
 from lmoe_kernels.options import TokenGroups
-from tests.serving import ADAPTERS, MIXED, ONE, QKV, Call, make_call, of_adapters
+from tests.serving import ADAPTERS, MIXED, QKV, STACKS, Call, assert_isolated, make_call, of_adapters
 from tools.error_rule import assert_no_worse
 from tools.far import far_apart
 from tools.watch import AllocationWatch
 
-STACKS = {"one": ONE, "qkv": QKV, "mixed": MIXED, "adapters": ADAPTERS}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -43,23 +42,6 @@ def test_a_broken_adapter_reaches_the_tokens_of_its_group_alone(
 ) -> None:
     """Nor does a broken token reach others."""
     assert_isolated(value, backend, exact)
-
-
-def assert_isolated(value: float, backend: str, exact: torch.dtype) -> None:
-    call = make_call(of_adapters(QKV, 3), exact, tokens=35, groups="with scale")
-    assert call.groups is not None
-    group, scale = call.groups.group, call.groups.scale
-    assert scale is not None
-    expected, true, foreign = call.plain(), call.true(), group == 1
-    for index in range(3, 6):
-        for name in ("lora_a", "lora_b", "gate_weight", "gate_bias"):
-            call.experts.part(index, name).fill_(value)
-    call.x[foreign] = value
-    scale[foreign] = value
-    y = call.run(backend)
-    assert_no_worse("y", y[~foreign], [one[~foreign] for one in expected], true[~foreign])
-    assert torch.equal(y[group == -1], call.y[group == -1])
-    assert not y[foreign].isfinite().any()
 
 
 def test_tensors_whose_rows_lie_apart(backend: str, exact: torch.dtype) -> None:

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from lmoe_kernels.backends.torch import serving
 from lmoe_kernels.options import Block, TokenGroups
-from tests.core.test_serving import STACKS, assert_isolated
-from tests.serving import ADAPTERS, MIXED, make_call
+from tests.serving import ADAPTERS, MIXED, STACKS, assert_isolated, make_call
 from tools.error_rule import assert_no_worse
 
 

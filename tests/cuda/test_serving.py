@@ -9,7 +9,7 @@ from torch import Tensor
 from lmoe_kernels.backends.cuda import configs, extension, serving
 from lmoe_kernels.options import Block, TokenGroups, places_of
 from lmoe_kernels.serving import StackedExperts, lmoe_stacked_
-from tests.core.test_serving import ADAPTERS, MIXED, ONE, QKV, make_call
+from tests.serving import ADAPTERS, MIXED, ONE, QKV, make_call
 from tests.tensors import off_by_a_byte, off_by_an_element
 from tools.emulator.launches import capture, devices, recorded
 from tools.error_rule import assert_no_worse

@@ -33,7 +33,7 @@ LEVELS = [
     {"dispatch"},
     {"backends"},
     {"casting", "checks", "reference"},
-    {"distributed", "linears", "naming", "options", "products", "quantised", "version"},
+    {"distributed", "linears", "naming", "options", "products", "quantised", "tracing", "version"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 # The same for the benchmarks, which import the package and tools in addition.
@@ -47,7 +47,7 @@ BENCHMARK_LEVELS = [
 ]
 BENCHMARK_LEVEL = {module: level for level, modules in enumerate(BENCHMARK_LEVELS) for module in modules}
 # What a backend may import in addition to its own modules.
-COMMON = ("lmoe_kernels.casting", "lmoe_kernels.options", "lmoe_kernels.products")
+COMMON = ("lmoe_kernels.casting", "lmoe_kernels.options", "lmoe_kernels.products", "lmoe_kernels.tracing")
 
 
 def _sources(*folders: str) -> list[Path]:

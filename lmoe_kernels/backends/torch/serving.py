@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmoe_kernels.backends.torch.forward import gate_softmax, in_dtype, of_kept
-from lmoe_kernels.options import Block, Options, Place, StackedFactors, TokenGroups, constant_when_traced, places_of
+from lmoe_kernels.options import Block, Options, Place, StackedFactors, TokenGroups, places_of
 from lmoe_kernels.products import linear_wide
+from lmoe_kernels.tracing import constant_when_traced
 
 # 1024 tokens took 17 % less time in parts of 256 than all at once: the intermediate results stay in the cache (Intel Xeon, 1
 # thread, 2026-11-26).
