@@ -32,7 +32,7 @@ TOKENS = 32  # of a window at most
 BYTES = 6 * TOKENS  # of a window: in most windows these are more than TOKENS tokens
 WINDOWS = 12  # windows of a batch
 STEPS = 90
-EXPERT_RATE, HEAD_RATE = 2e-3, 1e-2  # highest learning rates
+EXPERT_RATE, HEAD_RATE = 5e-4, 1e-2  # highest learning rates
 HEAD_RATE_ALONE = 3e-2  # of the head on the frozen encoder, which learns less at HEAD_RATE
 
 

@@ -1,11 +1,14 @@
 """Tests on two processes, which torch.distributed connects by gloo."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+PRELOADED = ["transformers.trainer", "torch.distributed.fsdp", "lmoe_kernels.peft"]  # what takes longest to import
 
 
 def on_two_processes(act: Callable[..., None], *args: Any) -> None:
@@ -16,7 +19,8 @@ def on_two_processes(act: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_run, (port, act, args), nprocs=2)
+    multiprocessing.set_forkserver_preload(PRELOADED)  # a process imports them once, and the two are its forks
+    torch.multiprocessing.start_processes(_run, (port, act, args), nprocs=2, start_method="forkserver")
 
 
 def _run(rank: int, port: int, act: Callable[..., None], args: tuple[Any, ...]) -> None:

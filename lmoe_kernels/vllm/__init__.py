@@ -23,7 +23,8 @@ def register() -> None:
     from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 
     from lmoe_kernels.vllm.linear import LMoEExperts
-    from lmoe_kernels.vllm.quantization import LMoEConfig
+    from lmoe_kernels.vllm.quantization import LMoEConfig, refuse_adapters_without_method
 
     register_quantization_config("lmoe")(LMoEConfig)
+    refuse_adapters_without_method()
     SKIP_MODULES.add(LMoEExperts.__name__)

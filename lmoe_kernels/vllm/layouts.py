@@ -114,6 +114,11 @@ class Member(NamedTuple):
     layer: ServedLayer
 
 
+def entries_of(hf_config: Any) -> list[str]:
+    """The entries of --hf-overrides that name adapters."""
+    return [entry for entry in (ONE_ADAPTER, SEVERAL) if getattr(hf_config, entry, None) is not None]
+
+
 def adapter_directories(hf_config: Any) -> dict[str, str]:
     """The directories of the adapters that --hf-overrides names, by the names of the adapters."""
     directory, several = getattr(hf_config, ONE_ADAPTER, None), getattr(hf_config, SEVERAL, None)

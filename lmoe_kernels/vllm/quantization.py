@@ -2,6 +2,7 @@
 """The quantization method "lmoe" of vLLM: it gives the layers that adapters name a method that adds their experts."""
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from vllm.config import get_current_vllm_config, get_current_vllm_config_or_none
 from vllm.distributed import get_pp_group
 from vllm.distributed.utils import get_pp_indices
+from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
@@ -197,3 +199,18 @@ class LMoEConfig(QuantizationConfig):
         if saved.digest != adapter.digest:
             fail(OP, directory, "hold the layers, options and shapes with which the server was started", "others")
         return layouts.tensors_to_serve(saved)
+
+
+def refuse_adapters_without_method() -> None:
+    """Let vLLM refuse an adapter if another method or none was asked for: it would serve the base model alone."""
+    create_of_vllm = EngineArgs.create_model_config
+
+    @wraps(create_of_vllm)
+    def create_model_config(self: EngineArgs) -> Any:
+        created = create_of_vllm(self)
+        entries = layouts.entries_of(created.hf_config)
+        if entries and created.quantization != "lmoe":
+            fail(OP, "quantization", f"be 'lmoe' with {entries[0]} in --hf-overrides", repr(created.quantization))
+        return created
+
+    EngineArgs.create_model_config = create_model_config

@@ -24,7 +24,7 @@ from benchmarks.model.loops import find_step
 CSRC = Path(__file__).parents[2] / "csrc"
 NVCC = shutil.which("nvcc")
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
-# `make racecheck` reads the code for the newer two, which takes half a minute
+# `make racecheck` reads the code for the newer two: to compile and read it takes two minutes
 READ = [pytest.param(target, marks=[pytest.mark.slow] * (target in TARGETS[2:])) for target in TARGETS]
 WIDTHS = (64, 128, 144)  # columns of a product's tile
 OF_ANY_WIDTH = ("forward", "shrink", "wgrad_bwd")
@@ -57,19 +57,22 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", params=READ)
+def target(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The built extension where it is of these sources, else an object of each source, compiled for the test."""
-    built = _built_extension()
+def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The built extension where it holds the target's code of these sources, else an object of each source."""
+    built = _built_extension(target)
     if built is not None:
         return [built]
-    folder, codes = tmp_path_factory.mktemp("objects"), []
-    for target in TARGETS:
-        codes += ["-gencode", f"arch={target.replace('sm', 'compute')},code={target}"]
+    folder, code = tmp_path_factory.mktemp("objects"), f"arch={target.replace('sm', 'compute')},code={target}"
 
     def compile_one(source: Path) -> Path:
         path = folder / f"{source.stem}.o"
-        command = [str(NVCC), "-c", *codes, "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(path)]
+        command = [str(NVCC), "-c", "-gencode", code, "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return path
@@ -79,26 +82,24 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def cubins(compiled: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """The cubins of each target."""
+def cubins(compiled: list[Path], target: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The target's cubins."""
     folder = tmp_path_factory.mktemp("cubins")
     for path in compiled:
-        command = [str(_tool("cuobjdump")), "--extract-elf", "all", str(path)]
+        command = [str(_tool("cuobjdump")), "--extract-elf", f".{target}.", str(path)]
         subprocess.run(command, check=True, cwd=folder, capture_output=True)
-    return {target: sorted(folder.glob(f"*.{target}.cubin")) for target in TARGETS}
+    return sorted(folder.glob(f"*.{target}.cubin"))
 
 
 def _vector_loads(code: str) -> list[str]:
     return re.findall(r"\bLDG?\.E\S*\.128", code)
 
 
-def _built_extension() -> Path | None:
-    """The extension, where it holds every target and is younger than all of its sources."""
+def _built_extension(target: str) -> Path | None:
+    """The extension, where it holds the target's code and is younger than all of its sources."""
     sources = [path for path in CSRC.rglob("*") if path.is_file()]
-    archs = extension.build_info().get("archs", "")
-    libraries = (
-        extension.BUILD_INFO.parent.glob("_cuda.*.so") if all(t.removeprefix("sm_") in archs for t in TARGETS) else ()
-    )
+    archs = extension.build_info().get("archs", "").replace("+PTX", "").split()
+    libraries = extension.BUILD_INFO.parent.glob("_cuda.*.so") if target.removeprefix("sm_") in archs else ()
     last_change = max(path.stat().st_mtime for path in sources)
     return next((path for path in libraries if path.stat().st_mtime > last_change), None)
 
@@ -117,10 +118,9 @@ def test_host_code_calls_nothing_that_exists_on_the_device_alone(compiled: list[
     assert "exit" not in undefined
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_no_kernel_spills_or_uses_a_stack(target: str, cubins: dict[str, list[Path]]) -> None:
+def test_no_kernel_spills_or_uses_a_stack(cubins: list[Path]) -> None:
     usage = {}
-    for cubin in cubins[target]:
+    for cubin in cubins:
         text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
         for symbol, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text):
             usage[_kernel(symbol)] = (int(stack), int(local))
@@ -128,10 +128,9 @@ def test_no_kernel_spills_or_uses_a_stack(target: str, cubins: dict[str, list[Pa
     assert not {kernel: used for kernel, used in usage.items() if used != (0, 0)}
 
 
-@pytest.mark.parametrize("target", READ)
-def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
+def test_instructions(target: str, cubins: list[Path]) -> None:
     seen = {}
-    for cubin in cubins[target]:
+    for cubin in cubins:
         text = _run("nvdisasm", "-c", str(cubin))
         for symbol, code in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", text, re.S):
             seen[_kernel(symbol)] = code
@@ -158,10 +157,9 @@ def test_instructions(target: str, cubins: dict[str, list[Path]]) -> None:
     assert len(seen) == len(INSTANCES) * len(DTYPES)
 
 
-@pytest.mark.parametrize("target", READ)
-def test_main_loops_and_resident_blocks(target: str, cubins: dict[str, list[Path]]) -> None:
+def test_main_loops_and_resident_blocks(target: str, cubins: list[Path]) -> None:
     """One test, because disassembling the kernels takes most of its time."""
-    builds = [built for cubin in cubins[target] for built in read_cubin(cubin, target)]
+    builds = [built for cubin in cubins for built in read_cubin(cubin, target)]
     products = [built for built in builds if built.kernel.name in PRODUCTS and built.kernel.dtype != "fp32"]
     assert {built.kernel.name for built in products} == set(PRODUCTS)
     _assert_few_instructions_in_a_step(products, target)

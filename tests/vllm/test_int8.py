@@ -89,3 +89,19 @@ def test_the_method_of_the_base_is_wrapped(base: Path, plain: Path, tmp_path: Pa
     print(tiny.agreement(model, results), tiny.agreement(alone, results))
     assert tiny.agreement(model, results) > 0.8
     assert tiny.agreement(alone, results) < 0.5
+
+
+def test_each_request_gets_its_adapter(base: Path, plain: Path, tmp_path: Path, engine, generate) -> None:
+    from vllm.lora.request import LoRARequest
+
+    paths = {name: tmp_path / name for name in ("math", "code")}
+    models = {n: tiny.save_adapter(plain, path, rank=rank) for (n, path), rank in zip(paths.items(), (3, 5), strict=True)}
+    models["none"] = LlamaForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    overrides = {"lmoe_adapters": {name: str(path) for name, path in paths.items()}}
+    llm = engine(quantization="lmoe", hf_overrides=overrides, enable_lora=True, max_loras=2)
+    requests = [LoRARequest(name, 1 + number, str(path)) for number, (name, path) in enumerate(paths.items())]
+    results = generate(llm, tiny.prompts(1, 5, 40) * 3, lora_request=[*requests, None] * 3)
+    for number, asked in enumerate([*paths, "none"]):
+        for name, model in models.items():
+            share = tiny.agreement(model, results[number::3])
+            assert share > 0.8 if name == asked else share < 0.5, (asked, name)

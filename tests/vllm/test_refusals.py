@@ -36,6 +36,11 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], dict[str, Any], str]] =
         "lmoe: lmoe_adapter of --hf-overrides must be a directory that save_lmoe wrote, got '",
     ),
     "an empty directory": (lambda base, directory: directory.mkdir(), {}, "does not exist"),
+    "another method": (
+        _adapter(),
+        {"quantization": None},
+        "lmoe: quantization must be 'lmoe' with lmoe_adapter in --hf-overrides, got None",
+    ),
     "modules_to_save": (
         _adapter(modules_to_save="lm_head"),
         {},
