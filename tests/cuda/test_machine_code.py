@@ -4,10 +4,8 @@ And of the code around them: it calls nothing that exists on the device alone.
 """
 
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,11 @@ from lmoe_kernels.backends.cuda import configs, extension
 pytest.importorskip("triton")  # brings the model's reader of instructions
 
 from benchmarks.model import steps
-from benchmarks.model.cubins import Built, read_cubin
+from benchmarks.model.cubins import DTYPES, TARGETS, Built, Kernel, kernel_of, missing_tools, read_cubin, tool
 from benchmarks.model.kernels import Machine
 from benchmarks.model.loops import find_step
 
 CSRC = Path(__file__).parents[2] / "csrc"
-NVCC = shutil.which("nvcc")
-TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")
 # `make racecheck` reads the code for the newer two: to compile and read it takes two minutes
 READ = [pytest.param(target, marks=[pytest.mark.slow] * (target in TARGETS[2:])) for target in TARGETS]
 WIDTHS = (64, 128, 144)  # columns of a product's tile
@@ -37,24 +33,14 @@ INSTANCES = {(kernel, (width,)) for kernel in OF_ANY_WIDTH for width in WIDTHS} 
 INSTANCES |= {(kernel, (vector, kept)) for kernel in MIXES for vector in (1, 4) for kept in (0, 1)}
 INSTANCES |= {("dropout", (aligned,)) for aligned in (0, 1)}
 INSTANCES |= {(kernel, ()) for kernel in ("expand", "expand_walk", "wgrad_sum_bwd", *OF_FEW_TOKENS)}
+COMPILED = {Kernel(name, dtype, sizes) for name, sizes in INSTANCES for dtype in DTYPES.values()}
 # The most instructions of a warp in a step of a main loop, for each of its tensor-core instructions: in a tile of 64
 # columns, in a wider one, and in the loop over the features of y or dx. nvcc 13.0, 2026-11.
 MOST_INSTRUCTIONS = {
     "sm_80": (5.2, 3.6, 3.8), "sm_90": (5.2, 3.6, 3.8), "sm_100": (5.2, 3.2, 4.0), "sm_120": (5.2, 3.9, 4.6),
 }  # fmt: skip
-DTYPES = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}  # as C++ names them in symbols
 
-
-def _tool(name: str) -> str | None:
-    """A tool of CUDA's: of the toolkit, or of Triton, which brings its own."""
-    triton = find_spec("triton")
-    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
-    return shutil.which(name) or next((str(place / name) for place in places if (place / name).exists()), None)
-
-
-pytestmark = pytest.mark.skipif(
-    NVCC is None or _tool("cuobjdump") is None or _tool("nvdisasm") is None, reason="no nvcc, or no cuobjdump and nvdisasm"
-)
+pytestmark = pytest.mark.skipif(bool(missing_tools()), reason="no nvcc, or no cuobjdump and nvdisasm")
 
 
 @pytest.fixture(scope="module", params=READ)
@@ -72,7 +58,7 @@ def compiled(target: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path
 
     def compile_one(source: Path) -> Path:
         path = folder / f"{source.stem}.o"
-        command = [str(NVCC), "-c", "-gencode", code, "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(path)]
+        command = [str(tool("nvcc")), "-c", "-gencode", code, "-O3", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return path
@@ -86,7 +72,7 @@ def cubins(compiled: list[Path], target: str, tmp_path_factory: pytest.TempPathF
     """The target's cubins."""
     folder = tmp_path_factory.mktemp("cubins")
     for path in compiled:
-        command = [str(_tool("cuobjdump")), "--extract-elf", f".{target}.", str(path)]
+        command = [str(tool("cuobjdump")), "--extract-elf", f".{target}.", str(path)]
         subprocess.run(command, check=True, cwd=folder, capture_output=True)
     return sorted(folder.glob(f"*.{target}.cubin"))
 
@@ -121,51 +107,46 @@ def test_host_code_calls_nothing_that_exists_on_the_device_alone(compiled: list[
 def test_no_kernel_spills_or_uses_a_stack(cubins: list[Path]) -> None:
     usage = {}
     for cubin in cubins:
-        text = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        command = [str(tool("cuobjdump")), "--dump-resource-usage", str(cubin)]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         for symbol, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", text):
-            usage[_kernel(symbol)] = (int(stack), int(local))
-    assert set(usage) == {(*kernel, dtype) for kernel in INSTANCES for dtype in DTYPES.values()}
+            usage[kernel_of(symbol)] = (int(stack), int(local))
+    assert set(usage) == COMPILED
     assert not {kernel: used for kernel, used in usage.items() if used != (0, 0)}
 
 
 def test_instructions(target: str, cubins: list[Path]) -> None:
-    seen = {}
-    for cubin in cubins:
-        text = _run("nvdisasm", "-c", str(cubin))
-        for symbol, code in re.findall(r"\.section\s+\.text\.(\S+?),(.*?)(?=\.section\s|\Z)", text, re.S):
-            seen[_kernel(symbol)] = code
-    for (kernel, sizes, dtype), code in seen.items():
-        name = f"{kernel} {sizes} {dtype} {target}"
-        assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
-        if kernel in PRODUCTS:
-            assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
-            assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
-        if kernel in (*PRODUCTS, *OF_FEW_TOKENS):
-            assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
-        if kernel in WRITERS:  # four lanes write a sector of 32 bytes together
-            assert re.search(r"STG\S*\.64", code), f"{name}: 8-byte stores"
-        if kernel == "dropout" and sizes == (1,):
-            loads, stores = (len(re.findall(rf"\b{access}\S*\.128", code)) for access in ("LDG", "STG"))
-            assert loads == stores == (4 if dtype == "fp32" else 2), f"{name}: 16-byte accesses to the 16 elements of a lane"
-        if kernel in OF_FEW_TOKENS:  # of the weights
-            assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads"
-        if kernel in OF_FEW_TOKENS:  # a vector of weights and of x in each of four steps
-            loops = [part for part in re.split(r"\.L_x_\d+:|\bBRA\b", code) if len(_vector_loads(part)) >= 8]
-            together = [len(_vector_loads(re.split(r"\bFFMA\b", loop)[0])) for loop in loops]
-            assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"
-            assert min(together) >= 8, f"{name}: only {together} 16-byte loads on the way together"
-    assert len(seen) == len(INSTANCES) * len(DTYPES)
-
-
-def test_main_loops_and_resident_blocks(target: str, cubins: list[Path]) -> None:
     """One test, because disassembling the kernels takes most of its time."""
     builds = [built for cubin in cubins for built in read_cubin(cubin, target)]
+    assert {built.kernel for built in builds} == COMPILED
+    for one in builds:
+        _assert_kinds_of_instructions(one)
     products = [built for built in builds if built.kernel.name in PRODUCTS and built.kernel.dtype != "fp32"]
-    assert {built.kernel.name for built in products} == set(PRODUCTS)
     _assert_few_instructions_in_a_step(products, target)
     _assert_the_model_finds_a_step_of_every_product(builds, target)
     if target in ("sm_80", "sm_90"):
         _assert_resident_blocks(products, target)
+
+
+def _assert_kinds_of_instructions(built: Built) -> None:
+    (kernel, dtype, sizes), code, name = built.kernel, built.text, f"{built.kernel} {built.arch}"
+    assert not re.search(r"\b(STL|LDL)\b", code), f"{name} spills"
+    if kernel in PRODUCTS:
+        assert bool(re.search(r"\bHMMA\b", code)) == (dtype != "fp32"), f"{name}: tensor cores"
+        assert bool(re.search(r"\bLDSM\b", code)) == (dtype != "fp32"), f"{name}: ldmatrix"
+    if kernel in (*PRODUCTS, *OF_FEW_TOKENS):
+        assert re.search(r"LDGSTS\S*\.128", code), f"{name}: 16-byte asynchronous copies"
+    if kernel in WRITERS:  # four lanes write a sector of 32 bytes together
+        assert re.search(r"STG\S*\.64", code), f"{name}: 8-byte stores"
+    if kernel == "dropout" and sizes == (1,):
+        loads, stores = (len(re.findall(rf"\b{access}\S*\.128", code)) for access in ("LDG", "STG"))
+        assert loads == stores == (4 if dtype == "fp32" else 2), f"{name}: 16-byte accesses to the 16 elements of a lane"
+    if kernel in OF_FEW_TOKENS:  # a vector of weights and of x in each of four steps
+        assert re.search(r"LDG\S*\.128", code), f"{name}: 16-byte loads of the weights"
+        loops = [part for part in re.split(r"\.L_x_\d+:|\bBRA\b", code) if len(_vector_loads(part)) >= 8]
+        together = [len(_vector_loads(re.split(r"\bFFMA\b", loop)[0])) for loop in loops]
+        assert len(together) == 6, f"{name}: not a loop for each number of tokens and dtype of the weights"
+        assert min(together) >= 8, f"{name}: only {together} 16-byte loads on the way together"
 
 
 def _assert_few_instructions_in_a_step(products: list[Built], target: str) -> None:
@@ -207,14 +188,3 @@ def _assert_resident_blocks(products: list[Built], target: str) -> None:
         expected |= {(f"expand_walk_kernel<{dtype}>", 136): 1 for dtype in ("bf16", "fp16")}
     assert len(expected) == 2 * 2 * (3 * len(WIDTHS) + 2)
     assert found == expected
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([str(_tool(tool)), *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _kernel(symbol: str) -> tuple[str, tuple[int, ...], str]:
-    """Name, sizes and dtype of a kernel, from its symbol."""
-    found = re.search(r"lmoe\d+(\w+?)_kernelI(\w+?)((?:L[ib]\d+E)*)EEv", symbol)
-    assert found, symbol
-    return found[1], tuple(int(size) for size in re.findall(r"L[ib](\d+)E", found[3])), DTYPES[found[2]]
