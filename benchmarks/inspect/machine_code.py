@@ -21,7 +21,7 @@ WAIT = r"ACQBULK\b"  # for the previous kernel: griddepcontrol.wait
 AFTER_THE_WAIT = r"(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG|CCTL|UBLK\w+|UTMA\w+|PREEXIT)\b"
 FMA = r"(FFMA|HFMA2|DFMA|v_(pk_)?fmac?_)"
 # Instructions that write the uniform register which they name first, or behind a predicate, and how many with those after it
-WRITES = r"(?!U[IF]?SETP)(?:U\w+|R2UR|S2UR|LDCU|VOTEU|REDUX|CS2UR|ELECT)(?:\.\w+)* +(?:U?P[\dT], +)?UR(\d+)\b(?!\])"
+WRITES = r"(?!U[IF]?SETP)(?:U\w+|R2UR|S2UR|LDCU|VOTEU|C?REDUX|CS2UR|ELECT)(?:\.\w+)* +(?:U?P[\dT], +)?UR(\d+)\b(?!\])"
 WIDTHS = {r"\S+\.(64|WIDE)\b": 2, r"\S+\.128\b": 4}
 
 

@@ -114,6 +114,7 @@ DEFINED = "UMOV UR6, 0x10\nULDC.64 UR4, c[0x0][0x208]"
         ("BRA `(.L_b)\n.L_a:\nIMAD R1, R2, UR7, R4\nEXIT\n.L_b:\nR2UR UR6, R2\nBRA `(.L_a)", 1),
         (f"{DEFINED}\nEXIT\nUMOV UR9, UR8", 0),
         ("UISETP.GE.AND UP0, UPT, UR4, 0x1, UPT", 1),
+        ("CREDUX.MAX.F32 UR6, R12\nIMAD.U32 R22, RZ, RZ, UR6", 0),
         ("UTCATOMSWS.FIND_AND_SET.ALIGN UP0, UR4, UR5", 1),
         ("LDCU.128 UR4, c[0x0][0x390]\nIMAD R1, UR4, UR7, R1\nIMAD R1, UR5, UR6, R1", 0),
         ("ULDC.64 UR4, c[0x0][0x210]\nUIMAD.WIDE UR6, UR4, UR5, URZ\nHGMMA.64x16x16.F32 R40, gdesc[UR4].tnspA, R40", 0),
@@ -126,8 +127,8 @@ DEFINED = "UMOV UR6, 0x10\nULDC.64 UR4, c[0x0][0x208]"
         "all are written", "its own operand", "the upper half of a descriptor", "a predicate decides",
         "a way around the write", "a loop adds what nothing wrote", "a loop writes before it reads", "a jump back",
         "after the end",
-        "a comparison writes none", "behind a predicate", "four at once", "two at once", "two operands in shared memory",
-        "one operand in shared memory", "an instruction's own descriptor", "addresses",
+        "a comparison writes none", "a maximum over a warp", "behind a predicate", "four at once", "two at once",
+        "two operands in shared memory", "one operand in shared memory", "an instruction's own descriptor", "addresses",
     ],
 )  # fmt: skip
 def test_registers_that_nothing_wrote(text: str, undefined: int) -> None:
