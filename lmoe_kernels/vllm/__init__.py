@@ -18,7 +18,10 @@ __all__ = ["Routing", "WorkerExtension", "record_routing", "register", "replay_r
 
 
 def register() -> None:
-    """Register the quantization method "lmoe". vLLM calls it in each of its processes, perhaps more than once."""
+    """Register the quantization method "lmoe", and refuse adapters without it.
+
+    vLLM calls it in each of its processes, perhaps more than once.
+    """
     from vllm.model_executor.layers.quantization import register_quantization_config
     from vllm.model_executor.model_loader.reload.meta import SKIP_MODULES
 

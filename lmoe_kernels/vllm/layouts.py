@@ -121,11 +121,12 @@ def entries_of(hf_config: Any) -> list[str]:
 
 def adapter_directories(hf_config: Any) -> dict[str, str]:
     """The directories of the adapters that --hf-overrides names, by the names of the adapters."""
-    directory, several = getattr(hf_config, ONE_ADAPTER, None), getattr(hf_config, SEVERAL, None)
-    if several is not None:
-        if directory is not None:
-            fail(OP, "--hf-overrides", f"name {ONE_ADAPTER} or {SEVERAL}", "both")
-        return directories_of(several)
+    entries = entries_of(hf_config)
+    if len(entries) == 2:
+        fail(OP, "--hf-overrides", f"name {ONE_ADAPTER} or {SEVERAL}", "both")
+    if SEVERAL in entries:
+        return directories_of(getattr(hf_config, SEVERAL))
+    directory = getattr(hf_config, ONE_ADAPTER, None)
     if not isinstance(directory, str | os.PathLike) or not str(directory):
         fail(OP, "--hf-overrides", f'name the directory of the adapter: {{"{ONE_ADAPTER}": "DIR"}}', repr(directory))
     if not Path(directory).is_dir():

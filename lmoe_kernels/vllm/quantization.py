@@ -98,7 +98,7 @@ class LMoEConfig(QuantizationConfig):
         self.adapters = [layouts.served_adapter(name, directory) for name, directory in directories.items()]
         self._names = {name: name for adapter in self.adapters for name in adapter.layers}
         self.keeps_router_logits = layouts.keeps_router_logits(hf_config)
-        if getattr(hf_config, layouts.SEVERAL, None) is not None:
+        if layouts.SEVERAL in layouts.entries_of(hf_config):
             self.directories = tuple(directories.values())
             install()
         # The options are constants of compiled graphs, which vLLM keeps on the disk under a hash of hf_config.

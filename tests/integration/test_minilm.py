@@ -87,13 +87,13 @@ def test_experts_are_trained_saved_and_loaded(trained: Trained, tmp_path: Path) 
 
 
 def _assert_better_than_a_head_alone(trained: Trained) -> None:
-    """The loss of held-out windows falls by 25 % on average, with a deviation of 4 % over 16 seeds."""
+    """The loss of held-out windows falls by 25 % on average, with a deviation of 4 % (16 seeds); the test asks for 5 %."""
     alone, tuned = (
         nn.functional.cross_entropy(logits_of(model, trained), trained.classes).item()
         for model in (trained.frozen, trained.tuned)
     )
     assert alone < 0.7, "the head alone learns too: equal logits would give log 3 = 1.1"
-    assert tuned < alone
+    assert tuned < 0.95 * alone
 
 
 def _assert_pretrained_weights_are_as_they_were(trained: Trained) -> None:

@@ -213,7 +213,7 @@ def shrink_tiles(sizes: Sizes, columns: int, dtype: torch.dtype, chip: Chip) -> 
         if hopper.covers(dtype, chip) and tile.E <= 64:
             return hopper.shrink_tiles(tile, sizes.T, chip)
         tiles = [replace(tile, warps=8 if tile.ER + tile.E > 160 or uses_mma_sync(chip) else 4)]
-        spills = tile.ER in (64, 256) and chip.arch.startswith("sm_10")  # two registers in splits, and 75
+        spills = tile.ER in (64, 256) and chip.arch.startswith("sm_10")  # 2 registers of 64 rows, 75 of 256
         tiles += [replace(tile, T=128, warps=8)] if tile.E <= 64 and sizes.T > 64 and not spills else []
     # fp32 keeps its operands in registers, like the accumulators: more than two stages spill (Triton 3.6 for sm_90)
     stages = 2 if dtype.itemsize > 2 else 4
